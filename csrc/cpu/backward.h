@@ -1,0 +1,232 @@
+// The backward pass of a layer: the steps in the opposite order. At each, the thread that owns a block of units sums the
+// gradient of their states (the product of the later step's gate gradients and weight_hh) and takes them through the
+// cell, so that one barrier a step is enough.
+#pragma once
+#include "../params.h"
+#include "weights.h"
+
+namespace fusedrnn {
+namespace FUSEDRNN_ISA {
+
+template <class Cell, class F, class S>
+struct BackwardPass {
+  using V = Vec<F>;
+  using Weights = ColumnWeights<F, S>;
+  static constexpr int kLanes = V::kLanes, kUnits = Weights::kUnits, kWidth = Weights::kWidth;
+  static constexpr int kInner = Cell::kStates - 1;
+
+  const BackwardParams& p;
+  const bool projected;
+  const int extra;               // as in ForwardPass: states stored besides the output
+  const int64_t pre_row, h_row, unit_row;
+  Crew crew;
+  Weights recurrent[kMaxDirections];   // weight_hh (G*H, P)
+  Weights projection[kMaxDirections];  // weight_hr (P, H)
+  F* dpre[2];                    // (D, B, pre_row) gradients of the recurrent halves of the gates, by turns
+  F* dh;                         // (D, B, h_row) gradient of h that does not come through weight_hh
+  F* dinner[slots(kInner)];      // (D, B, unit_row)
+  F* dprojected;                 // (D, B, h_row) whole gradient of the projected state
+  F* sums;                       // (threads, kSumRows, kWidth)
+
+  BackwardPass(const BackwardParams& p, Arena& arena)
+      : p(p), projected(p.weight_hr[0]), extra(kInner + projected), pre_row(padded_row<F>(Cell::kGates * p.H, kLanes)),
+        h_row(padded_row<F>(p.P, kUnits)), unit_row(padded_row<F>(p.H, kUnits)), crew(arena, p.threads) {
+    // One product in the whole call: a step needs none, but the gradient of hx does. Packing then goes through a scratch.
+    const bool packs = p.steps.T > 1;
+    const int64_t depth = Cell::kGates * p.H;
+    F* scratch = arena.take<F>(packs ? 0 : p.threads * (depth > p.P ? depth : p.P) * kWidth);
+    for (int64_t d = 0; d < p.D; ++d) {
+      recurrent[d] = {static_cast<const S*>(p.weight_hh[d]), p.P, depth, nullptr, scratch};
+      projection[d] = {static_cast<const S*>(p.weight_hr[d]), projected ? p.H : 0, p.P, nullptr, scratch};
+      if (!packs) continue;
+      recurrent[d].panels = arena.take<F>(recurrent[d].blocks() * recurrent[d].panel_size());
+      projection[d].panels = arena.take<F>(projection[d].blocks() * projection[d].panel_size());
+    }
+    dpre[0] = arena.take<F>(p.D * p.steps.B * pre_row);
+    dpre[1] = arena.take<F>(p.D * p.steps.B * pre_row);
+    dh = arena.take<F>(p.D * p.steps.B * h_row);
+    for (int k = 0; k < kInner; ++k) dinner[k] = arena.take<F>(p.D * p.steps.B * unit_row);
+    dprojected = arena.take<F>(projected ? p.D * p.steps.B * h_row : 0);
+    sums = arena.take<F>(p.threads * kSumRows * kWidth);
+  }
+
+  Division divide_among(int threads) const {
+    const int64_t products = p.P * Cell::kGates * p.H + (projected ? p.P * p.H : 0);
+    const int64_t blocks = blocks_of(p.P, kUnits);
+    return divide(threads, p.D, p.steps.B, blocks, products * int64_t(sizeof(F)), 2 * p.steps.B * products);
+  }
+
+  void run() const {
+    crew.run([this](int threads) { return divide_among(threads); },
+             [this](TeamRows rows, int thread, int member, Barrier team, int place, Barrier direction) {
+               prepare(rows, member, team.members, place, direction);
+               direction.wait(place);
+               Member{*this, rows, thread, member, team}.run();
+             });
+  }
+
+  // Gradients of the last states; weights.
+  void prepare(const TeamRows& rows, int member, int members, int place, const Barrier& direction) const {
+    const int64_t d = rows.direction;
+    const Range mine = share(rows.count(p.steps.B), members, member);
+    for (int64_t r = mine.begin; r < mine.end; ++r) {
+      const int64_t row = d * p.steps.B + rows.batch_row(r);
+      load_row(dh + row * h_row, h_row, static_cast<const S*>(p.grad_hy), row, p.P);
+      for (int k = 0; k < kInner; ++k)
+        load_row(dinner[k] + row * unit_row, unit_row, static_cast<const S*>(p.grad_cy), row, p.H);
+    }
+    for (const Weights* weights : {&recurrent[d], &projection[d]}) {
+      const Range blocks = share(weights->panels ? weights->blocks() : 0, direction.members, place);
+      for (int64_t block = blocks.begin; block < blocks.end; ++block) weights->pack(block);
+    }
+  }
+
+  struct Member {
+    const BackwardPass& pass;
+    const TeamRows rows;
+    const int thread, member;
+    const Barrier barrier;
+
+    const BackwardParams& p = pass.p;
+    const int64_t d = rows.direction;
+    F* const sums = pass.sums + thread * kSumRows * kWidth;
+    const Weights recurrent = own(pass.recurrent[d]), projection = own(pass.projection[d]);
+    const Range columns = share(recurrent.blocks(), barrier.members, member);  // of the hidden state
+    const Range blocks = pass.projected ? share(projection.blocks(), barrier.members, member) : columns;  // of units
+
+    Weights own(Weights weights) const {
+      weights.scratch += weights.panels ? 0 : thread * (Cell::kGates * p.H > p.P ? Cell::kGates * p.H : p.P) * kWidth;
+      return weights;
+    }
+    int64_t state_row(int64_t r) const { return d * p.steps.B + rows.batch_row(r); }
+
+    // Rows of the batch come and go: those of the step before (in this order) bring gate gradients, those of this step take
+    // them through the cell; a row that is not in this step any more has arrived at its initial state.
+    void run() const {
+      const int64_t T = p.steps.T;
+      int64_t before = 0;
+      for (int64_t s = 0; s <= T; ++s) {
+        const int64_t t = d ? s : T - 1 - s;
+        const int64_t count = s < T ? rows.count(p.steps.rows(t)) : 0;
+        if (s == T && !p.grad_hx && !p.grad_cx) break;
+        const F* dpre = pass.dpre[s & 1];
+        F* dpre_new = pass.dpre[(s + 1) & 1];
+        const int64_t visited = count > before ? count : before;
+        const int64_t row_stride = rows.slices;
+        const bool needs_product = s < T || p.grad_hx;
+        for (int64_t block = columns.begin; block < columns.end; ++block)
+          visit(needs_product ? recurrent : Weights{}, block, p.P, dpre, row_stride * pass.pre_row, pass.pre_row, before, visited,
+                [&](int64_t r, int64_t u, int n, V sum) __attribute__((always_inline)) {
+                  F* own_dh = pass.dh + state_row(r) * pass.h_row + u;
+                  const V total = sum + load(own_dh);
+                  if (r >= count)
+                    leave_h(r, u, n, total);
+                  else if (pass.projected)
+                    arrive(t, r, u, n, total, own_dh);
+                  else
+                    cell(t, r, u, n, total + grad_output(t, r, u, n), dpre_new);
+                });
+        if (pass.projected) {
+          barrier.wait(member);  // for the gradient of the whole projected state
+          for (int64_t block = blocks.begin; block < blocks.end; ++block)
+            visit(projection, block, p.H, pass.dprojected, row_stride * pass.h_row, pass.h_row, count, count,
+                  [&](int64_t r, int64_t u, int n, V sum) __attribute__((always_inline)) { cell(t, r, u, n, sum, dpre_new); });
+        }
+        for (int64_t r = count; r < before; ++r) leave_inner(r);
+        before = count;
+        barrier.wait(member);  // for the gate gradients of all units
+      }
+    }
+
+    // Calls each(row, unit, lanes, sum) for the rows [0, visited) and units of a block, where sum is a times the block's weights
+    // in the first `multiplied` rows and zero behind.
+    template <class Each>
+    FUSEDRNN_INLINE void visit(const Weights& weights, int64_t block, int64_t end, const F* a, int64_t a_stride, int64_t a_row,
+                               int64_t multiplied, int64_t visited, const Each& each) const {
+      for (int64_t begin = 0; begin < visited; begin += kSumRows) {
+        const int64_t chunk = visited - begin < kSumRows ? visited - begin : kSumRows;
+        const int64_t with = multiplied - begin < chunk ? multiplied - begin : chunk;
+        __builtin_memset(sums, 0, chunk * kWidth * sizeof(F));
+        if (with > 0 && weights.w) weights.multiply(block, a + state_row(begin) * a_row, a_stride, with, sums);
+        for (int64_t m = 0; m < chunk; ++m)
+          for (int i = 0; i < kWidth; i += kLanes) {
+            const int64_t u = block * kUnits + i;
+            if (u < end) each(begin + m, u, lanes_left<F>(u, end), load(sums + m * kWidth + i));
+          }
+      }
+    }
+
+    FUSEDRNN_INLINE V grad_output(int64_t t, int64_t r, int64_t u, int n) const {
+      if (!p.grad_output) return V(F(0));
+      return load(static_cast<const S*>(p.grad_output) + output_at(t, r) + u, n);
+    }
+    int64_t output_at(int64_t t, int64_t r) const {
+      return ((p.steps.row_offset(t) + rows.batch_row(r)) * p.D + d) * p.P;
+    }
+
+    // The projected state's gradient is complete: hand it to whoever needs all of it.
+    FUSEDRNN_INLINE void arrive(int64_t t, int64_t r, int64_t u, int n, V total, F* own_dh) const {
+      total = total + grad_output(t, r, u, n);
+      store(own_dh, V(F(0)));
+      store(pass.dprojected + state_row(r) * pass.h_row + u, total);
+      store(static_cast<S*>(p.grad_proj) + output_at(t, r) + u, total, n);
+    }
+
+    // The cell backward of n units from u on, of row r at step t. new_dh is the whole gradient of its new hidden state.
+    FUSEDRNN_INLINE void cell(int64_t t, int64_t r, int64_t u, int n, V new_dh, F* dpre_new) const {
+      const int64_t b = rows.batch_row(r), state_row = d * p.steps.B + b, row = p.steps.row_offset(t) + b;
+      const int64_t from = d ? t + 1 : t - 1;  // the step whose states this one began with, if the row was there
+      const bool first = d ? from >= p.steps.T || b >= p.steps.rows(from) : from < 0;
+      const int64_t from_row = first ? 0 : p.steps.row_offset(from) + b;
+      const S* output = static_cast<const S*>(p.output) + d * p.P + u;
+      const S* states = static_cast<const S*>(p.states) + d * pass.extra * p.H + u;
+      const S* saved_row = static_cast<const S*>(p.saved) + (row * p.D + d) * Cell::kSaved * p.H + u;
+
+      V saved[slots(Cell::kSaved)], state[Cell::kStates], new_state[Cell::kStates], grad_new[Cell::kStates];
+      V grad_pre[Cell::kPre], grad_state[Cell::kStates];
+#pragma GCC unroll 4
+      for (int k = 0; k < Cell::kSaved; ++k) saved[k] = load(saved_row + k * p.H, n);
+      // Cells whose hidden state may be projected do not look at state 0 in backward.
+      state[0] = pass.projected ? V(F(0)) : first ? initial(p.hx, p.P, u, n, state_row) : load(output + from_row * p.D * p.P, n);
+      new_state[0] = pass.projected ? V(F(0)) : load(output + row * p.D * p.P, n);
+      grad_new[0] = new_dh;
+#pragma GCC unroll 4
+      for (int k = 0; k < kInner; ++k) {
+        state[k + 1] = first ? initial(p.cx, p.H, u, n, state_row) : load(states + (from_row * p.D * pass.extra + k) * p.H, n);
+        new_state[k + 1] = load(states + (row * p.D * pass.extra + k) * p.H, n);
+        grad_new[k + 1] = load(pass.dinner[k] + state_row * pass.unit_row + u);
+      }
+
+      Cell::backward(saved, state, new_state, grad_new, grad_pre, grad_state);
+
+      S* grad_pre_row = static_cast<S*>(p.grad_pre) + (row * p.D + d) * Cell::kPre * p.H + u;
+#pragma GCC unroll 4
+      for (int k = 0; k < Cell::kPre; ++k) store(grad_pre_row + k * p.H, grad_pre[k], n);
+      F* dpre_row = dpre_new + state_row * pass.pre_row + u;
+#pragma GCC unroll 4
+      for (int g = 0; g < Cell::kGates; ++g) store(dpre_row + g * p.H, grad_pre[Cell::h_pre(g)], n);
+      if (!pass.projected) store(pass.dh + state_row * pass.h_row + u, grad_state[0]);
+#pragma GCC unroll 4
+      for (int k = 0; k < kInner; ++k) store(pass.dinner[k] + state_row * pass.unit_row + u, grad_state[k + 1]);
+    }
+
+    static FUSEDRNN_INLINE V initial(const void* states, int64_t width, int64_t u, int n, int64_t state_row) {
+      return states ? load(static_cast<const S*>(states) + state_row * width + u, n) : V(F(0));
+    }
+
+    void leave_h(int64_t r, int64_t u, int n, V total) const {
+      if (p.grad_hx) store(static_cast<S*>(p.grad_hx) + state_row(r) * p.P + u, total, n);
+    }
+
+    void leave_inner(int64_t r) const {
+      if constexpr (kInner > 0)
+        if (p.grad_cx)
+          for (int64_t u = blocks.begin * kUnits; u < blocks.end * kUnits && u < p.H; u += kLanes)
+            store(static_cast<S*>(p.grad_cx) + state_row(r) * p.H + u,
+                  load(pass.dinner[0] + state_row(r) * pass.unit_row + u), lanes_left<F>(u, p.H));
+    }
+  };
+};
+
+}  // namespace FUSEDRNN_ISA
+}  // namespace fusedrnn

@@ -1,0 +1,60 @@
+#include "capability.h"
+
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+namespace fusedrnn {
+namespace {
+
+bool supported(Isa isa) {
+#if defined(__x86_64__)
+  switch (isa) {
+    case Isa::kBaseline:
+      return true;
+    case Isa::kAvx2:
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    case Isa::kAvx512:
+      return supported(Isa::kAvx2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  }
+  return false;
+#else
+  return isa == Isa::kBaseline;
+#endif
+}
+
+}  // namespace
+
+const char* isa_name(Isa isa) {
+  switch (isa) {
+    case Isa::kAvx2:
+      return "avx2";
+    case Isa::kAvx512:
+      return "avx512";
+    default:
+      return "baseline";
+  }
+}
+
+std::vector<Isa> available_isas() {
+  std::vector<Isa> isas;
+  for (Isa isa : {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512})
+    if (supported(isa)) isas.push_back(isa);
+  return isas;
+}
+
+Isa selected_isa() {
+  static const std::vector<Isa> available = available_isas();
+  const char* wanted = std::getenv("FUSEDRNN_CPU_ISA");
+  if (!wanted || !*wanted) return available.back();
+  std::string names;
+  for (Isa isa : available) {
+    if (std::string(wanted) == isa_name(isa)) return isa;
+    names += std::string(names.empty() ? "" : ", ") + isa_name(isa);
+  }
+  throw std::runtime_error("fusedrnn: FUSEDRNN_CPU_ISA must be one of " + names + " on this processor, got '" + wanted +
+                           "'");
+}
+
+}  // namespace fusedrnn

@@ -1,0 +1,239 @@
+// One SIMD register of float or double, its memory formats, and the functions a cell calls on it.
+//
+// GCC and Clang vector types: the same source is compiled once per instruction set. Each translation unit defines
+//   FUSEDRNN_ISA               the namespace its code lives in (baseline, avx2, avx512)
+//   FUSEDRNN_VECTOR_BYTES      the width of a register
+//   FUSEDRNN_VECTOR_REGISTERS  how many there are; sizes the register tiles of product.h
+// Everything here is a template or always inline in that namespace, so that no symbol of one instruction set can stand in
+// for another's at link time. (tests/test_build.py looks at the objects' symbols.)
+#pragma once
+#include <cstdint>
+
+#define FUSEDRNN_INLINE inline __attribute__((always_inline))
+#pragma GCC diagnostic ignored "-Wpsabi"  // vectors never cross a call boundary here
+
+namespace fusedrnn {
+namespace FUSEDRNN_ISA {
+
+// Memory formats of 16 bits; arithmetic is always float.
+struct Bf16 { uint16_t bits; };
+struct Fp16 { uint16_t bits; };
+
+// The register, and what exp needs to know of its number type.
+template <class F> struct Format;
+template <> struct Format<float> {
+  typedef float Raw __attribute__((vector_size(FUSEDRNN_VECTOR_BYTES)));
+  typedef int32_t RawBits __attribute__((vector_size(FUSEDRNN_VECTOR_BYTES)));
+  static constexpr int kMantissa = 23, kBias = 127;
+  static constexpr int kExpTerms = 7;                    // |r|^8 / 8! < 2^-27 for |r| <= ln(2) / 2
+  static constexpr float kExpRange = 87.0f;              // exp(+-87) is a normal float
+  static constexpr float kTanhRange = 10.0f;             // 1 - tanh(10) < 2^-28
+  static constexpr float kRound = 12582912.0f;           // 1.5 * 2^23: adding it rounds to an integer
+  static constexpr float kLn2High = 0.693359375f;        // ln 2 in two parts, the first with few bits (Cody and Waite)
+  static constexpr float kLn2Low = -2.12194440e-4f;
+};
+template <> struct Format<double> {
+  typedef double Raw __attribute__((vector_size(FUSEDRNN_VECTOR_BYTES)));
+  typedef int64_t RawBits __attribute__((vector_size(FUSEDRNN_VECTOR_BYTES)));
+  static constexpr int kMantissa = 52, kBias = 1023;
+  static constexpr int kExpTerms = 13;                   // |r|^14 / 14! < 2^-57
+  static constexpr double kExpRange = 708.0;
+  static constexpr double kTanhRange = 20.0;
+  static constexpr double kRound = 6755399441055744.0;   // 1.5 * 2^52
+  static constexpr double kLn2High = 6.93145751953125e-1;
+  static constexpr double kLn2Low = 1.42860682030941723212e-6;
+};
+
+template <class F>
+struct Vec {
+  using Raw = typename Format<F>::Raw;
+  using RawBits = typename Format<F>::RawBits;  // what comparisons give: all ones where they hold
+  static constexpr int kLanes = FUSEDRNN_VECTOR_BYTES / sizeof(F);
+
+  Raw raw;
+  FUSEDRNN_INLINE Vec() = default;
+  FUSEDRNN_INLINE explicit Vec(F value) : raw(value - Raw{}) {}
+  FUSEDRNN_INLINE explicit Vec(Raw value) : raw(value) {}
+};
+
+#define FUSEDRNN_OPERATOR(op)                                                      \
+  template <class F>                                                               \
+  FUSEDRNN_INLINE Vec<F> operator op(Vec<F> a, Vec<F> b) { return Vec<F>(a.raw op b.raw); }
+FUSEDRNN_OPERATOR(+)
+FUSEDRNN_OPERATOR(-)
+FUSEDRNN_OPERATOR(*)
+FUSEDRNN_OPERATOR(/)
+#undef FUSEDRNN_OPERATOR
+
+// a where the comparison holds, else b. Comparisons with a NaN do not hold.
+template <class F>
+FUSEDRNN_INLINE Vec<F> where(typename Vec<F>::RawBits mask, Vec<F> a, Vec<F> b) {
+  using Bits = typename Vec<F>::RawBits;
+  return Vec<F>((typename Vec<F>::Raw)(((Bits)a.raw & mask) | ((Bits)b.raw & ~mask)));
+}
+
+// ---------------------------------------------------------------------------------------------------- memory
+
+// How many of the lanes from index u on are before the end.
+template <class F>
+FUSEDRNN_INLINE int lanes_left(int64_t u, int64_t end) {
+  const int64_t left = end - u;
+  return left <= 0 ? 0 : left < Vec<F>::kLanes ? int(left) : Vec<F>::kLanes;
+}
+
+// n values from p, the lanes behind them zero. n is the full width in all but the last block of a row.
+template <class F>
+FUSEDRNN_INLINE Vec<F> load(const F* p, int n = Vec<F>::kLanes) {
+  Vec<F> v;
+  if (__builtin_expect(n == Vec<F>::kLanes, 1)) {
+    __builtin_memcpy(&v.raw, p, sizeof v.raw);
+  } else {
+    alignas(FUSEDRNN_VECTOR_BYTES) F part[Vec<F>::kLanes] = {};
+    for (int i = 0; i < n; ++i) part[i] = p[i];
+    __builtin_memcpy(&v.raw, part, sizeof v.raw);
+  }
+  return v;
+}
+
+template <class F>
+FUSEDRNN_INLINE void store(F* p, Vec<F> v, int n = Vec<F>::kLanes) {
+  if (__builtin_expect(n == Vec<F>::kLanes, 1)) {
+    __builtin_memcpy(p, &v.raw, sizeof v.raw);
+  } else {
+    alignas(FUSEDRNN_VECTOR_BYTES) F part[Vec<F>::kLanes];
+    __builtin_memcpy(part, &v.raw, sizeof v.raw);
+    for (int i = 0; i < n; ++i) p[i] = part[i];
+  }
+}
+
+typedef uint32_t U32 __attribute__((vector_size(FUSEDRNN_VECTOR_BYTES)));
+typedef uint16_t U16 __attribute__((vector_size(FUSEDRNN_VECTOR_BYTES / 2)));
+typedef Vec<float>::Raw F32;
+constexpr int kFloatLanes = Vec<float>::kLanes;
+
+FUSEDRNN_INLINE U32 widen(const uint16_t* p, int n) {
+  U16 half = {};
+  if (__builtin_expect(n == kFloatLanes, 1))
+    __builtin_memcpy(&half, p, sizeof half);
+  else
+    for (int i = 0; i < n; ++i) half[i] = p[i];
+  return __builtin_convertvector(half, U32);
+}
+
+FUSEDRNN_INLINE void narrow(uint16_t* p, U32 bits, int n) {
+  const U16 half = __builtin_convertvector(bits, U16);
+  if (__builtin_expect(n == kFloatLanes, 1))
+    __builtin_memcpy(p, &half, sizeof half);
+  else
+    for (int i = 0; i < n; ++i) p[i] = half[i];
+}
+
+FUSEDRNN_INLINE U32 choose(U32 mask, U32 a, U32 b) { return (a & mask) | (b & ~mask); }
+
+FUSEDRNN_INLINE Vec<float> load(const Bf16* p, int n = kFloatLanes) {
+  return Vec<float>((F32)(widen(&p->bits, n) << 16));
+}
+
+// Round to nearest even; a NaN stays one.
+FUSEDRNN_INLINE void store(Bf16* p, Vec<float> v, int n = kFloatLanes) {
+  const U32 bits = (U32)v.raw;
+  const U32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const U32 is_nan = (U32)((bits & 0x7fffffffu) > 0x7f800000u);
+  narrow(&p->bits, choose(is_nan, U32{} + 0x7fc0u, rounded), n);
+}
+
+// Exponents are rebiased by a multiplication with 2^112, which is exact and turns half's denormals into normal floats.
+FUSEDRNN_INLINE Vec<float> load(const Fp16* p, int n = kFloatLanes) {
+  const U32 half = widen(&p->bits, n);
+  const U32 magnitude = (half & 0x7fffu) << 13;
+  const U32 finite = (U32)((F32)magnitude * 0x1p112f);
+  const U32 is_special = (U32)(magnitude >= 0x0f800000u);
+  return Vec<float>((F32)(choose(is_special, magnitude | 0x7f800000u, finite) | ((half & 0x8000u) << 16)));
+}
+
+// Round to nearest even. Below 2^-14 the result is a denormal: adding 0.5 leaves its bits at the end of the mantissa.
+FUSEDRNN_INLINE void store(Fp16* p, Vec<float> v, int n = kFloatLanes) {
+  const U32 all = (U32)v.raw, sign = (all >> 16) & 0x8000u, bits = all & 0x7fffffffu;
+  const U32 normal = (bits - 0x38000000u + 0xfffu + ((bits >> 13) & 1u)) >> 13;
+  const U32 denormal = (U32)((F32)bits + 0.5f) - 0x3f000000u;
+  const U32 special = choose((U32)(bits > 0x7f800000u), U32{} + 0x7e00u, U32{} + 0x7c00u);
+  U32 half = choose((U32)(bits < 0x38800000u), denormal, normal);
+  half = choose((U32)(bits >= 0x47800000u), special, half);
+  narrow(&p->bits, half | sign, n);
+}
+
+// One value, for packing weights.
+FUSEDRNN_INLINE float value(float x) { return x; }
+FUSEDRNN_INLINE double value(double x) { return x; }
+template <class S>
+FUSEDRNN_INLINE float value(const S& x) { return load(&x, 1).raw[0]; }
+
+// ------------------------------------------------------------------------------------------------- functions
+
+template <class F>
+constexpr F inverse_factorial(int k) { return k < 2 ? F(1) : inverse_factorial<F>(k - 1) / F(k); }
+
+// x = n ln 2 + r with integer n. Gives exp(r) - 1 by its series, and 2^n. |x| must be within the exponent's range.
+template <class F>
+FUSEDRNN_INLINE void split_exp(Vec<F> x, Vec<F>& expm1_r, Vec<F>& power) {
+  using V = Vec<F>;
+  using Fmt = Format<F>;
+  const V shifted = x * V(F(1.4426950408889634074)) + V(Fmt::kRound);
+  const V n = shifted - V(Fmt::kRound);
+  const V r = x - n * V(Fmt::kLn2High) - n * V(Fmt::kLn2Low);
+  V sum = V(inverse_factorial<F>(Fmt::kExpTerms));  // the Taylor series by Horner's rule
+#pragma GCC unroll 16
+  for (int k = Fmt::kExpTerms - 1; k >= 1; --k) sum = sum * r + V(inverse_factorial<F>(k));
+  expm1_r = sum * r;
+  power = V((typename V::Raw)(((typename V::RawBits)shifted.raw + Fmt::kBias) << Fmt::kMantissa));
+}
+
+// NaN compares false and so passes through unclamped.
+template <class F>
+FUSEDRNN_INLINE Vec<F> clamp(Vec<F> x, F range) {
+  using V = Vec<F>;
+  x = where((x.raw > V(range).raw), V(range), x);
+  return where((x.raw < V(-range).raw), V(-range), x);
+}
+
+template <class F>
+FUSEDRNN_INLINE Vec<F> sigmoid(Vec<F> x) {
+  using V = Vec<F>;
+  V expm1_r, power;
+  split_exp(clamp(V(F(0)) - x, Format<F>::kExpRange), expm1_r, power);
+  return V(F(1)) / (V(F(1)) + (power + power * expm1_r));
+}
+
+// tanh |x| = e / (e + 2) with e = exp(2 |x|) - 1, which keeps the relative accuracy of small x.
+template <class F>
+FUSEDRNN_INLINE Vec<F> tanh(Vec<F> x) {
+  using V = Vec<F>;
+  using Bits = typename V::RawBits;
+  const Bits sign = (Bits)V(F(-0.0)).raw;
+  const V magnitude = clamp(V((typename V::Raw)((Bits)x.raw & ~sign)), Format<F>::kTanhRange);
+  V expm1_r, power;
+  split_exp(magnitude + magnitude, expm1_r, power);
+  const V e = power * expm1_r + (power - V(F(1)));
+  const V t = e / (e + V(F(2)));
+  return V((typename V::Raw)((Bits)t.raw | ((Bits)x.raw & sign)));
+}
+
+template <class F>
+FUSEDRNN_INLINE Vec<F> relu(Vec<F> x) { return where((x.raw < Vec<F>(F(0)).raw), Vec<F>(F(0)), x); }
+
+template <class F>
+FUSEDRNN_INLINE Vec<F> relu_grad(Vec<F> y, Vec<F> grad) { return where((y.raw <= Vec<F>(F(0)).raw), Vec<F>(F(0)), grad); }
+
+template <class F>
+FUSEDRNN_INLINE F sum_lanes(Vec<F> v) {
+  F lanes[Vec<F>::kLanes];
+  __builtin_memcpy(lanes, &v.raw, sizeof lanes);
+#pragma GCC unroll 4
+  for (int half = Vec<F>::kLanes / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  return lanes[0];
+}
+
+}  // namespace FUSEDRNN_ISA
+}  // namespace fusedrnn

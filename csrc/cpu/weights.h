@@ -1,0 +1,155 @@
+// A weight matrix as the steps of a sequence want it: cut in blocks of columns of the product, packed into panels where
+// that pays, and multiplied block by block.
+#pragma once
+#include "product.h"
+#include "team.h"
+
+namespace fusedrnn {
+namespace FUSEDRNN_ISA {
+
+FUSEDRNN_INLINE int64_t blocks_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
+
+// Hands out pieces of one buffer. Over a null buffer it only counts, so one layout function serves to size and to use it.
+struct Arena {
+  char* base;
+  int64_t used = 0;
+  template <class T>
+  T* take(int64_t count) {
+    char* piece = base ? base + used : nullptr;
+    used += blocks_of(count * int64_t(sizeof(T)), kCacheLine) * kCacheLine;
+    return reinterpret_cast<T*>(piece);
+  }
+};
+
+// Rows of a state are this far apart: whole vectors, and never a power of two, which would put all rows into the same
+// few sets of the first-level cache.
+template <class F>
+FUSEDRNN_INLINE int64_t padded_row(int64_t count, int64_t block) {
+  return blocks_of(count, block) * block + int64_t(kCacheLine / sizeof(F));
+}
+
+// w (kGates * units, depth) row-major: the product is a w^T. A block holds the same kUnitVectors vectors of units of every
+// gate, gate after gate, so that whoever has the sums of a block has all gates of its units.
+template <class F, class S, int kGates, int kUnitVectors>
+struct RowWeights {
+  static constexpr int kVectors = kGates * kUnitVectors, kWidth = kVectors * Vec<F>::kLanes;
+  static constexpr int kUnits = kUnitVectors * Vec<F>::kLanes;
+  const S* w;
+  int64_t units, depth;
+  F* panels;  // (blocks, depth, kWidth), null: never packed
+
+  int64_t blocks() const { return blocks_of(units, kUnits); }
+  int64_t panel_size() const { return depth * kWidth; }
+  int64_t valid(int64_t block) const { return units - block * kUnits < kUnits ? units - block * kUnits : kUnits; }
+
+  void pack(int64_t block) const {
+    F* panel = panels + block * panel_size();
+    const int64_t count = valid(block);
+    constexpr int64_t kStrip = 64;  // k at a time, so that the lines written to stay in cache
+    for (int64_t k = 0; k < depth; k += kStrip) {
+      const int64_t end = k + kStrip < depth ? k + kStrip : depth;
+      for (int64_t g = 0; g < kGates; ++g)
+        for (int64_t u = 0; u < kUnits; ++u) {
+          F* column = panel + g * kUnits + u;
+          if (u < count) {
+            const S* row = w + (g * units + block * kUnits + u) * depth;
+            for (int64_t i = k; i < end; ++i) column[i * kWidth] = value(row[i]);
+          } else {
+            for (int64_t i = k; i < end; ++i) column[i * kWidth] = F(0);
+          }
+        }
+    }
+  }
+
+  // sums (rows, kWidth) += a (rows, depth) times the block.
+  void multiply(int64_t block, const F* a, int64_t a_row, int64_t rows, F* sums) const {
+    if (panels) {
+      multiply_columns<F, kVectors>(a, a_row, rows, panels + block * panel_size(), kWidth, depth, sums);
+      return;
+    }
+    for (int64_t g = 0; g < kGates; ++g)
+      multiply_dots<F, S>(a, a_row, rows, w + (g * units + block * kUnits) * depth, depth, valid(block), depth,
+                          sums + g * kUnits, kWidth);
+  }
+};
+
+// w (depth, columns) row-major: the product is a w.
+template <class F, class S>
+struct ColumnWeights {
+  static constexpr int kVectors = 2, kWidth = kVectors * Vec<F>::kLanes;
+  static constexpr int kUnits = kWidth;
+  const S* w;
+  int64_t columns, depth;
+  F* panels;    // (blocks, depth, kWidth), null: packed into scratch at each use
+  F* scratch;   // (depth, kWidth), the calling thread's own
+
+  int64_t blocks() const { return blocks_of(columns, kWidth); }
+  int64_t panel_size() const { return depth * kWidth; }
+
+  void pack(int64_t block) const { pack_into(block, panels + block * panel_size()); }
+
+  void multiply(int64_t block, const F* a, int64_t a_row, int64_t rows, F* sums) const {
+    if (!panels) pack_into(block, scratch);
+    multiply_columns<F, kVectors>(a, a_row, rows, panels ? panels + block * panel_size() : scratch, kWidth, depth, sums);
+  }
+
+ private:
+  void pack_into(int64_t block, F* panel) const {
+    constexpr int kLanes = Vec<F>::kLanes;
+    for (int64_t k = 0; k < depth; ++k)
+      for (int v = 0; v < kVectors; ++v) {
+        const int64_t u = block * kWidth + v * kLanes;
+        store(panel + k * kWidth + v * kLanes, load(w + k * columns + u, lanes_left<F>(u, columns)));
+      }
+  }
+};
+
+// A row of a state of `width` values: row `row` of `from` (rows, count) and zeros behind it; all zeros where from is null.
+template <class F, class S>
+FUSEDRNN_INLINE void load_row(F* to, int64_t width, const S* from, int64_t row, int64_t count) {
+  constexpr int kLanes = Vec<F>::kLanes;
+  for (int64_t u = 0; u < width; u += kLanes)
+    store(to + u, from && u < count ? load(from + row * count + u, lanes_left<F>(u, count)) : Vec<F>(F(0)),
+          lanes_left<F>(u, width));
+}
+
+// Which rows of the batch a team has: every slices-th one, so that sequences sorted by length are spread evenly.
+struct TeamRows {
+  int64_t direction, slice, slices;
+  int64_t count(int64_t batch) const { return batch > slice ? (batch - slice + slices - 1) / slices : 0; }
+  int64_t batch_row(int64_t r) const { return slice + r * slices; }
+};
+
+constexpr int64_t kSumRows = 48;  // rows of the batch per visit to a block: their sums stay in the first-level cache
+
+// What is common to the passes: the threads of a call and where they meet. Pass is one of ForwardPass, BackwardPass; it
+// gives division(threads), prepare(thread's rows, barrier) and run(...).
+struct Crew {
+  Barrier::Count* counts;  // (2, threads) each thread's count at its team's barrier, then at its direction's
+  int threads;
+
+  Crew(Arena& arena, int threads) : counts(arena.take<Barrier::Count>(2 * threads)), threads(threads) {
+    if (arena.base)
+      for (int i = 0; i < 2 * threads; ++i) counts[i].reached = 0;
+  }
+
+  // Calls member(rows, thread, place in the team, team's barrier, place in the direction, direction's barrier) on every thread
+  // for every team that it serves: one, unless there are fewer threads than directions.
+  template <class Divide, class Member>
+  void run(const Divide& divide, const Member& member) const {
+    run_team(divide(threads).threads(), [&](int thread, int granted) {
+      const Division division = divide(granted);
+      const int members = division.members, per_direction = division.slices * members;
+      const int stride = granted < division.threads() ? granted : division.threads();
+      for (int place = thread; thread < stride && place < division.threads(); place += stride) {
+        const int team = place / members, direction = place / per_direction;
+        member(TeamRows{direction, team % division.slices, division.slices}, thread, place % members,
+               Barrier{counts + team * members, members}, place % per_direction,
+               Barrier{counts + threads + direction * per_direction, per_direction});
+      }
+    });
+  }
+};
+
+}  // namespace FUSEDRNN_ISA
+}  // namespace fusedrnn

@@ -1,0 +1,61 @@
+// What the operators hand to the engines: plain structs of pointers, sizes and strides. No torch, no device.
+// T steps, B rows of the batch, H hidden units, P = proj_size or H, D directions, G gates of the cell.
+#pragma once
+#include <cstdint>
+
+namespace fusedrnn {
+
+enum class Dtype { kFloat32, kFloat64, kBFloat16, kFloat16 };  // of every tensor of a call
+constexpr int kMaxDirections = 2;
+
+// Step t has rows(t) rows of the batch; they lie at row_offset(t), row_offset(t) + 1, ... of a sequence stored row
+// after row. Padded input is the case where every step has B rows.
+struct Steps {
+  int64_t T, B;
+  const int64_t* batch_sizes;  // (T), non-increasing; null: padded
+  const int64_t* offsets;      // (T), sum of the batch sizes before t; null: padded
+  int64_t rows(int64_t t) const { return batch_sizes ? batch_sizes[t] : B; }
+  int64_t row_offset(int64_t t) const { return offsets ? offsets[t] : t * B; }
+};
+
+// One call of an engine: one layer, all its directions. Direction 1 runs from the last step to the first.
+// Every tensor is dense in the stated order, but for gates_x, whose rows may lie anywhere.
+struct LayerParams {
+  int cell;  // id in cells/cells.h
+  Dtype dtype;
+  Steps steps;
+  int64_t H, P, D;
+  int threads;                               // at most so many threads
+  const void* weight_hh[kMaxDirections];     // (G*H, P)
+  const void* weight_hr[kMaxDirections];     // (P, H), null: no projection, P == H
+  const void* hx;                            // (D, B, P), null: zeros
+  const void* cx;                            // (D, B, H), null: zeros
+};
+
+struct ForwardParams : LayerParams {
+  const void* gates_x[kMaxDirections];       // x W_ih^T + b_ih; (T, B, G*H), last dimension dense
+  int64_t gates_x_step[kMaxDirections];      // elements from step t to t+1 (padded)
+  int64_t gates_x_row[kMaxDirections];       // elements from row b to b+1
+  const void* bias_hh[kMaxDirections];       // (G*H), null: zeros
+  void* output;                              // (rows, D, P)
+  void* hy;                                  // (D, B, P)
+  void* cy;                                  // (D, B, H), null where the cell has one state
+  bool save;                                 // whether the next two are wanted
+  void* saved;                               // (rows, D, kSaved, H)
+  void* states;                              // (rows, D, S, H): the states 1.. and, projected, state 0 before it
+};
+
+struct BackwardParams : LayerParams {
+  const void* output;                        // as forward wrote them
+  const void* saved;
+  const void* states;
+  const void* grad_output;                   // (rows, D, P), null: zeros
+  const void* grad_hy;                       // (D, B, P), null: zeros
+  const void* grad_cy;                       // (D, B, H), null: zeros
+  void* grad_pre;                            // (rows, D, kPre, H)
+  void* grad_hx;                             // (D, B, P), null: not wanted
+  void* grad_cx;                             // (D, B, H), null: not wanted
+  void* grad_proj;                           // (rows, D, P): gradient of the projected state, all its uses; null: no projection
+};
+
+}  // namespace fusedrnn

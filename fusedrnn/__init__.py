@@ -1,0 +1,20 @@
+"""torch.nn's recurrent layers on another engine: same constructors, parameters, results and errors; faster.
+
+    import fusedrnn
+    lstm = fusedrnn.LSTM(28, 128)            # was torch.nn.LSTM(28, 128)
+    model = fusedrnn.convert(model)          # or: every stock layer of a model, in place
+    print(fusedrnn.explain(lstm, x))         # which kernel runs this call, and why no other
+"""
+
+from . import _load
+
+_load.load()  # the engine's shared libraries: one clear error here instead of an obscure one at the first call
+
+from . import functional  # noqa: E402
+from ._version import __version__  # noqa: E402
+from .cells import GRUCell, LSTMCell, RNNCell  # noqa: E402
+from .convert import convert  # noqa: E402
+from .explain import explain  # noqa: E402
+from .modules import GRU, LSTM, RNN  # noqa: E402
+
+__all__ = ["GRU", "GRUCell", "LSTM", "LSTMCell", "RNN", "RNNCell", "__version__", "convert", "explain", "functional"]

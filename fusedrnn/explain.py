@@ -1,0 +1,69 @@
+"""Say which kernel a call would run, and for every other kernel why not."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from . import _C, select
+from .cells import FusedCell
+from .convert import FUSED_OF_STOCK
+from .modules import FusedLayer
+
+INSTRUCTION_SETS = ("avx512", "avx2", "baseline")
+
+
+def explain(module: nn.Module, input: Tensor | PackedSequence, hx=None) -> str:
+    """Which kernel `module(input, hx)` runs, and for each other one why it does not. Runs nothing.
+
+    Args:
+        module: a layer or cell of fusedrnn, or of torch.nn.
+        input, hx: as for the call.
+    Returns:
+        a few lines to print: the call, the kernel that runs, and a line for each kernel that does not.
+    Raises:
+        TypeError: module is no recurrent layer or cell.
+
+    >>> import fusedrnn, torch
+    >>> print(explain(fusedrnn.GRU(3, 5), torch.randn(7, 2, 3)))  # doctest: +ELLIPSIS
+    fusedrnn.GRU(3, 5), input (7, 2, 3) float32 on cpu
+      runs  fused engine, ...
+    """
+    data = input.data if isinstance(input, PackedSequence) else input
+    if isinstance(module, (FusedLayer, FusedCell)):
+        package, stock = "fusedrnn", module.stock
+        reason = _reason_for_stock(module, input, hx)
+    elif isinstance(module, tuple(FUSED_OF_STOCK)):
+        package, stock = "torch.nn", type(module)
+        reason = "the module is torch.nn's own; fusedrnn.convert(model) changes that"
+    else:
+        raise TypeError(f"fusedrnn.explain: module must be a recurrent layer or cell, got {type(module).__name__}")
+
+    kernels = {f"torch.nn.{stock.__name__}": None if reason else "the fused engine takes the call"}
+    for isa in INSTRUCTION_SETS:
+        kernels[f"fused engine, {isa}"] = reason or _reason_against(isa)
+    packed = "packed " if data is not input else ""
+    dtype = str(data.dtype).removeprefix("torch.")
+    lines = [f"{package}.{module}, {packed}input {tuple(data.shape)} {dtype} on {data.device}"]
+    chosen = next(name for name, why_not in kernels.items() if why_not is None)
+    lines.append(f"  runs  {chosen}")
+    lines += [f"  not   {name}: {why_not}" for name, why_not in kernels.items() if why_not]
+    return "\n".join(lines)
+
+
+def _reason_for_stock(module: FusedLayer | FusedCell, input: Tensor | PackedSequence, hx) -> str | None:
+    data, batch_sizes = (input.data, input.batch_sizes) if isinstance(input, PackedSequence) else (input, None)
+    h, c = module._split_states(hx)
+    states = tuple(state for state in (h, c) if state is not None)
+    reason = select.reason_for_fallback(data, states, module._weights_by_name())
+    if reason is None and not module._fits(data, h, c, batch_sizes):
+        reason = select.MISFIT
+    return reason
+
+
+def _reason_against(isa: str) -> str | None:
+    """Why the engine does not run in this instruction set; None for the one it runs in."""
+    if isa == _C.cpu_isa():
+        return None
+    if isa not in _C.cpu_isas():
+        return "this processor, or this build, has it not"
+    return f"{_C.cpu_isa()} is preferred; the environment variable FUSEDRNN_CPU_ISA={isa} forces it"

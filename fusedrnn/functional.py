@@ -1,0 +1,183 @@
+"""Recurrent layers as functions of their weights, and the stack of layers that the modules run.
+
+`rnn`, `rnn_tanh`, `rnn_relu`, `lstm` and `gru` take what torch.lstm and its kin take, in the same order; the padded and
+the packed form are one function, told apart by `batch_sizes`. Shapes and gate order are torch's.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, _VF
+
+from . import autograd, select
+from .reference import Weights
+
+
+def group_weights(params: Sequence[Tensor | None], has_biases: bool, num_layers: int,
+                  num_directions: int) -> list[list[Weights]]:
+    """Cut torch's flat list of weights into layers, directions, and (ih, hh, bias_ih, bias_hh, hr) with None for absent.
+
+    Raises:
+        ValueError: the count is that of no layer. A direction has 2 weights, 2 biases if has_biases, and 1 projection
+            or none.
+    """
+    bare = 4 if has_biases else 2
+    directions = num_layers * num_directions
+    size = len(params) // directions
+    if size * directions != len(params) or not bare <= size <= bare + 1:
+        raise ValueError(
+            f"fusedrnn.functional: params must hold {bare} tensors, or {bare + 1} with projections, for each of "
+            f"{num_layers} layers and {num_directions} directions, got {len(params)} tensors in all"
+        )
+    grouped = []
+    for at in range(0, len(params), size):
+        bias_ih, bias_hh = params[at + 2: at + 4] if has_biases else (None, None)
+        weight_hr = params[at + bare] if size > bare else None
+        grouped.append((params[at], params[at + 1], bias_ih, bias_hh, weight_hr))
+    return [grouped[at: at + num_directions] for at in range(0, directions, num_directions)]
+
+
+def stack(cell: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, params: Sequence[Tensor | None],
+          has_biases: bool, num_layers: int, dropout: float, train: bool, bidirectional: bool, batch_first: bool,
+          batch_sizes: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Run the engine layer upon layer, on arguments already known to suit it. cy is None but for "lstm"."""
+    num_directions = 2 if bidirectional else 1
+    layers = group_weights(params, has_biases, num_layers, num_directions)
+    if batch_sizes is not None and hx is None:
+        hx, cx = zero_states(cell, input, int(batch_sizes[0]), layers)
+    if num_layers == 1:
+        output, hy, cy = autograd.layer(cell, input, hx, cx, layers[0], batch_sizes, batch_first)
+    else:
+        absent = (None,) * num_layers
+        each_hx = absent if hx is None else hx.split(num_directions)
+        each_cx = absent if cx is None else cx.split(num_directions)
+        output, hys, cys = input, [], []
+        for k, weights in enumerate(layers):
+            if k > 0 and dropout and train:
+                # torch's own dropout on torch's own layout, so that a seeded run draws the mask torch.nn would draw
+                output = torch.dropout(output, dropout, True)
+            output, hy, cy = autograd.layer(
+                cell, output, each_hx[k], each_cx[k], weights, batch_sizes, batch_first and k == 0)
+            hys.append(hy)
+            cys.append(cy)
+        hy = torch.cat(hys)
+        cy = torch.cat(cys) if cell == "lstm" else None
+    return output.transpose(0, 1) if batch_first else output, hy, cy
+
+
+def stack_cast(dtype: torch.dtype, cell, input, hx, cx, params, *options) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`stack` with torch's autocast in force, which would give a result of this dtype: cast everything to it and run."""
+    input, hx, cx, *params = (None if t is None else t.to(dtype) for t in (input, hx, cx, *params))
+    with torch.autocast(input.device.type, enabled=False):
+        return stack(cell, input, hx, cx, params, *options)
+
+
+def split_pair(hx) -> tuple:
+    """(h, c) of an LSTM's hx: (None, None) if it is None, (hx, None) if it is no pair of states, which fits no LSTM."""
+    if hx is None:
+        return None, None
+    if isinstance(hx, (tuple, list)) and len(hx) == 2 and hx[0] is not None and hx[1] is not None:
+        return hx
+    return hx, None
+
+
+def zero_states(cell: str, input: Tensor, batch: int, layers: list[list[Weights]]) -> tuple[Tensor, Tensor | None]:
+    """Initial states of zeros: hx (L*D, B, P), and cx (L*D, B, H) for "lstm"."""
+    _, weight_hh, _, _, weight_hr = layers[0][0]
+    P = weight_hh.size(1)
+    H = P if weight_hr is None else weight_hr.size(1)
+    directions = len(layers) * len(layers[0])
+    hx = input.new_zeros(directions, batch, P)
+    return hx, input.new_zeros(directions, batch, H) if cell == "lstm" else None
+
+
+def _run(cell, input, hx, cx, params, has_biases, num_layers, dropout, train, bidirectional, batch_first, batch_sizes):
+    states = [state for state in (hx, cx) if state is not None]
+    options = (has_biases, num_layers, dropout, train, bidirectional, batch_first, batch_sizes)
+    if select.is_ordinary(input, states, params):
+        return stack(cell, input, hx, cx, params, *options)
+    reason = select.reason_for_fallback(input, states, params)
+    if reason is None:
+        onednn = cell == "lstm" and batch_sizes is None and len(params) % 2 == 0
+        dtype = select.autocast_dtype(cell, input, hx, onednn)
+        run = stack if dtype is None else partial(stack_cast, dtype)
+        return run(cell, input, hx, cx, params, *options)
+
+    if hx is None:
+        batch = input.size(0 if batch_first else 1) if batch_sizes is None else int(batch_sizes[0])
+        layers = group_weights(params, has_biases, num_layers, 2 if bidirectional else 1)
+        hx, cx = zero_states(cell, input, batch, layers)
+    hidden = hx if cell != "lstm" else (hx, cx)
+    where = (input, hidden) if batch_sizes is None else (input, batch_sizes, hidden)
+    tail = (batch_first,) if batch_sizes is None else ()
+    result = getattr(_VF, cell)(*where, params, has_biases, num_layers, float(dropout), train, bidirectional, *tail)
+    select.warn_once(f"fusedrnn.functional.{cell}", f"torch.{cell}", reason)
+    return result if cell == "lstm" else (*result, None)
+
+
+def lstm(input: Tensor, hx: tuple[Tensor, Tensor] | None, params: Sequence[Tensor], has_biases: bool = True,
+         num_layers: int = 1, dropout: float = 0.0, train: bool = False, bidirectional: bool = False,
+         batch_first: bool = False, *, batch_sizes: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Long short-term memory: torch.lstm, which needs every argument and an hx, on the fused engine.
+
+    Args:
+        input: (T, B, I), (B, T, I) if batch_first, or with batch_sizes the data (N, I) of a PackedSequence.
+        hx: (h (L*D, B, P), c (L*D, B, H)), or None for zeros. Of a PackedSequence: in its sorted order.
+        params: for each layer, for each direction: weight_ih (4H, I or D*P), weight_hh (4H, P), then if has_biases
+            bias_ih (4H,), bias_hh (4H,), then with projections weight_hr (P, H). Gates in the order i, f, g, o.
+        dropout: probability with which an element between two layers is zeroed, if train.
+        batch_sizes: (T,) int64 on the CPU; batch_first does not count then.
+    Returns:
+        output (T, B, D*P), (B, T, D*P) or (N, D*P); hy (L*D, B, P); cy (L*D, B, H).
+    Raises:
+        ValueError: the number of params fits no such layers.
+        RuntimeError: a shape does not fit.
+
+    >>> import torch
+    >>> m = torch.nn.LSTM(3, 5)
+    >>> output, hy, cy = lstm(torch.randn(7, 2, 3), None, list(m.parameters()))
+    >>> output.shape, hy.shape
+    (torch.Size([7, 2, 5]), torch.Size([1, 2, 5]))
+    """
+    h, c = (None, None) if hx is None else hx
+    return _run("lstm", input, h, c, params, has_biases, num_layers, dropout, train, bidirectional,
+                batch_first and batch_sizes is None, batch_sizes)
+
+
+def gru(input: Tensor, hx: Tensor | None, params: Sequence[Tensor], has_biases: bool = True, num_layers: int = 1,
+        dropout: float = 0.0, train: bool = False, bidirectional: bool = False, batch_first: bool = False, *,
+        batch_sizes: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Gated recurrent unit: torch.gru on the fused engine.
+
+    As `lstm`, but hx is one tensor (L*D, B, H) or None, weights have 3H rows (gates r, z, n), there are no projections,
+    and (output, hy) is returned.
+    """
+    return _run("gru", input, hx, None, params, has_biases, num_layers, dropout, train, bidirectional,
+                batch_first and batch_sizes is None, batch_sizes)[:2]
+
+
+def rnn(input: Tensor, hx: Tensor | None, params: Sequence[Tensor], has_biases: bool = True, num_layers: int = 1,
+        dropout: float = 0.0, train: bool = False, bidirectional: bool = False, batch_first: bool = False, *,
+        nonlinearity: str = "tanh", batch_sizes: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Elman's network: torch.rnn_tanh or torch.rnn_relu on the fused engine.
+
+    As `gru`, with H rows to a weight.
+
+    Raises:
+        ValueError: nonlinearity is neither "tanh" nor "relu".
+    """
+    if nonlinearity not in ("tanh", "relu"):
+        raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
+    return _run(f"rnn_{nonlinearity}", input, hx, None, params, has_biases, num_layers, dropout, train, bidirectional,
+                batch_first and batch_sizes is None, batch_sizes)[:2]
+
+
+def rnn_tanh(*args, **kwargs) -> tuple[Tensor, Tensor]:
+    """`rnn` with nonlinearity "tanh"."""
+    return rnn(*args, nonlinearity="tanh", **kwargs)
+
+
+def rnn_relu(*args, **kwargs) -> tuple[Tensor, Tensor]:
+    """`rnn` with nonlinearity "relu"."""
+    return rnn(*args, nonlinearity="relu", **kwargs)

@@ -1,0 +1,280 @@
+"""RNN, LSTM and GRU: torch.nn's layers, run by the fused engine.
+
+Construction, parameters, state and most helper methods are torch.nn.RNNBase's. They derive from it and not from
+torch.nn.LSTM and its kin, because torch.compile refuses instances of those. What is not the engine's business stays
+torch's: a call that the engine does not take, a malformed one included, runs through the stock class's own `forward`, so
+that it is served, or refused, exactly as there.
+"""
+
+import inspect
+from collections.abc import Callable
+from copy import copy
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.fx import Proxy
+from torch.nn import RNNBase
+from torch.nn.utils.rnn import PackedSequence
+
+from . import functional, select
+
+CELL_OF_MODE = {"RNN_TANH": "rnn_tanh", "RNN_RELU": "rnn_relu", "LSTM": "lstm", "GRU": "gru"}
+
+
+def _signature_of(declared: Callable) -> Callable:
+    """Let an `__init__(self, *args, **kwargs)` show the signature it has in fact.
+
+    The open form keeps the words of torch's TypeErrors; the signature serves help(), editors and torch.nn.utils.skip_init,
+    which refuses a class that shows no `device`.
+    """
+    def show(init: Callable) -> Callable:
+        init.__signature__ = inspect.signature(declared)
+        return init
+
+    return show
+
+
+class FusedLayer(RNNBase):
+    """What RNN, LSTM and GRU share: a call, from torch's arguments to the engine's and back. Not for direct use."""
+
+    stock: type[RNNBase]  # the torch.nn class that this one stands for
+
+    def forward(self, input, hx=None):
+        packed = isinstance(input, PackedSequence)
+        if packed:
+            data, batch_sizes, sorted_indices, unsorted_indices = input
+        else:
+            data, batch_sizes = input, None
+        h, c = self._split_states(hx)
+        states = () if h is None else (h,) if c is None else (h, c)
+        weights = self._weights_by_name()
+
+        cell, run = CELL_OF_MODE[self.mode], functional.stack
+        if not select.is_ordinary(data, states, weights):
+            if isinstance(input, Proxy) or isinstance(h, Proxy):
+                return select.record_as_leaf(self, input, hx)
+            reason = select.reason_for_fallback(data, states, weights)
+            if reason is not None:
+                return select.run_stock(self, input, hx, reason)
+            dtype = select.autocast_dtype(cell, data, h, onednn=cell == "lstm" and not packed and not self.proj_size)
+            if dtype is not None:
+                run = partial(functional.stack_cast, dtype)
+        if not self._fits(data, h, c, batch_sizes):
+            return select.run_stock(self, input, hx, select.MISFIT)
+
+        batched = packed or data.dim() == 3
+        if not batched:
+            data = data.unsqueeze(1)
+            h = h if h is None else h.unsqueeze(1)
+            c = c if c is None else c.unsqueeze(1)
+        elif packed and sorted_indices is not None:
+            h = h if h is None else h.index_select(1, sorted_indices)
+            c = c if c is None else c.index_select(1, sorted_indices)
+
+        output, hy, cy = run(
+            cell, data, h, c, weights, self.bias, self.num_layers, self.dropout, self.training, self.bidirectional,
+            self.batch_first and batched and not packed, batch_sizes,
+        )
+
+        if not batched:
+            output, hy = output.squeeze(1), hy.squeeze(1)
+            cy = cy if cy is None else cy.squeeze(1)
+        elif packed:
+            output = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
+            if unsorted_indices is not None:
+                hy = hy.index_select(1, unsorted_indices)
+                cy = cy if cy is None else cy.index_select(1, unsorted_indices)
+        return output, hy if cy is None else (hy, cy)
+
+    def _split_states(self, hx):
+        """(h, c) out of the caller's hx, (None, None) if there is none."""
+        return hx, None
+
+    def _weights_by_name(self) -> list[Tensor | None]:
+        """The weights as they are now: a name may hold another tensor at every call (parametrize, functional_call)."""
+        parameters = self._parameters
+        weights = []
+        for name in self._flat_weights_names:
+            weight = parameters.get(name)
+            weights.append(getattr(self, name, None) if weight is None else weight)
+        return weights
+
+    def _fits(self, data: Tensor, h: Tensor | None, c: Tensor | None, batch_sizes: Tensor | None) -> bool:
+        """Whether the shapes are those of this module. If not, torch's own check, in the stock forward, says how."""
+        shape = data.shape
+        if not shape or shape[-1] != self.input_size or self.proj_size and self.mode != "LSTM":
+            return False
+        if batch_sizes is not None:
+            if len(shape) != 2:
+                return False
+            batch = () if h is None else (int(batch_sizes[0]),)
+        elif len(shape) == 3:
+            steps, batch = (shape[1], shape[:1]) if self.batch_first else (shape[0], shape[1:2])
+            if steps == 0:
+                return False
+        elif len(shape) == 2 and shape[0] > 0:
+            batch = ()
+        else:
+            return False
+        if h is None:
+            return True
+        rows = self.num_layers * (2 if self.bidirectional else 1)
+        return h.shape == (rows, *batch, self.proj_size or self.hidden_size) and (
+            c is None or c.shape == (rows, *batch, self.hidden_size))
+
+    def __prepare_scriptable__(self) -> RNNBase:
+        """torch.jit.script gets the stock layer with these very Parameters: it cannot compile this `forward`.
+
+        torch.jit.script also leaves that stock layer in the place of this one in the model it was given.
+        """
+        stock = copy(self)
+        stock.__class__ = self.stock
+        stock._init_flat_weights()
+        return stock
+
+    # torch keeps weak references to the weights in order to notice that one was replaced, and they forbid to swap the
+    # weights (torch.__future__.set_swap_module_params_on_conversion). `_flat_weights` itself tells as much.
+
+    def _init_flat_weights(self) -> None:
+        super()._init_flat_weights()
+        self._flat_weight_refs = []
+
+    def _weights_have_changed(self) -> bool:
+        names = self._flat_weights_names
+        return any(getattr(self, name, None) is not known for name, known in zip(names, self._flat_weights, strict=True))
+
+    def __setstate__(self, state) -> None:
+        super().__setstate__(state)
+        self._flat_weight_refs = []
+
+
+class RNN(FusedLayer):
+    """Elman's recurrent network, tanh or ReLU: torch.nn.RNN on the fused engine.
+
+    For layer k, h_t = tanh(W_ih x_t + b_ih + W_hh h_(t-1) + b_hh), where x_t is the input, or what layer k-1 gives at t.
+
+    Args:
+        input_size: I, features of an input.
+        hidden_size: H, features of a state.
+        num_layers: L, layers one upon the other.
+        nonlinearity: "tanh" or "relu". The 4th positional argument, as in torch.
+        bias: False leaves out b_ih and b_hh.
+        batch_first: input and output are (B, T, ...) instead of (T, B, ...). Does not touch the states.
+        dropout: probability with which, in training, an element between two layers is zeroed.
+        bidirectional: a second direction runs from the end; D is 2 then, otherwise 1.
+        device, dtype: of the parameters.
+
+    Call:
+        input (T, B, I), (B, T, I) if batch_first, (T, I) unbatched, or a PackedSequence; hx (L*D, B, H), unbatched
+        (L*D, H), or None for zeros. Returns the output, (T, B, D*H) or as the input is laid out, and hy, shaped as hx.
+
+    Raises:
+        what torch.nn.RNN raises, in its words.
+
+    >>> import torch
+    >>> output, hy = RNN(10, 20, 2)(torch.randn(5, 3, 10))
+    >>> output.shape, hy.shape
+    (torch.Size([5, 3, 20]), torch.Size([2, 3, 20]))
+    """
+
+    stock = torch.nn.RNN
+
+    def _declared(self, input_size: int, hidden_size: int, num_layers: int = 1, nonlinearity: str = "tanh",
+                  bias: bool = True, batch_first: bool = False, dropout: float = 0.0, bidirectional: bool = False,
+                  device=None, dtype=None) -> None: ...
+
+    @_signature_of(_declared)
+    def __init__(self, *args, **kwargs) -> None:
+        _refuse_proj_size(kwargs)
+        if len(args) > 3:
+            self.nonlinearity = args[3]
+            args = args[:3] + args[4:]
+        else:
+            self.nonlinearity = kwargs.pop("nonlinearity", "tanh")
+        if self.nonlinearity not in ("tanh", "relu"):
+            raise ValueError(f"Unknown nonlinearity '{self.nonlinearity}'. Select from 'tanh' or 'relu'.")
+        super().__init__(f"RNN_{self.nonlinearity.upper()}", *args, **kwargs)
+
+
+class LSTM(FusedLayer):
+    """Long short-term memory: torch.nn.LSTM on the fused engine.
+
+        i, f, o = sigmoid(W_ih x_t + b_ih + W_hh h_(t-1) + b_hh), each its own rows; g = tanh(...) likewise
+        c_t = f c_(t-1) + i g,  h_t = o tanh(c_t),  and with projections h_t = W_hr o tanh(c_t)
+
+    Args:
+        proj_size: P > 0 projects h to P features, so that a state h is (…, P) and c is (…, H). 0: no projection, P = H.
+        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype: as in `RNN`.
+
+    Call:
+        As `RNN`, but hx is a pair (h, c), (L*D, B, P) and (L*D, B, H), or None, and (output, (hy, cy)) is returned;
+        output (T, B, D*P).
+
+    Raises:
+        what torch.nn.LSTM raises, in its words.
+
+    >>> import torch
+    >>> output, (hy, cy) = LSTM(10, 20, bidirectional=True)(torch.randn(5, 3, 10))
+    >>> output.shape, hy.shape
+    (torch.Size([5, 3, 40]), torch.Size([2, 3, 20]))
+    """
+
+    stock = torch.nn.LSTM
+
+    def _declared(self, input_size: int, hidden_size: int, num_layers: int = 1, bias: bool = True,
+                  batch_first: bool = False, dropout: float = 0.0, bidirectional: bool = False, proj_size: int = 0,
+                  device=None, dtype=None) -> None: ...
+
+    @_signature_of(_declared)
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__("LSTM", *args, **kwargs)
+
+    def _split_states(self, hx):
+        return functional.split_pair(hx)
+
+    def _fits(self, data, h, c, batch_sizes) -> bool:
+        return (h is None) == (c is None) and super()._fits(data, h, c, batch_sizes)
+
+    # What the stock forward needs beyond RNNBase.
+    get_expected_cell_size = torch.nn.LSTM.get_expected_cell_size
+    check_forward_args = torch.nn.LSTM.check_forward_args
+    permute_hidden = torch.nn.LSTM.permute_hidden
+
+
+class GRU(FusedLayer):
+    """Gated recurrent unit: torch.nn.GRU on the fused engine.
+
+        r, z = sigmoid(W_ih x_t + b_ih + W_hh h_(t-1) + b_hh), each its own rows
+        n = tanh(W_in x_t + b_in + r (W_hn h_(t-1) + b_hn)),  h_t = (1 - z) n + z h_(t-1)
+
+    Args:
+        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype: as in `RNN`.
+
+    Call:
+        As `RNN`.
+
+    Raises:
+        what torch.nn.GRU raises, in its words.
+
+    >>> import torch
+    >>> output, hy = GRU(10, 20, batch_first=True)(torch.randn(3, 5, 10))
+    >>> output.shape, hy.shape
+    (torch.Size([3, 5, 20]), torch.Size([1, 3, 20]))
+    """
+
+    stock = torch.nn.GRU
+
+    def _declared(self, input_size: int, hidden_size: int, num_layers: int = 1, bias: bool = True,
+                  batch_first: bool = False, dropout: float = 0.0, bidirectional: bool = False,
+                  device=None, dtype=None) -> None: ...
+
+    @_signature_of(_declared)
+    def __init__(self, *args, **kwargs) -> None:
+        _refuse_proj_size(kwargs)
+        super().__init__("GRU", *args, **kwargs)
+
+
+def _refuse_proj_size(kwargs: dict) -> None:
+    if "proj_size" in kwargs:
+        raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")

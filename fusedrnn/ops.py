@@ -1,0 +1,55 @@
+"""The registered operators under typed names, what they give to a compiler, and the cells' traits.
+
+An operator computes the recurrence of one layer in all its directions; `fusedrnn/autograd.py` puts the input product and the
+gradients of the weights around it. Shapes: T steps, B rows of the batch, H hidden units, P projection size or H, D
+directions, G gates. With `batch_sizes` (the (T,) int64 tensor of a PackedSequence) a leading (T, B) is (rows,).
+"""
+
+import torch
+
+from . import _C
+
+#: For each cell: gates, pre (pre-activations per unit), states, saved, and the maps x_pre and h_pre from gate to pre-activation.
+TRAITS = _C.cell_traits()
+
+#: (cell, gates_x, weight_hh, bias_hh, weight_hr, hx, cx, batch_sizes, save) -> (output, hy, cy, saved, states)
+recurrence_forward = torch.ops.fusedrnn.recurrence_forward.default
+
+#: (cell, weight_hh, weight_hr, hx, cx, output, saved, states, batch_sizes, grad_output, grad_hy, grad_cy,
+#: need_grad_hx, need_grad_cx) -> (grad_pre, grad_hx, grad_cx, grad_proj)
+recurrence_backward = torch.ops.fusedrnn.recurrence_backward.default
+
+
+def _batch_size(sequence, hx, batch_sizes):
+    if batch_sizes is None:
+        return sequence.shape[1]
+    return torch.library.get_ctx().new_dynamic_size() if hx is None else hx.shape[1]
+
+
+@torch.library.register_fake("fusedrnn::recurrence_forward")
+def _(cell, gates_x, weight_hh, bias_hh, weight_hr, hx, cx, batch_sizes, save):
+    traits, directions, like = TRAITS[cell], len(weight_hh), weight_hh[0]
+    hidden, width = like.shape[0] // traits["gates"], like.shape[1]
+    rows, batch = gates_x[0].shape[:-1], _batch_size(gates_x[0], hx, batch_sizes)
+    extra = traits["states"] - 1 + bool(weight_hr)
+    return (
+        like.new_empty(*rows, directions * width),
+        like.new_empty(directions, batch, width),
+        like.new_empty(directions, batch, hidden) if traits["states"] > 1 else like.new_empty(0),
+        like.new_empty(*rows, directions, traits["saved"], hidden) if save else like.new_empty(0),
+        like.new_empty(*rows, directions, extra, hidden) if save else like.new_empty(0),
+    )
+
+
+@torch.library.register_fake("fusedrnn::recurrence_backward")
+def _(cell, weight_hh, weight_hr, hx, cx, output, saved, states, batch_sizes, grad_output, grad_hy, grad_cy,
+      need_grad_hx, need_grad_cx):
+    traits, directions, like = TRAITS[cell], len(weight_hh), weight_hh[0]
+    hidden, width = like.shape[0] // traits["gates"], like.shape[1]
+    rows, batch = output.shape[:-1], _batch_size(output, hx, batch_sizes)
+    return (
+        like.new_empty(*rows, directions, traits["pre"], hidden),
+        like.new_empty(directions, batch, width) if need_grad_hx else like.new_empty(0),
+        like.new_empty(directions, batch, hidden) if need_grad_cx else like.new_empty(0),
+        like.new_empty(*rows, directions, width) if weight_hr else like.new_empty(0),
+    )

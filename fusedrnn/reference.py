@@ -1,0 +1,109 @@
+"""The readable truth: every cell and the scan over time, in plain torch.
+
+One step of each cell, then the loop that carries a state through a sequence. Any dtype, any device, differentiable any
+number of times. The engine is tested against this file in float64, and second derivatives run through it. It is slow.
+
+Shapes: T steps, B sequences, I inputs, H hidden units, P = proj_size or H, G gates, D directions.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+"""One direction: weight_ih (G*H, I), weight_hh (G*H, P), bias_ih (G*H), bias_hh (G*H), weight_hr (P, H)."""
+
+
+# A step takes gates_x = x W_ih^T + b_ih and gates_h = h W_hh^T + b_hh, both (B, G*H), and the states before it, each
+# (B, H): (h,) or (h, c). It returns the states after it.
+
+
+def rnn_tanh(gates_x: Tensor, gates_h: Tensor, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """h' = tanh(gates_x + gates_h). Elman, "Finding structure in time" (1990); torch.nn.RNN."""
+    return (torch.tanh(gates_x + gates_h),)
+
+
+def rnn_relu(gates_x: Tensor, gates_h: Tensor, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """h' = max(0, gates_x + gates_h). Le, Jaitly, Hinton, arXiv:1504.00941 (2015); torch.nn.RNN."""
+    return (torch.relu(gates_x + gates_h),)
+
+
+def lstm(gates_x: Tensor, gates_h: Tensor, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """c' = f c + i g, h' = o tanh(c'). Gers, Schmidhuber, Cummins, "Learning to forget" (2000); torch.nn.LSTM."""
+    _, c = states
+    i, f, g, o = (gates_x + gates_h).chunk(4, -1)
+    c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+    return torch.sigmoid(o) * torch.tanh(c), c
+
+
+def gru(gates_x: Tensor, gates_h: Tensor, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """h' = (1 - z) n + z h, n = tanh(n_x + r n_h). Cho and others, arXiv:1406.1078 (2014), as torch.nn.GRU has it:
+    the reset gate multiplies after the recurrent product, so the halves of the candidate stay apart."""
+    (h,) = states
+    r_x, z_x, n_x = gates_x.chunk(3, -1)
+    r_h, z_h, n_h = gates_h.chunk(3, -1)
+    r, z = torch.sigmoid(r_x + r_h), torch.sigmoid(z_x + z_h)
+    n = torch.tanh(n_x + r * n_h)
+    return ((1 - z) * n + z * h,)
+
+
+Step = Callable[[Tensor, Tensor, tuple[Tensor, ...]], tuple[Tensor, ...]]
+CELLS: dict[str, Step] = {"rnn_tanh": rnn_tanh, "rnn_relu": rnn_relu, "lstm": lstm, "gru": gru}
+
+
+def scan(step: Step, inputs: list[Tensor], states: tuple[Tensor, ...], weights: Weights,
+         reverse: bool) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+    """Carry the states through one direction of one layer.
+
+    Args:
+        inputs: one (b, I) tensor a step. b never grows with time: of B sequences sorted by length, the first b still run.
+        states: before the first step, (h (B, P),) or (h (B, P), c (B, H)).
+        reverse: from the last step to the first.
+    Returns:
+        h after each step, (b, P) each, in the order of `inputs`; and the states after the last step taken.
+    """
+    weight_ih, weight_hh, bias_ih, bias_hh, weight_hr = weights
+    outputs = []
+    for x in reversed(inputs) if reverse else inputs:
+        running = tuple(state[: len(x)] for state in states)
+        new = step(linear(x, weight_ih, bias_ih), linear(running[0], weight_hh, bias_hh), running)
+        if weight_hr is not None:  # Sak, Senior, Beaufays, arXiv:1402.1128 (2014)
+            new = (linear(new[0], weight_hr), *new[1:])
+        outputs.append(new[0])
+        # The rows after b have ended (forward) or not yet begun (reverse): they keep the state they have.
+        states = tuple(torch.cat([now, before[len(x):]]) for now, before in zip(new, states))
+    return outputs[::-1] if reverse else outputs, states
+
+
+def layer(cell: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, weights: list[Weights],
+          batch_sizes: Tensor | None = None, batch_first: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
+    """One layer with all its directions: what `autograd.layer` computes, step by step.
+
+    Args:
+        cell: a key of `CELLS`.
+        input: (T, B, I); (B, T, I) if batch_first; or the data (N, I) of a PackedSequence, with its batch_sizes (T,).
+        hx, cx: (D, B, P) and (D, B, H), or None for zeros. cx for "lstm" only.
+        weights: one tuple a direction; direction 1 runs in reverse.
+    Returns:
+        output (T, B, D*P) or (N, D*P); hy (D, B, P); cy (D, B, H), None but for "lstm".
+    """
+    if batch_sizes is not None:
+        inputs = list(input.split(batch_sizes.tolist()))
+    else:
+        inputs = list((input.transpose(0, 1) if batch_first else input).unbind(0))
+    batch = len(inputs[0])
+    outputs, last = [], []
+    for d, direction in enumerate(weights):
+        _, weight_hh, _, _, weight_hr = direction
+        P = weight_hh.size(1)
+        H = P if weight_hr is None else weight_hr.size(1)
+        states = (input.new_zeros(batch, P) if hx is None else hx[d],)
+        if cell == "lstm":
+            states += (input.new_zeros(batch, H) if cx is None else cx[d],)
+        output, states = scan(CELLS[cell], inputs, states, direction, reverse=d == 1)
+        outputs.append(torch.stack(output) if batch_sizes is None else torch.cat(output))
+        last.append(states)
+    hy, *cy = (torch.stack(state) for state in zip(*last))
+    return torch.cat(outputs, -1), hy, cy[0] if cy else None

@@ -1,0 +1,166 @@
+"""Which path a call takes: the fused engine, or torch's own kernels and why.
+
+`is_ordinary` answers for nearly every call in a microsecond; `reason_for_fallback` answers for the rest, with care.
+Shapes are no matter of this file: a call whose shapes do not fit goes to torch to be refused in torch's words.
+"""
+
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._C import _get_tracing_state, _is_any_autocast_enabled, _len_torch_function_stack
+from torch._C._functorch import TransformType, get_interpreter_stack, peek_interpreter_stack
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling, is_exporting
+from torch.fx import Proxy
+from torch.nn import Parameter
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
+
+DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
+DEVICES = frozenset({"cpu", "meta"})
+
+MISFIT = "torch has to judge arguments of this form"
+# Here the user plainly asked for a graph of torch's own ops: nothing to warn of.
+TRACING = "torch.jit.trace records torch's own ops"
+EXPORTING = "torch.export records torch's own ops, so that the exported program needs no fusedrnn"
+SILENT = frozenset({TRACING, EXPORTING})
+
+
+def is_ordinary(input: Any, states: Sequence[Any], weights: Sequence[Any]) -> bool:
+    """True: plain CPU tensors of one dtype that the engine has, and no context that changes what a call means.
+
+    False: the functions below have to look. This is the hot path of every call, hence the flat form.
+    """
+    if is_compiling():
+        if is_exporting() or _is_any_autocast_enabled():
+            return False
+    elif (
+        _len_torch_function_stack()
+        or _is_any_autocast_enabled()
+        or _get_tracing_state() is not None
+        or peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+        or is_exporting()
+    ):
+        return False
+    if type(input) is not Tensor and type(input) is not Parameter or not input.is_cpu or input.is_nested:
+        return False
+    dtype = input.dtype
+    if dtype not in DTYPES:
+        return False
+    for tensor in states:
+        if type(tensor) is not Tensor and type(tensor) is not Parameter or tensor.dtype != dtype or not tensor.is_cpu:
+            return False
+    for tensor in weights:
+        if type(tensor) is not Parameter and type(tensor) is not Tensor or tensor.dtype != dtype or not tensor.is_cpu:
+            return False
+    return True
+
+
+def reason_for_fallback(input: Any, states: Sequence[Any], weights: Sequence[Any]) -> str | None:
+    """Why the engine cannot take this call, in words that end "... because <reason>"; None if it can.
+
+    Fake and meta tensors go the engine's way: its ops say which shapes they would return.
+    """
+    if is_exporting():
+        return EXPORTING
+    if not is_compiling():
+        reason = _reason_in_context()
+        if reason is not None:
+            return reason
+    tensors = [input, *states, *weights]
+    for tensor in tensors:
+        if not isinstance(tensor, Tensor):
+            return MISFIT
+        kind = type(tensor)
+        if kind is Tensor or kind is Parameter or isinstance(tensor, (FakeTensor, FunctionalTensor)):
+            continue
+        return f"{kind.__name__} is a tensor class with ways of its own"
+    return _reason_in_tensors(tensors)
+
+
+def _reason_in_context() -> str | None:
+    if _get_tracing_state() is not None:
+        return TRACING
+    for mode in _get_current_function_mode_stack():
+        if not isinstance(mode, DeviceContext):  # that one only says where new tensors are made
+            return f"the torch function mode {type(mode).__name__} is active and expects torch's functions"
+    if forward_ad._current_level >= 0:
+        return "the engine has no forward-mode derivative (torch.func.jvp, jacfwd, hessian)"
+    if any(level.key() == TransformType.Vmap for level in get_interpreter_stack() or ()):
+        return "the engine has no rule for torch.vmap"
+    return None
+
+
+def _reason_in_tensors(tensors: Sequence[Tensor]) -> str | None:
+    input = tensors[0]
+    if any(tensor.layout != torch.strided or tensor.is_nested for tensor in tensors):
+        return "a tensor is sparse or nested"
+    devices = {tensor.device for tensor in tensors}
+    if len(devices) > 1:
+        return MISFIT
+    if input.device.type not in DEVICES:
+        return f"the engine has no kernel for the device {input.device.type}"
+    dtypes = {tensor.dtype for tensor in tensors}
+    if not dtypes <= DTYPES:
+        return f"the engine has no kernel for {_names(dtypes - DTYPES)}"
+    if len(dtypes) > 1 and (torch.float64 in dtypes or not torch.is_autocast_enabled(input.device.type)):
+        return f"its tensors have different dtypes: {_names(dtypes)}"
+    return None
+
+
+def _names(dtypes: set[torch.dtype]) -> str:
+    return ", ".join(sorted(map(str, dtypes)))
+
+
+def autocast_dtype(cell: str, input: Tensor, hx: Tensor | None, onednn: bool = False) -> torch.dtype | None:
+    """The dtype torch's result has under the autocast now in force; None if that casts nothing here.
+
+    torch.nn.RNN, RNNCell and the LSTM that oneDNN serves belong to autocast's lower precision. In the others only the
+    matrix products do: the state is added in, and its dtype wins where it is the wider one. float64 is never cast.
+
+    Args:
+        onednn: this is an LSTM that torch would leave to oneDNN: a layer, padded, without projections.
+    """
+    device = input.device.type
+    if not _is_any_autocast_enabled() or not torch.is_autocast_enabled(device) or input.dtype == torch.float64:
+        return None
+    lower = torch.get_autocast_dtype(device)
+    if cell.startswith("rnn") or onednn:
+        return lower
+    return torch.promote_types(lower, input.dtype if hx is None else hx.dtype)
+
+
+def record_as_leaf(module: nn.Module, input: Any, hx: Any) -> Proxy:
+    """Record a call of the module as one node of torch.fx's graph, as torch.fx does by itself for torch.nn's modules."""
+    args = (input,) if hx is None else (input, hx)
+    pair = hx if isinstance(hx, (tuple, list)) else (hx,)
+    tracer = next(arg for arg in (input, *pair) if isinstance(arg, Proxy)).tracer
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), args, {})
+
+
+_warned: set[tuple[str, str]] = set()
+
+
+def run_stock(module: nn.Module, input: Any, hx: Any, reason: str) -> Any:
+    """The call as torch.nn runs it. If torch raises, its error is all there is to say; if not, say why torch ran it."""
+    result = module.stock.forward(module, input, hx)
+    warn_once(f"fusedrnn.{module._get_name()}", f"torch.nn.{module.stock.__name__}", reason)
+    return result
+
+
+def warn_once(who: str, instead: str, reason: str) -> None:
+    """Say, the first time for this caller and reason, that torch's own kernels ran a call, and why."""
+    if reason in SILENT or is_compiling() or (who, reason) in _warned:
+        return
+    _warned.add((who, reason))
+    level, frame = 1, sys._getframe()
+    while frame.f_back and frame.f_globals["__name__"].startswith(("fusedrnn.", "torch.nn.modules.module")):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(f"{who}: ran on {instead}, not on the fused engine, because {reason}", stacklevel=level)
