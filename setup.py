@@ -4,12 +4,11 @@ fusedrnn/_ops.so          the operators: LibTorch stable ABI, no Python in it; o
 fusedrnn/_C.<python>.so   pybind11, no torch in it: the build record, the cells' traits, the processor's capability
 
 Environment: FUSEDRNN_CUDA=0/1 (default: when torch has CUDA and nvcc is found), TORCH_CUDA_ARCH_LIST, CUDA_HOME,
-MAX_JOBS, CXX, CXXFLAGS, FUSEDRNN_SANITIZE (what to pass to -fsanitize=, such as address,undefined).
+MAX_JOBS, CXX, CXXFLAGS (for every compile and link, such as -g -fsanitize=address).
 """
 import fcntl
 import json
 import os
-import platform
 import re
 import shlex
 import shutil
@@ -47,7 +46,7 @@ def isa_of(source):
     return next((isa for isa in ISA_FLAGS if Path(source).stem.endswith("_" + isa)), "baseline")
 
 
-def sources(machine=platform.machine()):
+def sources(machine=os.uname().machine):
     """Paths from the root: (the operators' C++, their CUDA, the Python module's C++)."""
     cpp, cuda = (sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob(pattern))
                  for pattern in ("csrc/cpu/*.cpp", "csrc/cuda/*.cu"))
@@ -80,19 +79,12 @@ def gencode(archs):
     return " ".join(flags)
 
 
-def check_torch(version):
-    if not version or tuple(map(int, version.split(".")[:2])) < TORCH_TARGET:
-        sys.exit(f"fusedrnn: building needs torch {'.'.join(map(str, TORCH_TARGET))} or newer, found "
-                 f"{version or 'none'}; install it, then: pip install --no-build-isolation -v .")
-
-
 def compiler_name(cxx):
     """Name and version of g++: torch's OpenMP runtime is GCC's, and no -std is passed, so 17 must be its default."""
     query = subprocess.run(f"{cxx} -dM -E -x c++ /dev/null", shell=True, capture_output=True, text=True).stdout
     macros = dict(line.split(" ", 2)[1:] for line in query.splitlines() if line.count(" ") > 1)
     if "__clang__" in macros or macros.get("__cplusplus", "") < "201703L":
-        sys.exit(f"fusedrnn: needs g++ 11 or newer, and {cxx!r} is {macros.get('__VERSION__', 'not a C++ compiler')}; "
-                 "install it, or name another with CXX")
+        sys.exit(f"fusedrnn: needs g++ 11 or newer, and {cxx!r} is {macros.get('__VERSION__', 'no C++ compiler')}")
     return f"{Path(cxx.split()[0]).name} {macros['__VERSION__'].strip(chr(34))}"
 
 
@@ -105,11 +97,14 @@ def library(path, compilers, linker, libraries=""):
 
 class NinjaBuild(build_ext):
     """torch's own BuildExtension has no flags per file, and its CUDAExtension refuses a torch without CUDA."""
+
     def get_ext_filename(self, name):
         return name.replace(".", "/") + ".so" if name.endswith("_ops") else super().get_ext_filename(name)
 
     def build_extensions(self):
-        check_torch(next((found.version for found in metadata.distributions(name="torch")), None))
+        version = next((found.version for found in metadata.distributions(name="torch")), "none")
+        if version == "none" or tuple(map(int, version.split(".")[:2])) < TORCH_TARGET:
+            sys.exit("fusedrnn: building needs torch {}.{} or newer, found {}".format(*TORCH_TARGET, version))
         import ninja
         import pybind11
         import torch
@@ -118,11 +113,11 @@ class NinjaBuild(build_ext):
         nvcc = shutil.which("nvcc", path=f"{env.get('CUDA_HOME', '')}/bin{os.pathsep}{env.get('PATH', '')}")
         why_not = cuda_why_not(env, torch.version.cuda, nvcc, kernels)
         archs = "" if why_not else env.get("TORCH_CUDA_ARCH_LIST") or "8.0;9.0+PTX"
-        sanitize = env.get("FUSEDRNN_SANITIZE") and f"-g -fsanitize={env['FUSEDRNN_SANITIZE']}"
-        flags = " ".join(filter(None, ["-O3 -fPIC -fvisibility=hidden -Wall", sanitize, env.get("CXXFLAGS")]))
-        record = {"version": self.distribution.get_version(), "compiler": compiler_name(cxx), "flags": f"{flags} {MATH} {STABLE_ABI}",
+        flags = f"-O3 -fPIC -fvisibility=hidden -Wall {env.get('CXXFLAGS', '')}".strip()
+        record = {"version": self.distribution.get_version(), "compiler": compiler_name(cxx),
                   "isas": {isa: ISA_FLAGS[isa] for isa in ISA_FLAGS if isa in map(isa_of, cpp)},
-                  "torch": torch.__version__, "cuda": not why_not, "cuda_archs": archs, "cuda_why_not": why_not}
+                  "flags": f"{flags} {MATH} {STABLE_ABI}", "torch": torch.__version__,
+                  "cuda": not why_not, "cuda_archs": archs, "cuda_why_not": why_not}
         print("fusedrnn {version}: CPU {}; {}; {compiler}, torch {torch}, {} jobs".format(", ".join(record["isas"]),
               f"CUDA {archs}" if archs else f"no CUDA ({why_not})", jobs, **record), flush=True)
         # Beside the sources and not in the folder that pip throws away: the next build compiles only what has changed.
@@ -135,16 +130,14 @@ class NinjaBuild(build_ext):
         stable = f"-isystem {shlex.quote(f'{torch_dir}/include')} {STABLE_ABI}"
         python = shlex.join(f"-I{path}" for path in (out, sysconfig.get_path("include"), pybind11.get_include()))
         compilers = {source: f"{cxx} {flags} {stable} {MATH} {ISA_FLAGS[isa_of(source)]}" for source in cpp}
-        if archs:
-            device = f"{nvcc} -ccbin {cxx} -O3 -Xcompiler -fPIC,-fvisibility=hidden {stable} {gencode(archs)}"
-            compilers |= dict.fromkeys(kernels, device)
+        device = f"{nvcc} -ccbin {cxx} -O3 -Xcompiler -fPIC,-fvisibility=hidden {stable} {gencode(archs)}"
+        compilers |= dict.fromkeys(kernels if archs else [], device)
         (out / "build.ninja").write_text(
             f"builddir = {out}\n{RULES}"
             + library(f"{out}/_C", dict.fromkeys(module, f"{cxx} {flags} {python}"), f"{cxx} {flags}")
             + library(f"{out}/_ops", compilers, f"{nvcc} -ccbin {cxx} -cudart static" if archs else f"{cxx} {flags}",
                       f"-L{shlex.quote(f'{torch_dir}/lib')} -ltorch_cpu -lc10"))
-        if subprocess.call([f"{ninja.BIN_DIR}/ninja", "-f", out / "build.ninja", "-j", jobs]):
-            sys.exit("fusedrnn: the C++ build failed; the compiler's own words stand above")
+        self.spawn([f"{ninja.BIN_DIR}/ninja", "-f", f"{out}/build.ninja", "-j", jobs])
         for extension in self.extensions:
             target = self.get_ext_fullpath(extension.name)
             self.mkpath(os.path.dirname(target))

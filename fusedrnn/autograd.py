@@ -4,6 +4,8 @@ The input product of all steps and the gradients of the weights are single matri
 sequence at once; what lies between is the operators' (`fusedrnn/ops.py`).
 """
 
+from functools import lru_cache
+
 import torch
 from torch.autograd import forward_ad
 from torch.nn.functional import linear
@@ -27,21 +29,25 @@ def layer(cell, input, hx, cx, weights, batch_sizes=None, batch_first=False):
         output (T, B, D*P) in this order of memory, also if `batch_first`, or (rows, D*P); hy (D, B, P); and cy (D, B, H), None
         for cells without one.
     """
-    tensors = (input, hx, cx, *(tensor for group in weights for tensor in group))
-    if _needs_function(tensors):
+    tensors = [input, hx, cx]
+    for group in weights:
+        tensors += group
+    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    if transformed or torch.compiler.is_compiling():
         output, hy, cy, _, _ = Layer.apply(cell, batch_sizes, batch_first, *tensors)
+    elif _needs_grad(tensors):
+        output, hy, cy, _, _ = _apply(cell, batch_sizes, batch_first, *tensors)
     else:
         output, hy, cy, _, _ = _forward(cell, batch_sizes, batch_first, input, hx, cx, weights, save=False)
     return output, hy, cy if cell == "lstm" else None
 
 
-def _needs_function(tensors):
-    """Whether somebody differentiates or transforms this call. A transform that Layer does not serve raises there."""
+def _needs_grad(tensors):
     if torch.is_grad_enabled():
         for tensor in tensors:
             if tensor is not None and tensor.requires_grad:
                 return True
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return False
 
 
 def _forward(cell, batch_sizes, batch_first, input, hx, cx, weights, save):
@@ -60,6 +66,7 @@ def _forward(cell, batch_sizes, batch_first, input, hx, cx, weights, save):
     return recurrence_forward(cell, gates_x, weight_hh, bias_hh, weight_hr, hx, cx, batch_sizes, save)
 
 
+@lru_cache
 def _halves_are_summed(cell):
     """Whether the input and the recurrent half of every gate add up, so that their biases may, ahead of time."""
     return TRAITS[cell]["x_pre"] == TRAITS[cell]["h_pre"]
@@ -100,6 +107,11 @@ class Layer(torch.autograd.Function):
         )
 
 
+# Function.apply inspects the signature of forward at every call, which takes longer than a small layer does, for the sake of
+# default arguments and of transforms. Neither is present where this is called.
+_apply = super(torch.autograd.Function, Layer).apply
+
+
 def _differentiable_backward(ctx, tensors, batch_sizes, grads, wanted):
     """The same gradients through the reference recurrence in plain torch, which autograd can differentiate again."""
     input, hx, cx, *weights = tensors
@@ -125,29 +137,28 @@ def _backward(cell, batch_sizes, batch_first, input, hx, cx, weights, output, sa
     grad_pre, grad_hx, grad_cx, grad_proj = recurrence_backward(
         cell, weight_hh, weight_hr, hx, cx, output, saved, states, batch_sizes, *grads, wanted[1], wanted[2]
     )
-    rows, directions = output.shape[:-1].numel(), len(weights)
-    hidden = grad_pre.shape[-1]
-    grad_pre = grad_pre.view(rows, directions, -1)
+    rows, directions, hidden = output.shape[:-1].numel(), len(weights), grad_pre.shape[-1]
     rows_input = (input.transpose(0, 1) if batch_first else input).reshape(rows, -1)
+    summed = _halves_are_summed(cell)
 
     grad_input, grad_weights = None, []
-    for d, (w_ih, w_hh, b_ih, b_hh, w_hr) in enumerate(weights):
+    for d, (w_ih, w_hh, _, _, w_hr) in enumerate(weights):
         want_ih, want_hh, want_b_ih, want_b_hh, want_hr = wanted[3 + 5 * d : 8 + 5 * d]
-        grad_gates_x = grad_pre[:, d, : traits["gates"] * hidden]  # x_pre is the identity: see cells/cell.h
+        grad_gates = _direction(grad_pre, d, rows, directions)
+        grad_gates_x = grad_gates if summed else grad_gates[:, : traits["gates"] * hidden]  # x_pre is the identity
         if wanted[0]:
             grad_input = grad_gates_x @ w_ih if d == 0 else grad_input.addmm_(grad_gates_x, w_ih)
-        grad_b_ih = grad_gates_x.sum(0) if want_b_ih or (want_b_hh and _halves_are_summed(cell)) else None
-        if want_b_hh:
-            grad_b_hh = grad_b_ih if _halves_are_summed(cell) else _gather_gates(cell, grad_pre[:, d].sum(0), hidden)
+        grad_b = grad_gates.sum(0) if want_b_ih or want_b_hh else None
         grad_weights += [
             grad_gates_x.t() @ rows_input if want_ih else None,
-            _grad_weight_hh(cell, d, grad_pre[:, d], output, hx, batch_sizes, w_hh) if want_hh else None,
-            grad_b_ih if want_b_ih else None,
-            grad_b_hh if want_b_hh else None,
-            grad_proj.view(rows, directions, -1)[:, d].t() @ states.view(rows, directions, -1, hidden)[:, d, -1]
-            if want_hr
-            else None,
+            _grad_weight_hh(cell, d, grad_gates, output, hx, batch_sizes, w_hh) if want_hh else None,
+            (grad_b if summed else grad_b[: traits["gates"] * hidden]) if want_b_ih else None,
+            (grad_b if summed else _recurrent_halves(cell, grad_b, hidden)) if want_b_hh else None,
+            None,
         ]
+        if want_hr:
+            unprojected = _direction(states, d, rows, directions)[:, -hidden:]
+            grad_weights[-1] = _direction(grad_proj, d, rows, directions).t() @ unprojected
     if grad_input is not None and batch_sizes is None:
         grad_input = grad_input.view(*output.shape[:-1], -1)
         if batch_first:
@@ -155,38 +166,54 @@ def _backward(cell, batch_sizes, batch_first, input, hx, cx, weights, output, sa
     return grad_input, grad_hx if wanted[1] else None, grad_cx if wanted[2] else None, *grad_weights
 
 
-def _gather_gates(cell, grad, hidden):
-    """From gradients of all pre-activations, (kPre*H, ...), those of the gates' recurrent halves, (G*H, ...)."""
-    return torch.cat([grad[pre * hidden : (pre + 1) * hidden] for pre in TRAITS[cell]["h_pre"]])
+def _direction(tensor, direction, rows, directions):
+    """One direction of (..., D, ...) as a matrix of `rows` rows. A view."""
+    if directions == 1:
+        return tensor.view(rows, -1)
+    return tensor.view(rows, directions, -1)[:, direction]
 
 
-def _grad_weight_hh(cell, direction, grad_pre, output, hx, batch_sizes, weight_hh):
+def _recurrent_halves(cell, grad, hidden):
+    """From gradients of all pre-activations, (kPre*H,), those of the gates' recurrent halves, (G*H,)."""
+    return torch.cat([grad[pre * hidden : (pre + count) * hidden] for _, pre, count in _runs(cell)])
+
+
+def _grad_weight_hh(cell, direction, grad_gates, output, hx, batch_sizes, weight_hh):
     """Sum over all rows of the gates' gradients times the hidden state that the row's step began with."""
     width = weight_hh.shape[1]
-    output = output.unflatten(-1, (-1, width))[..., direction, :]
+    rows, directions = grad_gates.shape[0], output.shape[-1] // width
+    output_rows = _direction(output, direction, rows, directions)
     first = None if hx is None else hx[direction]
     if batch_sizes is not None:
-        begins, firsts = _packed_begins(output, first, batch_sizes, direction), None
-    else:
-        batch = output.shape[1]
-        begins = (output[1:] if direction else output[:-1]).reshape(-1, width)
-        firsts = grad_pre[-batch:] if direction else grad_pre[:batch]
-        grad_pre = grad_pre[:-batch] if direction else grad_pre[batch:]
+        parts = [(grad_gates, _packed_begins(output_rows, first, batch_sizes, direction))]
+    else:  # the first rows begin with hx, the others with the output of the step before
+        batch, parts = output.shape[1], []
+        if rows > batch:
+            later, earlier = slice(batch, rows), slice(0, rows - batch)
+            if direction:
+                later, earlier = earlier, later
+            parts.append((grad_gates[later], output_rows[earlier]))
+        if first is not None:
+            parts.append((grad_gates[rows - batch :] if direction else grad_gates[:batch], first))
+    if not parts:
+        return torch.zeros_like(weight_hh)
 
     hidden = weight_hh.shape[0] // TRAITS[cell]["gates"]
     grad = torch.empty_like(weight_hh, memory_format=torch.contiguous_format)
-    for gate, pre, count in _runs(TRAITS[cell]["h_pre"]):
-        rows, columns = slice(gate * hidden, (gate + count) * hidden), slice(pre * hidden, (pre + count) * hidden)
-        torch.mm(grad_pre[:, columns].t(), begins, out=grad[rows])
-        if firsts is not None and first is not None:
-            grad[rows].addmm_(firsts[:, columns].t(), first)
+    for gate, pre, count in _runs(cell):
+        whole = count * hidden == grad_gates.shape[1]
+        grad_run = grad if whole else grad[gate * hidden : (gate + count) * hidden]
+        for i, (gates, begins) in enumerate(parts):
+            columns = gates if whole else gates[:, pre * hidden : (pre + count) * hidden]
+            torch.addmm(grad_run, columns.t(), begins, beta=0 if i == 0 else 1, out=grad_run)
     return grad
 
 
-def _runs(pre_of_gate):
-    """(first gate, its pre-activation, count) for each run of gates whose pre-activations follow each other."""
+@lru_cache
+def _runs(cell):
+    """(first gate, its pre-activation, count) for each run of gates whose recurrent halves follow each other."""
     runs = []
-    for gate, pre in enumerate(pre_of_gate):
+    for gate, pre in enumerate(TRAITS[cell]["h_pre"]):
         if runs and runs[-1][1] + runs[-1][2] == pre:
             runs[-1][2] += 1
         else:

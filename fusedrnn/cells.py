@@ -20,7 +20,7 @@ class FusedCell(RNNCellBase):
 
     stock: type[RNNCellBase]  # the torch.nn class that this one stands for
 
-    def forward(self, input, hx=None):
+    def _call(self, input, hx):
         h, c = self._split_states(hx)
         states = () if h is None else (h,) if c is None else (h, c)
         cell, weights = self._cell(), self._weights_by_name()
@@ -105,6 +105,9 @@ class RNNCell(FusedCell):
         super().__init__(input_size, hidden_size, bias, num_chunks=1, device=device, dtype=dtype)
         self.nonlinearity = nonlinearity
 
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        return self._call(input, hx)
+
     def _cell(self) -> str | None:
         return NONLINEAR.get(self.nonlinearity)
 
@@ -134,6 +137,9 @@ class LSTMCell(FusedCell):
 
     def __init__(self, input_size: int, hidden_size: int, bias: bool = True, device=None, dtype=None) -> None:
         super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
+
+    def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        return self._call(input, hx)
 
     def _cell(self) -> str:
         return "lstm"
@@ -169,6 +175,9 @@ class GRUCell(FusedCell):
 
     def __init__(self, input_size: int, hidden_size: int, bias: bool = True, device=None, dtype=None) -> None:
         super().__init__(input_size, hidden_size, bias, num_chunks=3, device=device, dtype=dtype)
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        return self._call(input, hx)
 
     def _cell(self) -> str:
         return "gru"

@@ -40,7 +40,7 @@ class FusedLayer(RNNBase):
 
     stock: type[RNNBase]  # the torch.nn class that this one stands for
 
-    def forward(self, input, hx=None):
+    def _call(self, input, hx):
         packed = isinstance(input, PackedSequence)
         if packed:
             data, batch_sizes, sorted_indices, unsorted_indices = input
@@ -196,6 +196,9 @@ class RNN(FusedLayer):
             raise ValueError(f"Unknown nonlinearity '{self.nonlinearity}'. Select from 'tanh' or 'relu'.")
         super().__init__(f"RNN_{self.nonlinearity.upper()}", *args, **kwargs)
 
+    def forward(self, input: Tensor | PackedSequence, hx: Tensor | None = None) -> tuple[Tensor | PackedSequence, Tensor]:
+        return self._call(input, hx)
+
 
 class LSTM(FusedLayer):
     """Long short-term memory: torch.nn.LSTM on the fused engine.
@@ -229,6 +232,9 @@ class LSTM(FusedLayer):
     @_signature_of(_declared)
     def __init__(self, *args, **kwargs) -> None:
         super().__init__("LSTM", *args, **kwargs)
+
+    def forward(self, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
+        return self._call(input, hx)
 
     def _split_states(self, hx):
         return functional.split_pair(hx)
@@ -273,6 +279,9 @@ class GRU(FusedLayer):
     def __init__(self, *args, **kwargs) -> None:
         _refuse_proj_size(kwargs)
         super().__init__("GRU", *args, **kwargs)
+
+    def forward(self, input: Tensor | PackedSequence, hx: Tensor | None = None) -> tuple[Tensor | PackedSequence, Tensor]:
+        return self._call(input, hx)
 
 
 def _refuse_proj_size(kwargs: dict) -> None:

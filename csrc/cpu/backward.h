@@ -151,7 +151,11 @@ struct BackwardPass {
         for (int64_t m = 0; m < chunk; ++m)
           for (int i = 0; i < kWidth; i += kLanes) {
             const int64_t u = block * kUnits + i;
-            if (u < end) each(begin + m, u, lanes_left<F>(u, end), load(sums + m * kWidth + i));
+            const V sum = load(sums + m * kWidth + i);
+            if (u + kLanes <= end)  // inlined twice, as in ForwardPass
+              each(begin + m, u, kLanes, sum);
+            else if (u < end)
+              each(begin + m, u, int(end - u), sum);
           }
       }
     }

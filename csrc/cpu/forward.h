@@ -137,49 +137,69 @@ struct ForwardPass {
           for (int i = 0; i < kWidth; i += kLanes) store(sums + m * kWidth + i, load(bias + i));
         if (multiplies)
           pass.recurrent[d].multiply(block, h + state_row(begin) * pass.h_row, h_stride, chunk, sums);
-        for (int64_t m = 0; m < chunk; ++m)
-          for (int v = 0; v < kUnitVectors; ++v) {
-            const int64_t u = block * Recurrent::kUnits + v * kLanes;
-            if (u < p.H) cell(t, begin + m, u, lanes_left<F>(u, p.H), sums + m * kWidth + v * kLanes, h, h_new);
-          }
+        for (int v = 0; v < kUnitVectors; ++v) {
+          const int64_t u = block * Recurrent::kUnits + v * kLanes;
+          const F* block_sums = sums + v * kLanes;
+          if (u + kLanes <= p.H)  // nearly all are whole, and a constant width makes straight code
+            for_rows(chunk, [&](int64_t m, auto count) __attribute__((always_inline)) {
+              cell<decltype(count)::value>(t, begin + m, u, kLanes, block_sums + m * kWidth, h, h_new);
+            });
+          else
+            for (int64_t m = 0; m < chunk && u < p.H; ++m)
+              cell<1>(t, begin + m, u, int(p.H - u), block_sums + m * kWidth, h, h_new);
+        }
       }
     }
 
-    // The cell of kLanes units from u on, n of them real, of row r at step t.
+    // The cell of kLanes units from u on, n of them real, of kRows rows from r on at step t.
+    template <int kRows>
     FUSEDRNN_INLINE void cell(int64_t t, int64_t r, int64_t u, int n, const F* gate_sums, const F* h, F* h_new) const {
-      const int64_t b = rows.batch_row(r), state_row = d * p.steps.B + b, row = p.steps.row_offset(t) + b;
-      const S* gates_x = static_cast<const S*>(p.gates_x[d]) + u +
-                         (p.steps.offsets ? row * p.gates_x_row[d] : t * p.gates_x_step[d] + b * p.gates_x_row[d]);
-      V pre[Cell::kPre], state[Cell::kStates], new_state[Cell::kStates], saved[slots(Cell::kSaved)];
+      using Value = Rows<F, kRows>;
+      Value pre[Cell::kPre], state[Cell::kStates], new_state[Cell::kStates], saved[slots(Cell::kSaved)];
+#pragma GCC unroll 2
+      for (int i = 0; i < kRows; ++i) {
+        const int64_t state_row = this->state_row(r + i);
+        const S* gates_x = this->gates_x(t, r + i) + u;
 #pragma GCC unroll 4
-      for (int g = 0; g < Cell::kGates; ++g) pre[Cell::x_pre(g)] = load(gates_x + g * p.H, n);
+        for (int g = 0; g < Cell::kGates; ++g) pre[Cell::x_pre(g)].row[i] = load(gates_x + g * p.H, n);
 #pragma GCC unroll 4
-      for (int g = 0; g < Cell::kGates; ++g) {
-        const V sum = load(gate_sums + g * Recurrent::kUnits);
-        pre[Cell::h_pre(g)] = Cell::h_pre(g) == Cell::x_pre(g) ? pre[Cell::h_pre(g)] + sum : sum;
+        for (int g = 0; g < Cell::kGates; ++g) {
+          const V sum = load(gate_sums + i * Recurrent::kWidth + g * Recurrent::kUnits);
+          V& to = pre[Cell::h_pre(g)].row[i];
+          to = Cell::h_pre(g) == Cell::x_pre(g) ? to + sum : sum;
+        }
+        state[0].row[i] = pass.projected ? V(F(0)) : load(h + state_row * pass.h_row + u);
+#pragma GCC unroll 4
+        for (int k = 0; k < kInner; ++k) state[k + 1].row[i] = load(pass.inner[k] + state_row * pass.unit_row + u);
       }
-      state[0] = pass.projected ? V(F(0)) : load(h + state_row * pass.h_row + u);
-#pragma GCC unroll 4
-      for (int k = 0; k < kInner; ++k) state[k + 1] = load(pass.inner[k] + state_row * pass.unit_row + u);
 
       Cell::forward(pre, state, new_state, saved);
 
-      if (pass.projected) {
-        store(pass.unprojected + state_row * pass.unit_row + u, new_state[0]);
-      } else {
-        store(h_new + state_row * pass.h_row + u, new_state[0]);
-        store(static_cast<S*>(p.output) + (row * p.D + d) * p.P + u, new_state[0], n);
+#pragma GCC unroll 2
+      for (int i = 0; i < kRows; ++i) {
+        const int64_t state_row = this->state_row(r + i), row = p.steps.row_offset(t) + rows.batch_row(r + i);
+        if (pass.projected) {
+          store(pass.unprojected + state_row * pass.unit_row + u, new_state[0].row[i]);
+        } else {
+          store(h_new + state_row * pass.h_row + u, new_state[0].row[i]);
+          store(static_cast<S*>(p.output) + (row * p.D + d) * p.P + u, new_state[0].row[i], n);
+        }
+#pragma GCC unroll 4
+        for (int k = 0; k < kInner; ++k) store(pass.inner[k] + state_row * pass.unit_row + u, new_state[k + 1].row[i]);
+        if (!p.save) continue;
+        S* saved_row = static_cast<S*>(p.saved) + (row * p.D + d) * Cell::kSaved * p.H + u;
+#pragma GCC unroll 4
+        for (int k = 0; k < Cell::kSaved; ++k) store(saved_row + k * p.H, saved[k].row[i], n);
+        S* states_row = static_cast<S*>(p.states) + (row * p.D + d) * pass.extra * p.H + u;
+#pragma GCC unroll 4
+        for (int k = 0; k < kInner; ++k) store(states_row + k * p.H, new_state[k + 1].row[i], n);
+        if (pass.projected) store(states_row + kInner * p.H, new_state[0].row[i], n);
       }
-#pragma GCC unroll 4
-      for (int k = 0; k < kInner; ++k) store(pass.inner[k] + state_row * pass.unit_row + u, new_state[k + 1]);
-      if (!p.save) return;
-      S* saved_row = static_cast<S*>(p.saved) + (row * p.D + d) * Cell::kSaved * p.H + u;
-#pragma GCC unroll 4
-      for (int k = 0; k < Cell::kSaved; ++k) store(saved_row + k * p.H, saved[k], n);
-      S* states_row = static_cast<S*>(p.states) + (row * p.D + d) * pass.extra * p.H + u;
-#pragma GCC unroll 4
-      for (int k = 0; k < kInner; ++k) store(states_row + k * p.H, new_state[k + 1], n);
-      if (pass.projected) store(states_row + kInner * p.H, new_state[0], n);
+    }
+
+    const S* gates_x(int64_t t, int64_t r) const {
+      const int64_t b = rows.batch_row(r), step = p.steps.offsets ? p.steps.offsets[t] * p.gates_x_row[d] : t * p.gates_x_step[d];
+      return static_cast<const S*>(p.gates_x[d]) + step + b * p.gates_x_row[d];
     }
 
     void project(int64_t block, int64_t t, int64_t count, F* h_new) const {

@@ -117,11 +117,6 @@ inline void dot_tile(const F* a, int64_t a_row, const S* w, int64_t w_row, int64
     for (int u = 0; u < kUnits; ++u) sums[m * sums_row + u] += sum_lanes(c[m][u]);
 }
 
-template <int kCount>
-struct Count {
-  static constexpr int value = kCount;
-};
-
 // Columns [0, columns) of sums (rows, sums_row) += a (rows, depth) w^T, w (columns, depth) row-major.
 template <class F, class S>
 inline void multiply_dots(const F* a, int64_t a_row, int64_t rows, const S* w, int64_t w_row, int64_t columns,
@@ -136,8 +131,8 @@ inline void multiply_dots(const F* a, int64_t a_row, int64_t rows, const S* w, i
       dot_tile<F, S, kUnits, 1>(a + m * a_row, a_row, w + u * w_row, w_row, depth, sums + m * sums_row + u, sums_row);
     u += kUnits;
   };
-  while (u + 4 <= columns) pass(Count<4>{});
-  while (u < columns) pass(Count<1>{});
+  while (u + 4 <= columns) pass(Constant<4>{});
+  while (u < columns) pass(Constant<1>{});
 }
 
 }  // namespace FUSEDRNN_ISA

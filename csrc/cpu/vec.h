@@ -68,8 +68,7 @@ FUSEDRNN_OPERATOR(/)
 // a where the comparison holds, else b. Comparisons with a NaN do not hold.
 template <class F>
 FUSEDRNN_INLINE Vec<F> where(typename Vec<F>::RawBits mask, Vec<F> a, Vec<F> b) {
-  using Bits = typename Vec<F>::RawBits;
-  return Vec<F>((typename Vec<F>::Raw)(((Bits)a.raw & mask) | ((Bits)b.raw & ~mask)));
+  return Vec<F>(mask ? a.raw : b.raw);
 }
 
 // ---------------------------------------------------------------------------------------------------- memory
@@ -168,10 +167,28 @@ FUSEDRNN_INLINE double value(double x) { return x; }
 template <class S>
 FUSEDRNN_INLINE float value(const S& x) { return load(&x, 1).raw[0]; }
 
+template <int kCount>
+struct Constant {
+  static constexpr int value = kCount;
+};
+
 // ------------------------------------------------------------------------------------------------- functions
 
 template <class F>
 constexpr F inverse_factorial(int k) { return k < 2 ? F(1) : inverse_factorial<F>(k - 1) / F(k); }
+
+// (exp(r) - 1) / r = 1 + r/2! + r^2/3! + ...: terms [first, first + count) over r^first. The halves of the Taylor series are
+// summed apart (Estrin), since the length of this chain of multiply-adds is what a cell waits for.
+template <int first, int count, class F>
+FUSEDRNN_INLINE Vec<F> exp_series(Vec<F> r, const Vec<F>* powers) {
+  constexpr F coefficient = inverse_factorial<F>(first + 1);
+  if constexpr (count == 1) {
+    return Vec<F>(coefficient);
+  } else {
+    constexpr int level = count > 8 ? 3 : count > 4 ? 2 : count > 2 ? 1 : 0, low = 1 << level;
+    return exp_series<first + low, count - low>(r, powers) * powers[level] + exp_series<first, low>(r, powers);
+  }
+}
 
 // x = n ln 2 + r with integer n. Gives exp(r) - 1 by its series, and 2^n. |x| must be within the exponent's range.
 template <class F>
@@ -181,26 +198,23 @@ FUSEDRNN_INLINE void split_exp(Vec<F> x, Vec<F>& expm1_r, Vec<F>& power) {
   const V shifted = x * V(F(1.4426950408889634074)) + V(Fmt::kRound);
   const V n = shifted - V(Fmt::kRound);
   const V r = x - n * V(Fmt::kLn2High) - n * V(Fmt::kLn2Low);
-  V sum = V(inverse_factorial<F>(Fmt::kExpTerms));  // the Taylor series by Horner's rule
-#pragma GCC unroll 16
-  for (int k = Fmt::kExpTerms - 1; k >= 1; --k) sum = sum * r + V(inverse_factorial<F>(k));
-  expm1_r = sum * r;
+  const V r2 = r * r, r4 = r2 * r2;
+  const V powers[] = {r, r2, r4, r4 * r4};
+  expm1_r = exp_series<0, Fmt::kExpTerms>(r, powers) * r;
   power = V((typename V::Raw)(((typename V::RawBits)shifted.raw + Fmt::kBias) << Fmt::kMantissa));
 }
 
 // NaN compares false and so passes through unclamped.
 template <class F>
-FUSEDRNN_INLINE Vec<F> clamp(Vec<F> x, F range) {
-  using V = Vec<F>;
-  x = where((x.raw > V(range).raw), V(range), x);
-  return where((x.raw < V(-range).raw), V(-range), x);
-}
+FUSEDRNN_INLINE Vec<F> at_most(Vec<F> x, F limit) { return where((x.raw > Vec<F>(limit).raw), Vec<F>(limit), x); }
+template <class F>
+FUSEDRNN_INLINE Vec<F> at_least(Vec<F> x, F limit) { return where((x.raw < Vec<F>(limit).raw), Vec<F>(limit), x); }
 
 template <class F>
 FUSEDRNN_INLINE Vec<F> sigmoid(Vec<F> x) {
   using V = Vec<F>;
   V expm1_r, power;
-  split_exp(clamp(V(F(0)) - x, Format<F>::kExpRange), expm1_r, power);
+  split_exp(at_least(at_most(V(F(0)) - x, Format<F>::kExpRange), -Format<F>::kExpRange), expm1_r, power);
   return V(F(1)) / (V(F(1)) + (power + power * expm1_r));
 }
 
@@ -210,7 +224,7 @@ FUSEDRNN_INLINE Vec<F> tanh(Vec<F> x) {
   using V = Vec<F>;
   using Bits = typename V::RawBits;
   const Bits sign = (Bits)V(F(-0.0)).raw;
-  const V magnitude = clamp(V((typename V::Raw)((Bits)x.raw & ~sign)), Format<F>::kTanhRange);
+  const V magnitude = at_most(V((typename V::Raw)((Bits)x.raw & ~sign)), Format<F>::kTanhRange);
   V expm1_r, power;
   split_exp(magnitude + magnitude, expm1_r, power);
   const V e = power * expm1_r + (power - V(F(1)));
@@ -223,6 +237,40 @@ FUSEDRNN_INLINE Vec<F> relu(Vec<F> x) { return where((x.raw < Vec<F>(F(0)).raw),
 
 template <class F>
 FUSEDRNN_INLINE Vec<F> relu_grad(Vec<F> y, Vec<F> grad) { return where((y.raw <= Vec<F>(F(0)).raw), Vec<F>(F(0)), grad); }
+
+// The same lanes of kRows rows at once: the chain of one row's cell is longer than what a processor looks ahead, so two or
+// more rows are interleaved to keep it busy.
+template <class F, int kRows>
+struct Rows {
+  Vec<F> row[kRows];
+  FUSEDRNN_INLINE Rows() = default;
+  FUSEDRNN_INLINE explicit Rows(F value) {
+    for (Vec<F>& v : row) v = Vec<F>(value);
+  }
+};
+
+#define FUSEDRNN_ROWWISE_BINARY(name, expression)                                 \
+  template <class F, int kRows>                                                   \
+  FUSEDRNN_INLINE Rows<F, kRows> name(Rows<F, kRows> a, Rows<F, kRows> b) {       \
+    for (int i = 0; i < kRows; ++i) a.row[i] = expression(a.row[i], b.row[i]);    \
+    return a;                                                                     \
+  }
+#define FUSEDRNN_ROWWISE_UNARY(name)                                              \
+  template <class F, int kRows>                                                   \
+  FUSEDRNN_INLINE Rows<F, kRows> name(Rows<F, kRows> a) {                         \
+    for (int i = 0; i < kRows; ++i) a.row[i] = name(a.row[i]);                    \
+    return a;                                                                     \
+  }
+FUSEDRNN_ROWWISE_BINARY(operator+, operator+)
+FUSEDRNN_ROWWISE_BINARY(operator-, operator-)
+FUSEDRNN_ROWWISE_BINARY(operator*, operator*)
+FUSEDRNN_ROWWISE_BINARY(operator/, operator/)
+FUSEDRNN_ROWWISE_BINARY(relu_grad, relu_grad)
+FUSEDRNN_ROWWISE_UNARY(sigmoid)
+FUSEDRNN_ROWWISE_UNARY(tanh)
+FUSEDRNN_ROWWISE_UNARY(relu)
+#undef FUSEDRNN_ROWWISE_BINARY
+#undef FUSEDRNN_ROWWISE_UNARY
 
 template <class F>
 FUSEDRNN_INLINE F sum_lanes(Vec<F> v) {

@@ -120,6 +120,14 @@ struct TeamRows {
   int64_t batch_row(int64_t r) const { return slice + r * slices; }
 };
 
+// visit(first row, Constant<rows>) over [0, count), two rows at a time (see Rows) and the odd one alone.
+template <class Visit>
+FUSEDRNN_INLINE void for_rows(int64_t count, const Visit& visit) {
+  int64_t m = 0;
+  for (; m + 2 <= count; m += 2) visit(m, Constant<2>{});
+  if (m < count) visit(m, Constant<1>{});
+}
+
 constexpr int64_t kSumRows = 48;  // rows of the batch per visit to a block: their sums stay in the first-level cache
 
 // What is common to the passes: the threads of a call and where they meet. Pass is one of ForwardPass, BackwardPass; it

@@ -1,0 +1,97 @@
+"""The table on the terminal and the summary against the speeds aimed at."""
+
+from __future__ import annotations
+
+from .rows import Pair, mean_speedup
+from .shapes import CELLS, MODES, TARGETS
+
+
+def seconds_text(seconds: float | None) -> str:
+    """A time in a unit that suits it."""
+    if seconds is None:
+        return "-"
+    for unit, factor in (("s", 1.0), ("ms", 1e3)):
+        if seconds * factor >= 1:
+            return f"{seconds * factor:.3g} {unit}"
+    return f"{seconds * 1e6:.3g} us"
+
+
+def bytes_text(count: float | None) -> str:
+    """A size in MiB."""
+    return "-" if count is None else f"{count / 2**20:.2f}"
+
+
+def percent_text(fraction: float | None) -> str:
+    """A fraction in percent."""
+    return "-" if fraction is None else f"{fraction:.0%}"
+
+
+def grid(header: list[str], lines: list[list[str]], left: int = 1) -> str:
+    """Columns as wide as their widest entry; the first `left` to the left, the others to the right."""
+    every = [header, *lines]
+    widths = [max(len(line[i]) for line in every) for i in range(len(header))]
+    place = lambda i, text: text.ljust(widths[i]) if i < left else text.rjust(widths[i])  # noqa: E731
+    return "\n".join("  ".join(place(i, text) for i, text in enumerate(line)).rstrip() for line in every)
+
+
+def case_table(pairs: list[Pair]) -> str:
+    """A line for each case: times, ratio with its interval, fractions of what the machine can, memory, losses."""
+    header = ["shape", "cell", "mode", "kernel", "torch", "ours", "ratio", "95 %"]
+    header += ["GF/s", "of GEMM", "of cache bw", "MiB torch", "MiB ours", ""]
+    lines = []
+    for pair in pairs:
+        theirs, ours = pair.theirs, pair.ours
+        line = [pair.label, pair.cell, pair.mode, ours["kernel"] or "-"]
+        if pair.speedup is None:
+            line += ["-"] * 9
+        else:
+            line += [seconds_text(theirs["seconds"]["p50"]), seconds_text(ours["seconds"]["p50"])]
+            line += [f"{pair.speedup:.2f}", f"{ours['speedup_low']:.2f}..{ours['speedup_high']:.2f}"]
+            line += [f"{ours['gflops']:.1f}", percent_text(ours["fraction_of_gemm_peak"])]
+            line += [percent_text(ours["fraction_of_bandwidth"])]
+            line += [bytes_text(theirs["peak_bytes"]), bytes_text(ours["peak_bytes"])]
+        notes = [pair.verdict] * bool(pair.verdict) + ["MEMORY"] * pair.more_memory
+        lines.append([*line, " ".join(notes)])
+    return grid(header, lines, left=4)
+
+
+def target_lines(pairs: list[Pair]) -> list[tuple[str, int, float, float | None]]:
+    """(what, number of cases, geometric mean, target or None) for each group, cell and mode that was measured."""
+    found = []
+    for cell in CELLS:
+        for mode in MODES:
+            some = [p for p in pairs if (p.group, p.cell, p.mode) == ("padded", cell, mode) and p.speedup]
+            if some:
+                found.append((f"{cell} {mode}", len(some), mean_speedup(some), TARGETS["padded", cell, mode]))
+    packed = [pair for pair in pairs if pair.group == "packed" and pair.speedup]
+    if packed:
+        found.append(("packed", len(packed), mean_speedup(packed), TARGETS["packed", None, None]))
+    for cell in CELLS:
+        some = [pair for pair in packed if pair.cell == cell]
+        if some:
+            found.append((f"  packed {cell}", len(some), mean_speedup(some), None))
+    return found
+
+
+def summary(pairs: list[Pair]) -> str:
+    """Geometric means beside their targets, then everything that is not as promised."""
+    lines = []
+    for what, count, mean, target in target_lines(pairs):
+        aim = [f"{target:.1f}", "SHORT" if mean < target else ""] if target else ["", ""]
+        lines.append([what, str(count), f"{mean:.2f}", *aim])
+    parts = [grid(["geometric mean of torch / ours", "cases", "measured", "target", ""], lines)] if lines else []
+    overhead = [pair for pair in pairs if pair.group == "overhead" and pair.speedup]
+    if overhead:
+        times = [[seconds_text(row["seconds"]["p50"]) for row in (pair.theirs, pair.ours)] for pair in overhead]
+        lines = [[f"{pair.cell} {pair.mode}", *two] for pair, two in zip(overhead, times)]
+        parts.append(grid(["one call of one step", "torch", "ours"], lines))
+    counts = {verdict: [pair for pair in pairs if pair.verdict == verdict] for verdict in ("LOSS", "even", "RED")}
+    parts.append(
+        f"{len(pairs)} cases: {len(counts['LOSS'])} losses, {len(counts['even'])} within the noise of 1, "
+        f"{len(counts['RED'])} wrong, {sum(pair.more_memory for pair in pairs)} with more memory than torch"
+    )
+    complaints = [
+        f"{pair.verdict} {pair.ours['case']}: " + (f"{pair.speedup:.2f}x" if pair.speedup else pair.ours["gate_worst"])
+        for pair in counts["LOSS"] + counts["RED"]
+    ]
+    return "\n\n".join(parts) + "".join(f"\n  {line}" for line in complaints)

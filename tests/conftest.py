@@ -1,0 +1,69 @@
+"""What every test shares: devices, instruction sets, seeds, and the promise that the fused engine is what is tested."""
+
+import pytest
+import torch
+from torch import nn
+
+import fusedrnn
+from fusedrnn import select
+
+DEVICES = ["cpu"]
+ISAS = ["baseline", "avx2", "avx512"]
+CELLS = ["rnn_tanh", "rnn_relu", "lstm", "gru"]
+
+
+def pytest_configure(config):
+    # A call that falls back to torch.nn would be compared with itself and prove nothing.
+    config.addinivalue_line("filterwarnings", "error:.*not on the fused engine.*")
+    # torch says once a process that oneDNN has no projections; it is of no concern here.
+    config.addinivalue_line("filterwarnings", "ignore:LSTM with projections is not supported with oneDNN")
+
+
+@pytest.fixture(params=DEVICES)
+def device(request):
+    return request.param
+
+
+@pytest.fixture(params=ISAS)
+def isa(request, monkeypatch):
+    """Runs the test under each instruction set that this machine and this build have."""
+    if request.param not in fusedrnn._C.cpu_isas():
+        pytest.skip(f"this machine or this build has no {request.param}")
+    monkeypatch.setenv("FUSEDRNN_CPU_ISA", request.param)
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def clean_process(monkeypatch):
+    """Same seed for every test; thread count, default dtype and the record of warnings as they were."""
+    torch.manual_seed(0)
+    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
+    monkeypatch.setattr(select, "_warned", set())
+    yield
+    torch.set_num_threads(threads)
+    torch.set_default_dtype(dtype)
+
+
+def kind_of(cell: str) -> str:
+    """ "rnn_relu" -> "RNN"."""
+    return cell.split("_")[0].upper()
+
+
+def make_pair(cell: str, *sizes, **options):
+    """(ours, stock) layers of `cell` with the same weights."""
+    if cell.startswith("rnn"):
+        options["nonlinearity"] = cell.split("_")[1]
+    stock = getattr(nn, kind_of(cell))(*sizes, **options)
+    ours = getattr(fusedrnn, kind_of(cell))(*sizes, **options)
+    ours.load_state_dict(stock.state_dict())
+    return ours, stock
+
+
+def states_for(module, B, dtype=None, **options):
+    """A random hx for `module`, as it takes it."""
+    rows = module.num_layers * (2 if module.bidirectional else 1)
+    dtype = dtype or module.weight_ih_l0.dtype
+    h = torch.randn(rows, B, module.proj_size or module.hidden_size, dtype=dtype, **options)
+    if module.mode != "LSTM":
+        return h
+    return h, torch.randn(rows, B, module.hidden_size, dtype=dtype, **options)

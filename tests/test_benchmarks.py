@@ -1,0 +1,361 @@
+"""The benchmark tool: its shapes, its statistics, its gate, its meters, and what it makes of committed rows.
+
+No test here asserts a speed. The few that measure do so on the smallest cases.
+"""
+
+import io
+import json
+import re
+import types
+
+import pytest
+import torch
+
+from benchmarks import compare, gate, machine, memory, plot, providers, report, rows, run, shapes, table, timing
+from benchmarks.progress import Progress
+from benchmarks.workload import Workload
+
+TINY = "rnn/(inference|training)/T37-"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shapes
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_every_shape_has_a_reason_and_a_name_of_its_own():
+    for suite in shapes.SUITES:
+        names = [case.name for case in shapes.cases(suite)]
+        assert len(set(names)) == len(names)
+        for shape in shapes.SUITES[suite]:
+            assert shape.why.endswith(".") and shape.source
+    assert len(shapes.cases("cpu")) == 11 * 3 * 2
+    assert shapes.case_named("gru/training/T37-B7-I19-H45").shape.H == 45
+
+
+def test_packed_lengths_run_from_one_to_T():
+    shape = next(shape for shape in shapes.SUITES["cpu"] if shape.packed)
+    assert (shape.lengths[0], shape.lengths[-1], len(shape.lengths)) == (100, 1, 32)
+    assert shape.lengths == sorted(shape.lengths, reverse=True)
+
+
+def test_work_is_counted_for_all_layers_and_directions():
+    shape = shapes.Shape(3, 2, 5, 7, why=".", source="-", layers=2, bidirectional=True)
+    first, second = 2 * 6 * 4 * 7 * (5 + 7), 2 * 6 * 4 * 7 * (14 + 7)
+    assert shape.flops("lstm", "inference") == 2 * (first + second)
+    assert shape.flops("lstm", "training") == 3 * 2 * (first + second)
+    assert shape.weight_bytes("lstm", "inference") == 3 * 4 * 4 * 4 * 7 * 7
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Clock and statistics
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_calls_take_turns():
+    order = []
+    calls = [lambda: order.append("A"), lambda: order.append("B")]
+    original, timing._repeats = timing._repeats, lambda call: 1
+    try:
+        samples = timing.interleave(calls, seconds=0, least=4)
+    finally:
+        timing._repeats = original
+    assert "".join(order) == "ABBAABBA"
+    assert [len(times) for times in samples] == [4, 4]
+
+
+def test_interval_of_the_ratio_holds_the_ratio_and_narrows():
+    generator = torch.Generator().manual_seed(0)
+    noisy = lambda center, n: (center * (1 + 0.1 * torch.randn(n, generator=generator))).tolist()  # noqa: E731
+    few = timing.ratio_interval(noisy(3.0, 10), noisy(2.0, 10))
+    many = timing.ratio_interval(noisy(3.0, 1000), noisy(2.0, 1000))
+    assert few[1] <= few[0] <= few[2] and many[1] <= 1.5 <= many[2]
+    assert many[2] - many[1] < few[2] - few[1]
+
+
+def test_a_slow_spell_of_the_machine_leaves_the_ratio_alone():
+    fast, spell = [1.0, 1.01, 0.99, 1.0, 1.02], [1.0, 1.0, 5.0, 5.0, 1.0]
+    slowed = [a * b for a, b in zip(fast, spell)]
+    assert timing.ratio_interval([2 * t for t in slowed], slowed) == pytest.approx((2, 2, 2))
+
+
+def test_geometric_mean():
+    assert timing.geometric_mean([1.0, 4.0]) == pytest.approx(2.0)
+
+
+def test_progress_tells_the_time_left_and_stays_off_pipes():
+    pipe = io.StringIO()
+    progress = Progress(10, pipe)
+    assert progress.time_left() == "--:--"
+    progress.advance(5)
+    progress.show("x")
+    assert re.fullmatch(r"0:0\d", progress.time_left()) and pipe.getvalue() == ""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Gate, meters, rows
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Wrong(providers.TorchProvider):
+    """torch.nn with an output that is off by a thousandth."""
+
+    def module(self, case, dtype):
+        module = super().module(case, dtype)
+        forward = module.forward
+
+        def wrong(self, *arguments):
+            output, hidden = forward(*arguments)
+            return output * 1.001, hidden
+
+        module.forward = types.MethodType(wrong, module)
+        return module
+
+
+def test_a_wrong_result_is_red_prints_no_speed_and_fails_the_run(monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(providers.PROVIDERS, "wrong", lambda: Wrong("wrong"))
+    out = tmp_path / "rows.jsonl"
+    arguments = ["--quick", "--no-memory", "--threads", "1", "--only", "rnn/inference/T1-", "--out", str(out)]
+    assert run.main([*arguments, "--providers", "torch,wrong"]) == 1
+    bad = next(row for row in rows.read(out) if row["provider"] == "wrong")
+    assert bad["gate"] == "red" and bad["seconds"] is None and bad["speedup"] is None
+    assert "RED rnn/inference/T1-B1-I64-H64" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("cell", shapes.CELLS)
+@pytest.mark.parametrize("mode", shapes.MODES)
+@pytest.mark.parametrize("packed", [False, True])
+def test_fusedrnn_passes_the_gate_and_its_kernel_is_named(cell, mode, packed):
+    case = shapes.Case(shapes.Shape(9, 4, 8, 16, why=".", source="-", packed=packed), cell, mode)
+    ours, stock = (Workload(case, providers.provider_named(name)) for name in ("fusedrnn", "torch"))
+    verdict = gate.judge(ours, stock)
+    assert verdict.passed, verdict.worst
+    assert ours.kernel().startswith("fused/")
+    assert stock.kernel() in ("aten", "onednn")
+    assert stock.kernel() == "aten" or (cell == "lstm" and not packed)
+
+
+def test_training_computes_the_gradients_of_input_and_weights():
+    workload = Workload(shapes.case_named("lstm/training/T37-B7-I19-H45"), providers.provider_named("torch"))
+    assert [tuple(grad.shape) for grad in workload.call()] == [(37, 7, 19), (180, 19), (180, 45), (180,), (180,)]
+
+
+def test_the_allocator_meter_is_exact():
+    def step():
+        large = torch.empty(1 << 18)
+        del large
+        return torch.empty(1 << 10), torch.empty(1 << 10)
+
+    assert memory.allocator_peak(step) == 4 << 18
+
+
+def test_the_resident_meter_sees_what_torch_does_not(tmp_path):
+    found = memory.resident_peak(lambda: bytearray(b"x" * (32 << 20)))
+    if found is None:
+        pytest.skip("this system does not tell")
+    assert (30 << 20) < found < (80 << 20)
+
+
+def test_the_memory_process_answers_and_its_end_is_survived():
+    case = shapes.case_named("rnn/training/T37-B7-I19-H45")
+    with memory.Meter(["torch", "fusedrnn"], threads=1) as meter:
+        peaks = meter.measure(case)
+        assert set(peaks) == {"torch", "fusedrnn"}
+        assert all(peak["peak_bytes"] > 37 * 7 * 45 * 4 for peak in peaks.values())
+        meter.process.kill()
+        meter.process.wait()
+        assert meter.measure(case) == {}
+
+
+def test_a_run_writes_whole_rows_and_prints_a_table(capsys, tmp_path):
+    out = tmp_path / "new" / "rows.jsonl"
+    assert run.main(["--quick", "--only", TINY, "--out", str(out), "--threads", "1"]) == 0
+    found = rows.read(out)
+    assert not list(out.parent.glob("*.partial"))
+    assert [(row["mode"], row["provider"]) for row in found] == [
+        ("inference", "torch"),
+        ("inference", "fusedrnn"),
+        ("training", "torch"),
+        ("training", "fusedrnn"),
+    ]
+    for row in found:
+        assert row["gate"] == "green" and row["threads"] == 1 and row["quick"]
+        assert 0 < row["seconds"]["p20"] <= row["seconds"]["p50"] <= row["seconds"]["p80"]
+        assert 0 < row["fraction_of_gemm_peak"] < 2
+        assert (row["peak_bytes"] is not None) == (row["mode"] == "training")
+        assert (row["speedup"] is not None) == (row["provider"] == "fusedrnn")
+    printed = capsys.readouterr().out
+    assert "T37 B7 I19 H45" in printed and "rnn training" in printed and "cases:" in printed
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--only", "no such case"], "matches no case of suite cpu"),
+        (["--only", "("], "is no regular expression"),
+        (["--threads", "0"], "at least 1, got 0"),
+        (["--providers", "torch,nobody"], "no provider is called 'nobody'"),
+    ],
+)
+def test_a_bad_argument_gets_one_clear_line(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        run.main(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_only_a_full_run_replaces_the_committed_rows():
+    assert run.parse([]).out == machine.RESULTS / machine.machine_name() / "cpu.jsonl"
+    for partial in (["--quick"], ["--only", "lstm"], ["--providers", "torch,torch-again"]):
+        assert run.parse(partial).out is None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is made of rows
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def made_up(case: shapes.Case, provider: str, speedup: float = 1.0, gate: str = "green", peak: int = 1 << 20) -> dict:
+    """A row as a run writes it, with invented numbers."""
+    names = ("T", "B", "I", "H", "layers", "bidirectional", "packed", "group")
+    shape = {name: getattr(case.shape, name) for name in names}
+    ours, green = provider != "torch", gate == "green"
+    return {
+        "suite": "cpu",
+        "case": case.name,
+        "shape": shape,
+        "cell": case.cell,
+        "mode": case.mode,
+        "dtype": "float32",
+        "provider": provider,
+        "kernel": "k",
+        "gate": gate,
+        "gate_worst": "",
+        "against": "torch" if ours else None,
+        "seconds": {"p20": 1e-3, "p50": 1e-3, "p80": 1e-3} if green else None,
+        "gflops": 1.0,
+        "gemm_peak_gflops": 100.0,
+        "fraction_of_gemm_peak": 0.25,
+        "fraction_of_bandwidth": None,
+        "peak_bytes": peak if case.mode == "training" else None,
+        "resident_peak_bytes": None,
+        "speedup": speedup if ours and green else None,
+        "speedup_low": speedup * 0.98 if ours and green else None,
+        "speedup_high": speedup * 1.02 if ours and green else None,
+        "machine": "m",
+        "cpu": "a processor",
+        "cores": 2,
+        "isa": "avx2",
+        "threads": 2,
+        "versions": {"torch": "2", "python": "3", "fusedrnn": "1"},
+        "commit": "c0ffee",
+        "date": "2024-02-29",
+        "quick": False,
+    }
+
+
+def made_up_run(speedups, **ours) -> list[dict]:
+    """Rows of both providers for every case of the suite; speedups is a number or a function of the case."""
+    found = []
+    for case in shapes.cases("cpu"):
+        found += [made_up(case, "torch"), made_up(case, "fusedrnn", speedups(case) if callable(speedups) else speedups)]
+        found[-1] |= ours
+    return found
+
+
+def written(path, some: list[dict]):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in some))
+    return path
+
+
+def test_losses_and_targets_are_named():
+    slow = "lstm/training/T50-B64-I512-H512"
+    pairs = rows.pairs(made_up_run(lambda case: 0.5 if case.name == slow else 4.0))
+    text = table.summary(pairs)
+    assert f"LOSS {slow}: 0.50x" in text and "66 cases: 1 losses" in text
+    means = {what: (count, mean) for what, count, mean, _ in table.target_lines(pairs)}
+    assert means["packed"] == (6, pytest.approx(4.0))
+    assert means["lstm training"] == (9, pytest.approx((4.0**8 * 0.5) ** (1 / 9)))
+    assert "LOSS" in table.case_table(pairs)
+
+
+def test_below_one_within_the_noise_is_not_called_a_loss():
+    pair = rows.pairs(made_up_run(0.99))[0]
+    assert (pair.ours["speedup_high"] > 1, pair.verdict) == (True, "even")
+
+
+@pytest.mark.parametrize(
+    "after, status, word",
+    [
+        (dict(speedups=2.0), 0, "0 worse"),
+        (dict(speedups=1.99), 0, "0 worse"),
+        (dict(speedups=1.8), 1, "slower"),
+        (dict(speedups=3.0), 0, "faster"),
+        (dict(speedups=2.0, peak_bytes=2 << 20), 1, "larger"),
+        (dict(speedups=2.0, gate="red", speedup=None), 1, "WRONG"),
+    ],
+)
+def test_compare_fails_on_what_got_worse_only(after, status, word, tmp_path, capsys):
+    files = [written(tmp_path / "a", made_up_run(2.0)), written(tmp_path / "b", made_up_run(**after))]
+    assert compare.main([str(file) for file in files]) == status
+    assert word in capsys.readouterr().out
+
+
+def test_compare_refuses_what_is_no_row_file(tmp_path, capsys):
+    good = written(tmp_path / "good", made_up_run(2.0))
+    (tmp_path / "bad").write_text('{"case": 1}\n')
+    assert compare.main([str(good), str(tmp_path / "bad")]) == 2
+    assert compare.main([str(good), str(tmp_path / "absent")]) == 2
+    assert "bad:1: not a benchmark row" in capsys.readouterr().err
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A folder with a README and committed rows, in the place of this project."""
+    results = tmp_path / "benchmarks" / "results"
+    written(results / "m" / "cpu.jsonl", made_up_run(lambda case: 0.5 if case.cell == "rnn" else 2.0))
+    (tmp_path / "README.md").write_text(f"before\n{report.BEGIN}\nstale words\n{report.END}\nafter\n")
+    monkeypatch.setattr(machine, "RESULTS", results)
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    return tmp_path
+
+
+def test_report_writes_readme_and_checks_it(project, capsys):
+    pytest.importorskip("matplotlib")
+    assert report.main(["--check"]) == 1
+    assert report.main([]) == 0
+    assert report.main(["--check"]) == 0
+    text = (project / "README.md").read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "stale words" not in text
+    assert "| **0.50x** (0.49 to 0.51) |" in text and "| 2.00x |" in text
+    assert "benchmarks/results/m/cpu-speedup.svg" in text
+    written(project / "benchmarks" / "results" / "m" / "cpu.jsonl", made_up_run(3.0))
+    capsys.readouterr()
+    assert report.main(["--check"]) == 1
+    complaints = capsys.readouterr().err
+    assert "README.md is out of date" in complaints and "cpu-speedup.svg is out of date" in complaints
+
+
+def test_plot_draws_all_committed_rows(project, capsys):
+    pytest.importorskip("matplotlib")
+    assert plot.main([]) == 0
+    assert "cpu-speedup.svg" in capsys.readouterr().out
+
+
+def test_the_picture_is_the_same_at_every_drawing(project):
+    pytest.importorskip("matplotlib")
+    path = project / "benchmarks" / "results" / "m" / "cpu.jsonl"
+    assert plot.draw(path).read_bytes() == plot.draw(path).read_bytes()
+
+
+def test_report_wants_its_markers(project, capsys):
+    (project / "README.md").write_text("nothing here")
+    assert report.main([]) == 1
+    assert report.BEGIN in capsys.readouterr().err
+
+
+def test_readme_of_this_project_is_up_to_date():
+    readme = machine.ROOT / "README.md"
+    if not readme.exists():
+        pytest.skip("no README in this tree")
+    assert report.main(["--check"]) == 0

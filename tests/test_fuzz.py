@@ -1,0 +1,23 @@
+"""Random calls on torch.nn and on fusedrnn, compared in everything that can be seen.
+
+FUSEDRNN_FUZZ: number of cases (default 800); FUSEDRNN_FUZZ_SEED: the first seed (default 0).
+The cases take the instruction sets of the machine in turn. A failure prints the line that repeats it.
+"""
+
+import os
+
+import pytest
+
+import fusedrnn
+from fusedrnn.fuzz import random_case
+
+FIRST = int(os.environ.get("FUSEDRNN_FUZZ_SEED", "0"))
+COUNT = int(os.environ.get("FUSEDRNN_FUZZ", "800"))
+
+
+@pytest.mark.filterwarnings("ignore:dropout option adds dropout")
+@pytest.mark.parametrize("seed", range(FIRST, FIRST + COUNT))
+def test_random_case(seed, monkeypatch):
+    isas = fusedrnn._C.cpu_isas()
+    monkeypatch.setenv("FUSEDRNN_CPU_ISA", isas[seed % len(isas)])
+    random_case(seed).check()
