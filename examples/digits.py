@@ -145,7 +145,7 @@ def train_both(args, train, test):
             bar.clear()
             formats = zip(MEASURES, ("12.6f", "12.2%", "12.3f"))
             row = [f"{history[measure][name][-1]:{form}}" for measure, form in formats for name in PACKAGES]
-            print(f"{epoch + 1:5}" + "".join(row), flush=True)
+            print(f"{epoch + 1:5}" + "".join(row) + "\n", end="", flush=True)  # in one piece, or Ctrl-C may part it
     return models, history
 
 
@@ -179,8 +179,8 @@ def draw(path, history, test, predicted):
         else:
             axis.set_ylim(0, 2 * max(map(statistics.median, history[measure].values())))
             axis.set_title(f"{speed_up(history):.2f}x as fast", loc="right", color=red)
-    for axis, image, label, digit in zip(digits.subplots(1, 10), test[0], test[1], predicted["fusedrnn"]):
-        axis.imshow(image, cmap="gray_r")
+    for axis, image, label, digit in zip(digits.subplots(1, 10), *test, predicted["fusedrnn"]):
+        axis.imshow(image.numpy(), cmap="gray_r")
         axis.set_axis_off()
         axis.set_title(f"{label}, read {digit}", fontsize=10, color="black" if label == digit else red)
     figure.savefig(path, dpi=130)
@@ -239,7 +239,8 @@ def main(argv=None) -> int:
         print(f"digits: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("digits: stopped", file=sys.stderr)
+        erase = "\r\x1b[2K" if sys.stderr.isatty() else ""  # the ^C that the terminal wrote behind the bar
+        print(f"{erase}digits: stopped", file=sys.stderr)
         return 130
     return 0
 

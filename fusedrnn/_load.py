@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ._version import __version__
 
-FOLDER = Path(__file__).resolve().parent
+FOLDER = Path(__file__).absolute().parent
 MIN_TORCH = (2, 10)
 BUILD = "pip install --no-build-isolation -v ."
 SOURCES = " (in the folder with fusedrnn's setup.py)"
@@ -48,19 +48,18 @@ def _import_torch():
 
 
 def _import_extension():
+    python = sysconfig.get_config_var("SOABI")
+    needed = f"one built for this Python, {python}"
+    library = FOLDER / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    # Looked for before it is imported: an editable install elsewhere would lend this package its own.
+    if not library.exists():
+        others = ", ".join(sorted(path.name.split(".")[1] for path in FOLDER.glob("_C.*.so")))
+        found = f"libraries built for {others} in {FOLDER}" if others else f"no built library in {FOLDER}"
+        _fail(found, needed, BUILD + SOURCES)
     try:
         return importlib.import_module("._C", __package__)
     except ImportError as error:
-        python = sysconfig.get_config_var("SOABI")
-        suffix = sysconfig.get_config_var("EXT_SUFFIX")
-        others = sorted(path.name.split(".")[1] for path in FOLDER.glob("_C.*.so") if path.name != f"_C{suffix}")
-        if (FOLDER / f"_C{suffix}").exists():
-            found = f"{FOLDER / f'_C{suffix}'}, which does not load ({_one_line(error)})"
-        elif others:
-            found = f"libraries built for {', '.join(others)} in {FOLDER}"
-        else:
-            found = f"no built library in {FOLDER}"
-        _fail(found, f"one built for this Python, {python}", BUILD + SOURCES, error)
+        _fail(f"{library}, which does not load ({_one_line(error)})", needed, BUILD + SOURCES, error)
 
 
 def _one_line(error):

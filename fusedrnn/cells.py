@@ -1,18 +1,17 @@
-"""RNNCell, LSTMCell and GRUCell: one step of torch.nn's cells, as a sequence of length one on the fused engine.
+"""RNNCell, LSTMCell and GRUCell: torch.nn's cells, at home beside the layers.
 
-Like the layers (modules.py), they leave to the stock class's `forward` every call that the engine does not take.
+A single step runs torch's own kernels. The engine gains by what it carries from step to step, packed weights above
+all, and one step has no next: taken through the engine it ran at 0.4 to 1.1 times torch's speed, for H from 64 to 1024
+and B from 1 to 256. A loop over a cell is better written as a layer. What is added here: torch.fx and torch.jit take
+the cells as they take torch.nn's, and `convert` and `explain` know them.
 """
-
-from functools import partial
 
 import torch
 from torch import Tensor
 from torch.fx import Proxy
 from torch.nn.modules.rnn import RNNCellBase
 
-from . import functional, select
-
-NONLINEAR = {"tanh": "rnn_tanh", "relu": "rnn_relu"}
+from . import shared
 
 
 class FusedCell(RNNCellBase):
@@ -20,61 +19,13 @@ class FusedCell(RNNCellBase):
 
     stock: type[RNNCellBase]  # the torch.nn class that this one stands for
 
-    def _call(self, input, hx):
-        h, c = self._split_states(hx)
-        states = () if h is None else (h,) if c is None else (h, c)
-        cell, weights = self._cell(), self._weights_by_name()
-
-        run = functional.stack
-        if not select.is_ordinary(input, states, weights):
-            if isinstance(input, Proxy) or isinstance(h, Proxy):
-                return select.record_as_leaf(self, input, hx)
-            reason = select.reason_for_fallback(input, states, weights)
-            if reason is not None:
-                return select.run_stock(self, input, hx, reason)
-            dtype = select.autocast_dtype(cell, input, h)
-            if dtype is not None:
-                run = partial(functional.stack_cast, dtype)
-        if not self._fits(input, h, c):
-            return select.run_stock(self, input, hx, select.MISFIT)
-
-        # (B, features) or (features,) to (T, B, features) and back; T is 1, and so is D.
-        added = (0,) if input.dim() == 2 else (0, 0)
-        for dim in added:
-            input = input.unsqueeze(dim)
-            h = h if h is None else h.unsqueeze(dim)
-            c = c if c is None else c.unsqueeze(dim)
-        _, hy, cy = run(cell, input, h, c, weights, len(weights) == 4, 1, 0.0, False, False, False, None)
-        for dim in added:
-            hy = hy.squeeze(dim)
-            cy = cy if cy is None else cy.squeeze(dim)
-        return hy if cy is None else (hy, cy)
-
-    def _cell(self) -> str | None:
-        """The cell's name in the engine; None if it has no such cell."""
-        raise NotImplementedError
-
-    def _split_states(self, hx):
-        """(h, c) out of the caller's hx, (None, None) if there is none."""
-        return hx, None
-
-    def _weights_by_name(self) -> tuple[Tensor | None, ...]:
-        """The weights as they are now; without the biases if the cell has none."""
-        weights = (self.weight_ih, self.weight_hh)
-        bias_ih, bias_hh = self.bias_ih, self.bias_hh
-        return weights if bias_ih is None and bias_hh is None else (*weights, bias_ih, bias_hh)
-
-    def _fits(self, input: Tensor, h: Tensor | None, c: Tensor | None, batch_sizes: None = None) -> bool:
-        """Whether this is a call for the engine's cell. If not, the stock forward serves it or says what is wrong."""
-        shape = input.shape
-        if not 1 <= len(shape) <= 2 or shape[-1] != self.input_size or not self.input_size or not self.hidden_size:
-            return False
-        expected = (*shape[:-1], self.hidden_size)
-        return (h is None or h.shape == expected) and (c is None or c.shape == expected) and self._cell() is not None
+    def __prepare_scriptable__(self) -> RNNCellBase:
+        """torch.jit.script gets the stock cell with these very Parameters: it cannot compile this `forward`."""
+        return shared.as_stock(self)
 
 
 class RNNCell(FusedCell):
-    """One step of Elman's network, tanh or ReLU: torch.nn.RNNCell on the fused engine.
+    """One step of Elman's network, tanh or ReLU: torch.nn.RNNCell.
 
     h' = tanh(W_ih x + b_ih + W_hh h + b_hh)
 
@@ -106,14 +57,13 @@ class RNNCell(FusedCell):
         self.nonlinearity = nonlinearity
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        return self._call(input, hx)
-
-    def _cell(self) -> str | None:
-        return NONLINEAR.get(self.nonlinearity)
+        if isinstance(input, Proxy):
+            return shared.record_as_leaf(self, input, hx)
+        return torch.nn.RNNCell.forward(self, input, hx)
 
 
 class LSTMCell(FusedCell):
-    """One step of long short-term memory: torch.nn.LSTMCell on the fused engine.
+    """One step of long short-term memory: torch.nn.LSTMCell.
 
     i, f, o = sigmoid(W_ih x + b_ih + W_hh h + b_hh), each its own rows; g = tanh(...) likewise
     c' = f c + i g,  h' = o tanh(c')
@@ -139,20 +89,13 @@ class LSTMCell(FusedCell):
         super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        return self._call(input, hx)
-
-    def _cell(self) -> str:
-        return "lstm"
-
-    def _split_states(self, hx):
-        return functional.split_pair(hx)
-
-    def _fits(self, input, h, c, batch_sizes=None) -> bool:
-        return (h is None) == (c is None) and super()._fits(input, h, c)
+        if isinstance(input, Proxy):
+            return shared.record_as_leaf(self, input, hx)
+        return torch.nn.LSTMCell.forward(self, input, hx)
 
 
 class GRUCell(FusedCell):
-    """One step of a gated recurrent unit: torch.nn.GRUCell on the fused engine.
+    """One step of a gated recurrent unit: torch.nn.GRUCell.
 
     r, z = sigmoid(W_ih x + b_ih + W_hh h + b_hh), each its own rows
     n = tanh(W_in x + b_in + r (W_hn h + b_hn)),  h' = (1 - z) n + z h
@@ -177,7 +120,6 @@ class GRUCell(FusedCell):
         super().__init__(input_size, hidden_size, bias, num_chunks=3, device=device, dtype=dtype)
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        return self._call(input, hx)
-
-    def _cell(self) -> str:
-        return "gru"
+        if isinstance(input, Proxy):
+            return shared.record_as_leaf(self, input, hx)
+        return torch.nn.GRUCell.forward(self, input, hx)

@@ -1,5 +1,6 @@
 """Swap stock recurrent layers for fused ones in a model, and back."""
 
+import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -23,7 +24,7 @@ def convert(model: nn.Module, to: str = "fused") -> nn.Module:
 
     Args:
         model: any module; a single layer too.
-        to: "fused", or "torch" for the way back (for example before torch.ao.quantization, which looks for stock layers).
+        to: "fused", or "torch" for the way back (torch.ao.quantization, for one, looks for stock layers).
     Returns:
         model itself.
     Raises:
@@ -48,5 +49,6 @@ def convert(model: nn.Module, to: str = "fused") -> nn.Module:
         else:
             continue
         if isinstance(module, nn.RNNBase):
-            module._init_flat_weights()  # the two classes keep track of their weights differently
+            with torch.no_grad():  # a computed weight would keep its graph alive and stand in the way of deepcopy
+                module._init_flat_weights()  # the two classes keep track of their weights differently
     return model

@@ -1,10 +1,9 @@
 """Say which kernel a call would run, and for every other kernel why not."""
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from . import _C, select
+from . import _C, select, shared
 from .cells import FusedCell
 from .convert import FUSED_OF_STOCK
 from .modules import FusedLayer
@@ -29,9 +28,12 @@ def explain(module: nn.Module, input: Tensor | PackedSequence, hx=None) -> str:
       runs  fused engine, ...
     """
     data = input.data if isinstance(input, PackedSequence) else input
-    if isinstance(module, (FusedLayer, FusedCell)):
+    if isinstance(module, FusedLayer):
         package, stock = "fusedrnn", module.stock
         reason = _reason_for_stock(module, input, hx)
+    elif isinstance(module, FusedCell):
+        package, stock = "fusedrnn", module.stock
+        reason = "it gains from step to step, and a cell takes a single one"
     elif isinstance(module, tuple(FUSED_OF_STOCK)):
         package, stock = "torch.nn", type(module)
         reason = "the module is torch.nn's own; fusedrnn.convert(model) changes that"
@@ -50,11 +52,11 @@ def explain(module: nn.Module, input: Tensor | PackedSequence, hx=None) -> str:
     return "\n".join(lines)
 
 
-def _reason_for_stock(module: FusedLayer | FusedCell, input: Tensor | PackedSequence, hx) -> str | None:
+def _reason_for_stock(module: FusedLayer, input: Tensor | PackedSequence, hx) -> str | None:
     data, batch_sizes = (input.data, input.batch_sizes) if isinstance(input, PackedSequence) else (input, None)
     h, c = module._split_states(hx)
     states = tuple(state for state in (h, c) if state is not None)
-    reason = select.reason_for_fallback(data, states, module._weights_by_name())
+    reason = select.reason_for_fallback(data, states, shared.weights_by_name(module, module._flat_weights_names))
     if reason is None and not module._fits(data, h, c, batch_sizes):
         reason = select.MISFIT
     return reason

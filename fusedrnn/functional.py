@@ -16,12 +16,14 @@ from .reference import Weights
 
 def group_weights(params: Sequence[Tensor | None], has_biases: bool, num_layers: int,
                   num_directions: int) -> list[list[Weights]]:
-    """Cut torch's flat list of weights into layers, directions, and (ih, hh, bias_ih, bias_hh, hr) with None for absent.
+    """Cut torch's flat list of weights into layers of directions of (ih, hh, bias_ih, bias_hh, hr), None if absent.
 
     Raises:
         ValueError: the count is that of no layer. A direction has 2 weights, 2 biases if has_biases, and 1 projection
             or none.
     """
+    if len(params) == 4 and has_biases and num_layers == num_directions == 1:  # by far the most frequent call
+        return [[(*params, None)]]
     bare = 4 if has_biases else 2
     directions = num_layers * num_directions
     size = len(params) // directions
@@ -67,19 +69,10 @@ def stack(cell: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, params
 
 
 def stack_cast(dtype: torch.dtype, cell, input, hx, cx, params, *options) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`stack` with torch's autocast in force, which would give a result of this dtype: cast everything to it and run."""
+    """`stack` under torch's autocast, which would give a result of this dtype: cast everything to it and run."""
     input, hx, cx, *params = (None if t is None else t.to(dtype) for t in (input, hx, cx, *params))
     with torch.autocast(input.device.type, enabled=False):
         return stack(cell, input, hx, cx, params, *options)
-
-
-def split_pair(hx) -> tuple:
-    """(h, c) of an LSTM's hx: (None, None) if it is None, (hx, None) if it is no pair of states, which fits no LSTM."""
-    if hx is None:
-        return None, None
-    if isinstance(hx, (tuple, list)) and len(hx) == 2 and hx[0] is not None and hx[1] is not None:
-        return hx
-    return hx, None
 
 
 def zero_states(cell: str, input: Tensor, batch: int, layers: list[list[Weights]]) -> tuple[Tensor, Tensor | None]:

@@ -2,22 +2,25 @@
 
 Construction, parameters, state and most helper methods are torch.nn.RNNBase's. They derive from it and not from
 torch.nn.LSTM and its kin, because torch.compile refuses instances of those. What is not the engine's business stays
-torch's: a call that the engine does not take, a malformed one included, runs through the stock class's own `forward`, so
-that it is served, or refused, exactly as there.
+torch's: a call that the engine does not take, a malformed one included, runs through the stock class's own `forward`,
+so that it is served, or refused, exactly as there.
 """
 
 import inspect
 from collections.abc import Callable
-from copy import copy
 from functools import partial
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.fx import Proxy
 from torch.nn import RNNBase
 from torch.nn.utils.rnn import PackedSequence
 
-from . import functional, select
+from . import functional, select, shared
+
+Sequence = Tensor | PackedSequence
+Pair = tuple[Tensor, Tensor]
 
 CELL_OF_MODE = {"RNN_TANH": "rnn_tanh", "RNN_RELU": "rnn_relu", "LSTM": "lstm", "GRU": "gru"}
 
@@ -25,8 +28,8 @@ CELL_OF_MODE = {"RNN_TANH": "rnn_tanh", "RNN_RELU": "rnn_relu", "LSTM": "lstm", 
 def _signature_of(declared: Callable) -> Callable:
     """Let an `__init__(self, *args, **kwargs)` show the signature it has in fact.
 
-    The open form keeps the words of torch's TypeErrors; the signature serves help(), editors and torch.nn.utils.skip_init,
-    which refuses a class that shows no `device`.
+    The open form keeps the words of torch's TypeErrors; the signature serves help(), editors and
+    torch.nn.utils.skip_init, which refuses a class that shows no `device`.
     """
     def show(init: Callable) -> Callable:
         init.__signature__ = inspect.signature(declared)
@@ -48,20 +51,21 @@ class FusedLayer(RNNBase):
             data, batch_sizes = input, None
         h, c = self._split_states(hx)
         states = () if h is None else (h,) if c is None else (h, c)
-        weights = self._weights_by_name()
+        weights = shared.weights_by_name(self, self._flat_weights_names)
 
         cell, run = CELL_OF_MODE[self.mode], functional.stack
         if not select.is_ordinary(data, states, weights):
             if isinstance(input, Proxy) or isinstance(h, Proxy):
-                return select.record_as_leaf(self, input, hx)
+                return shared.record_as_leaf(self, input, hx)
             reason = select.reason_for_fallback(data, states, weights)
             if reason is not None:
-                return select.run_stock(self, input, hx, reason)
-            dtype = select.autocast_dtype(cell, data, h, onednn=cell == "lstm" and not packed and not self.proj_size)
+                return shared.run_stock(self, input, hx, reason)
+            onednn = cell == "lstm" and not packed and not self.proj_size
+            dtype = select.autocast_dtype(cell, data, h, onednn)
             if dtype is not None:
                 run = partial(functional.stack_cast, dtype)
         if not self._fits(data, h, c, batch_sizes):
-            return select.run_stock(self, input, hx, select.MISFIT)
+            return shared.run_stock(self, input, hx, select.MISFIT)
 
         batched = packed or data.dim() == 3
         if not batched:
@@ -91,22 +95,13 @@ class FusedLayer(RNNBase):
         """(h, c) out of the caller's hx, (None, None) if there is none."""
         return hx, None
 
-    def _weights_by_name(self) -> list[Tensor | None]:
-        """The weights as they are now: a name may hold another tensor at every call (parametrize, functional_call)."""
-        parameters = self._parameters
-        weights = []
-        for name in self._flat_weights_names:
-            weight = parameters.get(name)
-            weights.append(getattr(self, name, None) if weight is None else weight)
-        return weights
-
     def _fits(self, data: Tensor, h: Tensor | None, c: Tensor | None, batch_sizes: Tensor | None) -> bool:
         """Whether the shapes are those of this module. If not, torch's own check, in the stock forward, says how."""
         shape = data.shape
         if not shape or shape[-1] != self.input_size or self.proj_size and self.mode != "LSTM":
             return False
         if batch_sizes is not None:
-            if len(shape) != 2:
+            if len(shape) != 2 or not is_compiling() and int(batch_sizes.sum()) != shape[0]:
                 return False
             batch = () if h is None else (int(batch_sizes[0]),)
         elif len(shape) == 3:
@@ -119,6 +114,8 @@ class FusedLayer(RNNBase):
             return False
         if h is None:
             return True
+        if (c is None) == (self.mode == "LSTM"):
+            return False
         rows = self.num_layers * (2 if self.bidirectional else 1)
         return h.shape == (rows, *batch, self.proj_size or self.hidden_size) and (
             c is None or c.shape == (rows, *batch, self.hidden_size))
@@ -128,10 +125,7 @@ class FusedLayer(RNNBase):
 
         torch.jit.script also leaves that stock layer in the place of this one in the model it was given.
         """
-        stock = copy(self)
-        stock.__class__ = self.stock
-        stock._init_flat_weights()
-        return stock
+        return shared.as_stock(self)
 
     # torch keeps weak references to the weights in order to notice that one was replaced, and they forbid to swap the
     # weights (torch.__future__.set_swap_module_params_on_conversion). `_flat_weights` itself tells as much.
@@ -141,8 +135,8 @@ class FusedLayer(RNNBase):
         self._flat_weight_refs = []
 
     def _weights_have_changed(self) -> bool:
-        names = self._flat_weights_names
-        return any(getattr(self, name, None) is not known for name, known in zip(names, self._flat_weights, strict=True))
+        known = zip(self._flat_weights_names, self._flat_weights, strict=True)
+        return any(getattr(self, name, None) is not weight for name, weight in known)
 
     def __setstate__(self, state) -> None:
         super().__setstate__(state)
@@ -152,7 +146,8 @@ class FusedLayer(RNNBase):
 class RNN(FusedLayer):
     """Elman's recurrent network, tanh or ReLU: torch.nn.RNN on the fused engine.
 
-    For layer k, h_t = tanh(W_ih x_t + b_ih + W_hh h_(t-1) + b_hh), where x_t is the input, or what layer k-1 gives at t.
+    For layer k, h_t = tanh(W_ih x_t + b_ih + W_hh h_(t-1) + b_hh), where x_t is the input or
+    what layer k-1 gives at t.
 
     Args:
         input_size: I, features of an input.
@@ -196,7 +191,7 @@ class RNN(FusedLayer):
             raise ValueError(f"Unknown nonlinearity '{self.nonlinearity}'. Select from 'tanh' or 'relu'.")
         super().__init__(f"RNN_{self.nonlinearity.upper()}", *args, **kwargs)
 
-    def forward(self, input: Tensor | PackedSequence, hx: Tensor | None = None) -> tuple[Tensor | PackedSequence, Tensor]:
+    def forward(self, input: Sequence, hx: Tensor | None = None) -> tuple[Sequence, Tensor]:
         return self._call(input, hx)
 
 
@@ -207,7 +202,8 @@ class LSTM(FusedLayer):
         c_t = f c_(t-1) + i g,  h_t = o tanh(c_t),  and with projections h_t = W_hr o tanh(c_t)
 
     Args:
-        proj_size: P > 0 projects h to P features, so that a state h is (…, P) and c is (…, H). 0: no projection, P = H.
+        proj_size: P > 0 projects h to P features: a state h is (..., P), c is (..., H). 0: no projection, and
+            P below stands for H.
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype: as in `RNN`.
 
     Call:
@@ -233,14 +229,11 @@ class LSTM(FusedLayer):
     def __init__(self, *args, **kwargs) -> None:
         super().__init__("LSTM", *args, **kwargs)
 
-    def forward(self, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
+    def forward(self, input: Sequence, hx: Pair | None = None) -> tuple[Sequence, Pair]:
         return self._call(input, hx)
 
     def _split_states(self, hx):
-        return functional.split_pair(hx)
-
-    def _fits(self, data, h, c, batch_sizes) -> bool:
-        return (h is None) == (c is None) and super()._fits(data, h, c, batch_sizes)
+        return shared.split_pair(hx)
 
     # What the stock forward needs beyond RNNBase.
     get_expected_cell_size = torch.nn.LSTM.get_expected_cell_size
@@ -280,7 +273,7 @@ class GRU(FusedLayer):
         _refuse_proj_size(kwargs)
         super().__init__("GRU", *args, **kwargs)
 
-    def forward(self, input: Tensor | PackedSequence, hx: Tensor | None = None) -> tuple[Tensor | PackedSequence, Tensor]:
+    def forward(self, input: Sequence, hx: Tensor | None = None) -> tuple[Sequence, Tensor]:
         return self._call(input, hx)
 
 

@@ -58,7 +58,7 @@ def scan(step: Step, inputs: list[Tensor], states: tuple[Tensor, ...], weights: 
     """Carry the states through one direction of one layer.
 
     Args:
-        inputs: one (b, I) tensor a step. b never grows with time: of B sequences sorted by length, the first b still run.
+        inputs: one (b, I) tensor a step. b never grows: of B sequences sorted by length, the first b still run.
         states: before the first step, (h (B, P),) or (h (B, P), c (B, H)).
         reverse: from the last step to the first.
     Returns:

@@ -10,14 +10,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._C import _get_tracing_state, _is_any_autocast_enabled, _len_torch_function_stack
 from torch._C._functorch import TransformType, get_interpreter_stack, peek_interpreter_stack
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling, is_exporting
-from torch.fx import Proxy
 from torch.nn import Parameter
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
@@ -37,10 +36,7 @@ def is_ordinary(input: Any, states: Sequence[Any], weights: Sequence[Any]) -> bo
 
     False: the functions below have to look. This is the hot path of every call, hence the flat form.
     """
-    if is_compiling():
-        if is_exporting() or _is_any_autocast_enabled():
-            return False
-    elif (
+    if (
         _len_torch_function_stack()
         or _is_any_autocast_enabled()
         or _get_tracing_state() is not None
@@ -137,22 +133,7 @@ def autocast_dtype(cell: str, input: Tensor, hx: Tensor | None, onednn: bool = F
     return torch.promote_types(lower, input.dtype if hx is None else hx.dtype)
 
 
-def record_as_leaf(module: nn.Module, input: Any, hx: Any) -> Proxy:
-    """Record a call of the module as one node of torch.fx's graph, as torch.fx does by itself for torch.nn's modules."""
-    args = (input,) if hx is None else (input, hx)
-    pair = hx if isinstance(hx, (tuple, list)) else (hx,)
-    tracer = next(arg for arg in (input, *pair) if isinstance(arg, Proxy)).tracer
-    return tracer.create_proxy("call_module", tracer.path_of_module(module), args, {})
-
-
 _warned: set[tuple[str, str]] = set()
-
-
-def run_stock(module: nn.Module, input: Any, hx: Any, reason: str) -> Any:
-    """The call as torch.nn runs it. If torch raises, its error is all there is to say; if not, say why torch ran it."""
-    result = module.stock.forward(module, input, hx)
-    warn_once(f"fusedrnn.{module._get_name()}", f"torch.nn.{module.stock.__name__}", reason)
-    return result
 
 
 def warn_once(who: str, instead: str, reason: str) -> None:

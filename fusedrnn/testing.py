@@ -119,9 +119,10 @@ def compare_runs(run: Callable, ours, stock) -> list[Measured]:
     got, expected = run(ours), run(stock)
     assert list(got) == list(expected), f"tensors {list(got)}, torch.nn has {list(expected)}"
     for name in got:
-        assert (got[name] is None) == (expected[name] is None), (
-            f"{name}: {'undefined' if got[name] is None else 'defined'}, which it is not in torch.nn"
-        )
+        if expected[name] is None:  # no path from the loss to it, which the kernel of a whole sequence may say by zeros
+            assert got[name] is None or not got[name].any(), f"{name}: not zero, but undefined in torch.nn"
+        else:
+            assert got[name] is not None, f"{name}: undefined, which it is not in torch.nn"
     names = [name for name in expected if expected[name] is not None]
     truth = run(copy.deepcopy(stock).double(), torch.float64)
     double = any(expected[name].dtype == torch.float64 for name in names)

@@ -13,6 +13,7 @@ import types
 import zipfile
 from pathlib import Path
 
+import ninja
 import pytest
 import torch
 
@@ -36,13 +37,15 @@ def setup_py():
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory):
-    """A copy of the sources and of what was built from them, with its time stamps, so that ninja finds nothing to do."""
+    """A copy of the sources and of what was built from them, with its time stamps: ninja finds nothing to do there."""
     copy = tmp_path_factory.mktemp("checkout") / "fusedrnn"
-    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "*.egg-info", "__pycache__", "dist", "lib*"))
+    unwanted = shutil.ignore_patterns(".git", ".venv", "*.egg-info", "__pycache__", "dist", "lib*")
+    shutil.copytree(ROOT, copy, ignore=unwanted)
     return copy
 
 
-def refusal(capsys, call, *args):
+def refusal(call, *args):
+    """What setup.py says as it stops."""
     with pytest.raises(SystemExit) as raised:
         call(*args)
     return str(raised.value)
@@ -62,8 +65,8 @@ def test_arch_list(setup_py, archs, flags):
 
 
 @pytest.mark.parametrize("archs", ["Hopper", "80", "8.0+ptx", "8.x"])
-def test_arch_list_refused(setup_py, capsys, archs):
-    assert f"8.0, 9.0a or 9.0+PTX, got '{archs}'" in refusal(capsys, setup_py.gencode, archs)
+def test_arch_list_refused(setup_py, archs):
+    assert f"8.0, 9.0a or 9.0+PTX, got '{archs}'" in refusal(setup_py.gencode, archs)
 
 
 @pytest.mark.parametrize(("wanted", "torch_cuda", "nvcc", "kernels", "why_not"), [
@@ -79,11 +82,11 @@ def test_whether_cuda_is_built(setup_py, wanted, torch_cuda, nvcc, kernels, why_
     assert setup_py.cuda_why_not(env, torch_cuda, nvcc, kernels) == why_not
 
 
-def test_cuda_asked_for_without_nvcc(setup_py, capsys):
-    message = refusal(capsys, setup_py.cuda_why_not, {"FUSEDRNN_CUDA": "1"}, "13.0", None, ["a.cu"])
+def test_cuda_asked_for_without_nvcc(setup_py):
+    message = refusal(setup_py.cuda_why_not, {"FUSEDRNN_CUDA": "1"}, "13.0", None, ["a.cu"])
     assert "FUSEDRNN_CUDA=1 needs nvcc" in message and "FUSEDRNN_CUDA=0" in message
     assert "must be 0, 1 or unset, got 'yes'" in refusal(
-        capsys, setup_py.cuda_why_not, {"FUSEDRNN_CUDA": "yes"}, None, None, [])  # fmt: skip
+        setup_py.cuda_why_not, {"FUSEDRNN_CUDA": "yes"}, None, None, [])  # fmt: skip
 
 
 def test_only_x86_gets_x86_engines(setup_py):
@@ -91,17 +94,17 @@ def test_only_x86_gets_x86_engines(setup_py):
     assert {setup_py.isa_of(source) for source in setup_py.sources("aarch64")[0]} == {"baseline"}
 
 
-def test_building_needs_torch(setup_py, capsys, monkeypatch):
+def test_building_needs_torch(setup_py, monkeypatch):
     for version in (None, "2.9.1+cpu", "1.13.0"):
         found = [types.SimpleNamespace(version=version)] if version else []
         monkeypatch.setattr(setup_py.metadata, "distributions", lambda name: iter(found))
-        message = refusal(capsys, setup_py.NinjaBuild.build_extensions, None)
+        message = refusal(setup_py.NinjaBuild.build_extensions, None)
         assert message == f"fusedrnn: building needs torch 2.10 or newer, found {version or 'none'}"
 
 
 @pytest.mark.parametrize("cxx", ["no-such-compiler", "true"])
-def test_building_needs_gcc(setup_py, capsys, cxx):
-    assert refusal(capsys, setup_py.compiler_name, cxx).startswith(f"fusedrnn: needs g++ 11 or newer, and '{cxx}' is ")
+def test_building_needs_gcc(setup_py, cxx):
+    assert refusal(setup_py.compiler_name, cxx).startswith(f"fusedrnn: needs g++ 11 or newer, and '{cxx}' is ")
 
 
 def test_no_flag_of_one_machine():
@@ -199,9 +202,9 @@ def test_sdist_holds_all_sources(checkout, tmp_path):
 
 
 def test_wheel(checkout, tmp_path):
-    if not OBJECTS.exists():
-        pytest.skip("not built in this checkout")
-    # Under other flags than the build before, everything would be compiled again.
+    plan = checkout / OBJECTS.relative_to(ROOT).parents[1] / "build.ninja"
+    if not plan.exists() or "no work to do" not in run(f"{ninja.BIN_DIR}/ninja", "-n", "-f", plan, cwd=checkout):
+        pytest.skip("not built in this checkout, or sources have changed since: minutes of compiling (make build)")
     run(sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "-w", tmp_path, checkout)
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as content:
@@ -211,7 +214,8 @@ def test_wheel(checkout, tmp_path):
     assert f"fusedrnn/_C{sysconfig.get_config_var('EXT_SUFFIX')}" in names
     assert {name.split("/")[0] for name in names} == {"fusedrnn", f"fusedrnn-{fusedrnn.__version__}.dist-info"}
     code = "import fusedrnn, torch; print(fusedrnn.__file__, fusedrnn.LSTM(3, 5)(torch.zeros(7, 2, 3))[0].shape)"
-    answer = run(sys.executable, "-c", code, cwd=tmp_path / "site", env={**os.environ, "PYTHONPATH": str(tmp_path / "site")})
+    site = tmp_path / "site"
+    answer = run(sys.executable, "-c", code, cwd=site, env={**os.environ, "PYTHONPATH": str(site)})
     assert str(tmp_path) in answer and "[7, 2, 5]" in answer
 
 
@@ -291,15 +295,17 @@ def test_operators_with_a_missing_symbol(broken, tmp_path):
 
 def test_without_torch(broken, monkeypatch):
     _, load = broken
-    monkeypatch.setitem(sys.modules, "torch", None)
-    message = load()
+    with monkeypatch.context() as patch:  # ends before the fixtures do, which use torch
+        patch.setitem(sys.modules, "torch", None)
+        message = load()
     assert "found no torch" in message and "torch 2.10 or newer" in message and "-m pip install" in message
 
 
 def test_old_torch(broken, monkeypatch):
     _, load = broken
-    monkeypatch.setattr(torch, "__version__", "2.9.1+cpu")
-    message = load()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "__version__", "2.9.1+cpu")
+        message = load()
     assert "found torch 2.9.1+cpu" in message and "-m pip install" in message
 
 

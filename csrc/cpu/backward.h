@@ -115,22 +115,18 @@ struct BackwardPass {
         const int64_t row_stride = rows.slices;
         const bool needs_product = s < T || p.grad_hx;
         for (int64_t block = columns.begin; block < columns.end; ++block)
-          visit(needs_product ? recurrent : Weights{}, block, p.P, dpre, row_stride * pass.pre_row, pass.pre_row, before, visited,
-                [&](int64_t r, int64_t u, int n, V sum) __attribute__((always_inline)) {
-                  F* own_dh = pass.dh + state_row(r) * pass.h_row + u;
-                  const V total = sum + load(own_dh);
-                  if (r >= count)
-                    leave_h(r, u, n, total);
-                  else if (pass.projected)
-                    arrive(t, r, u, n, total, own_dh);
+          visit(needs_product ? recurrent : Weights{}, block, p.P, dpre, row_stride * pass.pre_row, pass.pre_row, before, count,
+                visited, [&](int64_t r, int64_t u, int n, auto sum) __attribute__((always_inline)) {
+                  if (pass.projected)
+                    arrive(t, r, u, n, sum);
                   else
-                    cell(t, r, u, n, total + grad_output(t, r, u, n), dpre_new);
+                    cell(t, r, u, n, new_dh(t, r, u, n, sum), dpre_new);
                 });
         if (pass.projected) {
           barrier.wait(member);  // for the gradient of the whole projected state
           for (int64_t block = blocks.begin; block < blocks.end; ++block)
-            visit(projection, block, p.H, pass.dprojected, row_stride * pass.h_row, pass.h_row, count, count,
-                  [&](int64_t r, int64_t u, int n, V sum) __attribute__((always_inline)) { cell(t, r, u, n, sum, dpre_new); });
+            visit(projection, block, p.H, pass.dprojected, row_stride * pass.h_row, pass.h_row, count, count, count,
+                  [&](int64_t r, int64_t u, int n, auto sum) __attribute__((always_inline)) { cell(t, r, u, n, sum, dpre_new); });
         }
         for (int64_t r = count; r < before; ++r) leave_inner(r);
         before = count;
@@ -138,88 +134,122 @@ struct BackwardPass {
       }
     }
 
-    // Calls each(row, unit, lanes, sum) for the rows [0, visited) and units of a block, where sum is a times the block's weights
-    // in the first `multiplied` rows and zero behind.
+    // The units of a block in the rows [0, visited), where sum is a times the block's weights in the first `multiplied` rows and
+    // zero behind: calls each(row, unit, lanes, sum) for the rows [0, staying), of one or two rows at a time, and leave_h for the
+    // rest.
     template <class Each>
     FUSEDRNN_INLINE void visit(const Weights& weights, int64_t block, int64_t end, const F* a, int64_t a_stride, int64_t a_row,
-                               int64_t multiplied, int64_t visited, const Each& each) const {
+                               int64_t multiplied, int64_t staying, int64_t visited, const Each& each) const {
       for (int64_t begin = 0; begin < visited; begin += kSumRows) {
         const int64_t chunk = visited - begin < kSumRows ? visited - begin : kSumRows;
         const int64_t with = multiplied - begin < chunk ? multiplied - begin : chunk;
+        const int64_t stay = staying - begin < chunk ? staying - begin : chunk;
         __builtin_memset(sums, 0, chunk * kWidth * sizeof(F));
         if (with > 0 && weights.w) weights.multiply(block, a + state_row(begin) * a_row, a_stride, with, sums);
-        for (int64_t m = 0; m < chunk; ++m)
-          for (int i = 0; i < kWidth; i += kLanes) {
-            const int64_t u = block * kUnits + i;
-            const V sum = load(sums + m * kWidth + i);
-            if (u + kLanes <= end)  // inlined twice, as in ForwardPass
+        for (int i = 0; i < kWidth; i += kLanes) {
+          const int64_t u = block * kUnits + i;
+          if (u + kLanes <= end)  // nearly all are whole, and a constant width makes straight code
+            for_rows(stay, [&](int64_t m, auto count) __attribute__((always_inline)) {
+              Rows<F, decltype(count)::value> sum;
+              for (int k = 0; k < count.value; ++k) sum.row[k] = load(sums + (m + k) * kWidth + i);
               each(begin + m, u, kLanes, sum);
-            else if (u < end)
+            });
+          else
+            for (int64_t m = 0; m < stay && u < end; ++m) {
+              Rows<F, 1> sum;
+              sum.row[0] = load(sums + m * kWidth + i);
               each(begin + m, u, int(end - u), sum);
-          }
+            }
+          for (int64_t m = stay < 0 ? 0 : stay; m < chunk && u < end; ++m)
+            leave_h(begin + m, u, lanes_left<F>(u, end), load(sums + m * kWidth + i));
+        }
       }
     }
 
-    FUSEDRNN_INLINE V grad_output(int64_t t, int64_t r, int64_t u, int n) const {
-      if (!p.grad_output) return V(F(0));
-      return load(static_cast<const S*>(p.grad_output) + output_at(t, r) + u, n);
+    // The whole gradient of the hidden state after step t: through the next step, past it, and from the output.
+    template <int kRows>
+    FUSEDRNN_INLINE Rows<F, kRows> new_dh(int64_t t, int64_t r, int64_t u, int n, Rows<F, kRows> sum) const {
+#pragma GCC unroll 2
+      for (int i = 0; i < kRows; ++i) {
+        V& total = sum.row[i];
+        total = total + load(pass.dh + state_row(r + i) * pass.h_row + u);
+        if (p.grad_output) total = total + load(static_cast<const S*>(p.grad_output) + output_at(t, r + i) + u, n);
+      }
+      return sum;
     }
     int64_t output_at(int64_t t, int64_t r) const {
       return ((p.steps.row_offset(t) + rows.batch_row(r)) * p.D + d) * p.P;
     }
 
     // The projected state's gradient is complete: hand it to whoever needs all of it.
-    FUSEDRNN_INLINE void arrive(int64_t t, int64_t r, int64_t u, int n, V total, F* own_dh) const {
-      total = total + grad_output(t, r, u, n);
-      store(own_dh, V(F(0)));
-      store(pass.dprojected + state_row(r) * pass.h_row + u, total);
-      store(static_cast<S*>(p.grad_proj) + output_at(t, r) + u, total, n);
+    template <int kRows>
+    FUSEDRNN_INLINE void arrive(int64_t t, int64_t r, int64_t u, int n, Rows<F, kRows> sum) const {
+      const Rows<F, kRows> total = new_dh(t, r, u, n, sum);
+#pragma GCC unroll 2
+      for (int i = 0; i < kRows; ++i) {
+        const int64_t at = state_row(r + i) * pass.h_row + u;
+        store(pass.dh + at, V(F(0)));
+        store(pass.dprojected + at, total.row[i]);
+        store(static_cast<S*>(p.grad_proj) + output_at(t, r + i) + u, total.row[i], n);
+      }
     }
 
-    // The cell backward of n units from u on, of row r at step t. new_dh is the whole gradient of its new hidden state.
-    FUSEDRNN_INLINE void cell(int64_t t, int64_t r, int64_t u, int n, V new_dh, F* dpre_new) const {
-      const int64_t b = rows.batch_row(r), state_row = d * p.steps.B + b, row = p.steps.row_offset(t) + b;
-      const int64_t from = d ? t + 1 : t - 1;  // the step whose states this one began with, if the row was there
-      const bool first = d ? from >= p.steps.T || b >= p.steps.rows(from) : from < 0;
-      const int64_t from_row = first ? 0 : p.steps.row_offset(from) + b;
-      const S* output = static_cast<const S*>(p.output) + d * p.P + u;
-      const S* states = static_cast<const S*>(p.states) + d * pass.extra * p.H + u;
-      const S* saved_row = static_cast<const S*>(p.saved) + (row * p.D + d) * Cell::kSaved * p.H + u;
-
-      V saved[slots(Cell::kSaved)], state[Cell::kStates], new_state[Cell::kStates], grad_new[Cell::kStates];
-      V grad_pre[Cell::kPre], grad_state[Cell::kStates];
-#pragma GCC unroll 4
-      for (int k = 0; k < Cell::kSaved; ++k) saved[k] = load(saved_row + k * p.H, n);
-      // Cells whose hidden state may be projected do not look at state 0 in backward.
-      state[0] = pass.projected ? V(F(0)) : first ? initial(p.hx, p.P, u, n, state_row) : load(output + from_row * p.D * p.P, n);
-      new_state[0] = pass.projected ? V(F(0)) : load(output + row * p.D * p.P, n);
+    // The cell backward of n units from u on, of kRows rows from r on at step t. new_dh: gradient of their new hidden state.
+    template <int kRows>
+    FUSEDRNN_INLINE void cell(int64_t t, int64_t r, int64_t u, int n, Rows<F, kRows> new_dh, F* dpre_new) const {
+      using Value = Rows<F, kRows>;
+      Value saved[slots(Cell::kSaved)], state[Cell::kStates], new_state[Cell::kStates], grad_new[Cell::kStates];
+      Value grad_pre[Cell::kPre], grad_state[Cell::kStates];
       grad_new[0] = new_dh;
+#pragma GCC unroll 2
+      for (int i = 0; i < kRows; ++i) {
+        const int64_t b = rows.batch_row(r + i), state_row = d * p.steps.B + b, row = p.steps.row_offset(t) + b;
+        const int64_t from = d ? t + 1 : t - 1;  // the step whose states this one began with, if the row was there
+        const bool first = d ? from >= p.steps.T || b >= p.steps.rows(from) : from < 0;
+        const int64_t from_row = first ? 0 : p.steps.row_offset(from) + b;
+        const S* output = static_cast<const S*>(p.output) + d * p.P + u;
+        const S* states = static_cast<const S*>(p.states) + d * pass.extra * p.H + u;
+        const S* saved_row = static_cast<const S*>(p.saved) + (row * p.D + d) * Cell::kSaved * p.H + u;
 #pragma GCC unroll 4
-      for (int k = 0; k < kInner; ++k) {
-        state[k + 1] = first ? initial(p.cx, p.H, u, n, state_row) : load(states + (from_row * p.D * pass.extra + k) * p.H, n);
-        new_state[k + 1] = load(states + (row * p.D * pass.extra + k) * p.H, n);
-        grad_new[k + 1] = load(pass.dinner[k] + state_row * pass.unit_row + u);
+        for (int k = 0; k < Cell::kSaved; ++k) saved[k].row[i] = load(saved_row + k * p.H, n);
+        // Cells whose hidden state may be projected do not look at state 0 in backward.
+        state[0].row[i] = pass.projected ? V(F(0))
+                          : first        ? initial(p.hx, p.P, u, n, state_row)
+                                         : load(output + from_row * p.D * p.P, n);
+        new_state[0].row[i] = pass.projected ? V(F(0)) : load(output + row * p.D * p.P, n);
+#pragma GCC unroll 4
+        for (int k = 0; k < kInner; ++k) {
+          state[k + 1].row[i] = first ? initial(p.cx, p.H, u, n, state_row)
+                                      : load(states + (from_row * p.D * pass.extra + k) * p.H, n);
+          new_state[k + 1].row[i] = load(states + (row * p.D * pass.extra + k) * p.H, n);
+          grad_new[k + 1].row[i] = load(pass.dinner[k] + state_row * pass.unit_row + u);
+        }
       }
 
       Cell::backward(saved, state, new_state, grad_new, grad_pre, grad_state);
 
-      S* grad_pre_row = static_cast<S*>(p.grad_pre) + (row * p.D + d) * Cell::kPre * p.H + u;
+#pragma GCC unroll 2
+      for (int i = 0; i < kRows; ++i) {
+        const int64_t b = rows.batch_row(r + i), state_row = d * p.steps.B + b, row = p.steps.row_offset(t) + b;
+        S* grad_pre_row = static_cast<S*>(p.grad_pre) + (row * p.D + d) * Cell::kPre * p.H + u;
 #pragma GCC unroll 4
-      for (int k = 0; k < Cell::kPre; ++k) store(grad_pre_row + k * p.H, grad_pre[k], n);
-      F* dpre_row = dpre_new + state_row * pass.pre_row + u;
+        for (int k = 0; k < Cell::kPre; ++k) store(grad_pre_row + k * p.H, grad_pre[k].row[i], n);
+        F* dpre_row = dpre_new + state_row * pass.pre_row + u;
 #pragma GCC unroll 4
-      for (int g = 0; g < Cell::kGates; ++g) store(dpre_row + g * p.H, grad_pre[Cell::h_pre(g)], n);
-      if (!pass.projected) store(pass.dh + state_row * pass.h_row + u, grad_state[0]);
+        for (int g = 0; g < Cell::kGates; ++g) store(dpre_row + g * p.H, grad_pre[Cell::h_pre(g)].row[i], n);
+        if (!pass.projected) store(pass.dh + state_row * pass.h_row + u, grad_state[0].row[i]);
 #pragma GCC unroll 4
-      for (int k = 0; k < kInner; ++k) store(pass.dinner[k] + state_row * pass.unit_row + u, grad_state[k + 1]);
+        for (int k = 0; k < kInner; ++k) store(pass.dinner[k] + state_row * pass.unit_row + u, grad_state[k + 1].row[i]);
+      }
     }
 
     static FUSEDRNN_INLINE V initial(const void* states, int64_t width, int64_t u, int n, int64_t state_row) {
       return states ? load(static_cast<const S*>(states) + state_row * width + u, n) : V(F(0));
     }
 
-    void leave_h(int64_t r, int64_t u, int n, V total) const {
-      if (p.grad_hx) store(static_cast<S*>(p.grad_hx) + state_row(r) * p.P + u, total, n);
+    void leave_h(int64_t r, int64_t u, int n, V sum) const {
+      if (p.grad_hx)
+        store(static_cast<S*>(p.grad_hx) + state_row(r) * p.P + u, sum + load(pass.dh + state_row(r) * pass.h_row + u), n);
     }
 
     void leave_inner(int64_t r) const {

@@ -66,7 +66,7 @@ FUSEDRNN_INLINE Division divide(int threads, int64_t directions, int64_t batch, 
   constexpr int64_t kOwnCache = 256 << 10;     // half of the second-level cache of the machine measured (512 KiB a core)
   constexpr int64_t kSliceRows = 16;           // fewer rows do not fill the register tiles
   // A barrier costs about as much as 20e3 multiply-adds (0.3 us against 70 a ns): a member needs a few times that a step.
-  constexpr int64_t kMemberFlops = 150000;
+  constexpr int64_t kMemberFlops = 50000;
   auto least = [](int64_t a, int64_t b) { return a < b ? a : b; };
   auto at_least_one = [](int64_t a) { return a < 1 ? 1 : a; };
   const int64_t per_direction = at_least_one(threads / directions);

@@ -145,7 +145,8 @@ struct Crew {
   // for every team that it serves: one, unless there are fewer threads than directions.
   template <class Divide, class Member>
   void run(const Divide& divide, const Member& member) const {
-    run_team(divide(threads).threads(), [&](int thread, int granted) {
+    const int useful = divide(threads).threads();
+    run_team(useful < threads ? useful : threads, [&](int thread, int granted) {
       const Division division = divide(granted);
       const int members = division.members, per_direction = division.slices * members;
       const int stride = granted < division.threads() ? granted : division.threads();

@@ -1,0 +1,218 @@
+// Proves the cells of csrc/cells: that each backward is the derivative of its forward (dual numbers, to rounding), that
+// float agrees with double, that pre-activations of 1e30 give no NaN in either direction, and that a NaN is never lost.
+//
+//   cells_test               all of it
+//   cells_test --plant N     the derivatives, the N-th of all cells wrong by 1e-6: must fail; exits 2 past the last
+#include <cfloat>
+#include <cstdlib>
+#include <cstring>
+#include <set>
+#include <string>
+
+#include "cells/cells.h"
+#include "check.h"
+#include "dual.h"
+
+namespace {
+
+using fusedrnn::slots;
+using test::Dual;
+using test::Random;
+
+// A cell whose backward can be made wrong: derivative number `wrong`, of the pre-activations and then of the states.
+template <class Cell>
+struct Plantable : Cell {
+  static inline int wrong = -1;
+
+  template <class T>
+  static void backward(const T (&saved)[slots(Cell::kSaved)], const T (&state)[Cell::kStates], const T (&new_state)[Cell::kStates],
+                       const T (&grad_new)[Cell::kStates], T (&grad_pre)[Cell::kPre], T (&grad_state)[Cell::kStates]) {
+    Cell::backward(saved, state, new_state, grad_new, grad_pre, grad_state);
+    if (wrong < 0 || wrong >= Cell::kPre + Cell::kStates) return;
+    T& derivative = wrong < Cell::kPre ? grad_pre[wrong] : grad_state[wrong - Cell::kPre];
+    derivative = derivative + T(1e-6);
+  }
+};
+
+// All that goes into and comes out of one step of one unit.
+template <class Cell, class T>
+struct Step {
+  static constexpr int kInputs = Cell::kPre + Cell::kStates;
+  T pre[Cell::kPre], state[Cell::kStates], new_state[Cell::kStates], saved[slots(Cell::kSaved)] = {};
+  T grad_new[Cell::kStates], grad_pre[Cell::kPre], grad_state[Cell::kStates];
+
+  T& input(int i) { return i < Cell::kPre ? pre[i] : state[i - Cell::kPre]; }
+  T& grad_input(int i) { return i < Cell::kPre ? grad_pre[i] : grad_state[i - Cell::kPre]; }
+  void forward() { Cell::forward(pre, state, new_state, saved); }
+  void backward() { Cell::backward(saved, state, new_state, grad_new, grad_pre, grad_state); }
+
+  // The same inputs in another number type.
+  template <class U>
+  Step<Cell, U> as() {
+    Step<Cell, U> other;
+    for (int i = 0; i < kInputs; ++i) other.input(i) = U(input(i));
+    for (int j = 0; j < Cell::kStates; ++j) other.grad_new[j] = U(grad_new[j]);
+    return other;
+  }
+};
+
+template <class Cell>
+Step<Cell, double> random_step(Random& random) {
+  Step<Cell, double> step;
+  for (int i = 0; i < step.kInputs; ++i) {
+    double& x = step.input(i) = random.uniform(-3, 3);
+    if (std::fabs(x) < 1e-3) x = 1e-3;  // relu has no derivative at 0
+  }
+  for (double& grad : step.grad_new) grad = random.uniform(-1, 1);
+  return step;
+}
+
+// The derivative of new state j with respect to input i.
+template <class Cell>
+double slope(Step<Cell, double> step, int i, int j) {
+  Step<Cell, Dual> dual = step.template as<Dual>();
+  dual.input(i).slope = 1;
+  dual.forward();
+  return dual.new_state[j].slope;
+}
+
+template <class Cell>
+void check_derivatives(Random& random) {
+  for (int round = 0; round < 200; ++round) {
+    Step<Cell, double> step = random_step<Cell>(random);
+    step.forward();
+    step.backward();
+    for (int i = 0; i < step.kInputs; ++i) {
+      double want = 0;
+      for (int j = 0; j < Cell::kStates; ++j) want += step.grad_new[j] * slope(step, i, j);
+      const double got = step.grad_input(i);
+      CHECK(std::fabs(got - want) <= 1e-14, "derivative %d of %d: backward %.17g, dual numbers %.17g", i, step.kInputs, got, want);
+    }
+  }
+}
+
+// Where a cell has states that stay with their unit, the engine does not hand state 0 to backward (it may be projected).
+template <class Cell>
+void check_backward_ignores_state_0(Random& random) {
+  if (Cell::kStates == 1) return;
+  Step<Cell, double> step = random_step<Cell>(random);
+  step.forward();
+  step.backward();
+  Step<Cell, double> blind = step;
+  blind.state[0] = blind.new_state[0] = NAN;
+  blind.backward();
+  for (int i = 0; i < step.kInputs; ++i)
+    CHECK(blind.grad_input(i) == step.grad_input(i), "derivative %d depends on state 0", i);
+}
+
+template <class Cell>
+void check_float(Random& random) {
+  for (int round = 0; round < 2000; ++round) {
+    Step<Cell, float> narrow = random_step<Cell>(random).template as<float>();
+    Step<Cell, double> wide = narrow.template as<double>();
+    narrow.forward();
+    narrow.backward();
+    wide.forward();
+    wide.backward();
+    for (int j = 0; j < Cell::kStates; ++j)
+      CHECK(std::fabs(narrow.new_state[j] - wide.new_state[j]) <= 16 * double(FLT_EPSILON), "state %d: float %.9g, double %.9g",
+            j, narrow.new_state[j], wide.new_state[j]);
+    for (int i = 0; i < wide.kInputs; ++i)
+      CHECK(std::fabs(narrow.grad_input(i) - wide.grad_input(i)) <= 16 * double(FLT_EPSILON),
+            "derivative %d: float %.9g, double %.9g", i, narrow.grad_input(i), wide.grad_input(i));
+  }
+}
+
+// Every combination of these in the pre-activations, and of the last few in the states.
+template <class Cell, class T>
+void check_saturation() {
+  const T values[] = {T(-1e30), T(-1000), T(-88.5), T(1e-45), T(0.5), T(20), T(1000), T(1e30)};
+  constexpr int kValues = sizeof values / sizeof *values;
+  int combinations = 1;
+  for (int i = 0; i < Cell::kPre + Cell::kStates; ++i) combinations *= kValues;
+  for (int n = 0; n < combinations; ++n) {
+    Step<Cell, T> step;
+    int digits = n;
+    for (int i = 0; i < step.kInputs; ++i, digits /= kValues) step.input(i) = values[digits % kValues];
+    for (T& grad : step.grad_new) grad = T(1);
+    step.forward();
+    step.backward();
+    bool finite = true;
+    for (T x : step.new_state) finite = finite && std::isfinite(x);
+    for (int i = 0; i < step.kInputs; ++i) finite = finite && std::isfinite(step.grad_input(i));
+    CHECK(finite, "finite pre-activations (combination %d) give an infinity or a NaN", n);
+  }
+}
+
+// One input at a time is NaN, or infinite; the others are ordinary.
+template <class Cell, class T>
+void check_special(Random& random) {
+  for (int round = 0; round < 20; ++round) {
+    Step<Cell, double> base = random_step<Cell>(random);
+    for (double& x : base.pre) x = std::fabs(x);  // relu's derivative is not 0 there
+    for (int i = 0; i < base.kInputs; ++i) {
+      for (T special : {T(NAN), T(INFINITY), T(-INFINITY)}) {
+        Step<Cell, T> step = base.template as<T>();
+        step.input(i) = special;
+        step.forward();
+        for (int j = 0; j < Cell::kStates; ++j) {
+          const bool depends = slope(base, i, j) != 0;
+          CHECK(std::isnan(step.new_state[j]) == (depends && std::isnan(special)),
+                "input %d = %g gives new state %d = %g", i, double(special), j, double(step.new_state[j]));
+        }
+      }
+    }
+    for (int j = 0; j < Cell::kStates; ++j) {
+      Step<Cell, T> step = base.template as<T>();
+      step.grad_new[j] = T(NAN);
+      step.forward();
+      step.backward();
+      for (int i = 0; i < step.kInputs; ++i)
+        CHECK(std::isnan(step.grad_input(i)) == (slope(base, i, j) != 0), "a NaN gradient of new state %d gives %g for input %d",
+              j, double(step.grad_input(i)), i);
+    }
+  }
+}
+
+// The maps from gates to pre-activations: no two gates share one, and none is left out.
+template <class Cell>
+void check_maps() {
+  std::set<int> from_x, from_h, from_any;
+  for (int gate = 0; gate < Cell::kGates; ++gate) {
+    from_x.insert(Cell::x_pre(gate));
+    from_h.insert(Cell::h_pre(gate));
+  }
+  from_any.insert(from_x.begin(), from_x.end());
+  from_any.insert(from_h.begin(), from_h.end());
+  CHECK(int(from_x.size()) == Cell::kGates && int(from_h.size()) == Cell::kGates, "two gates add to one pre-activation");
+  CHECK(int(from_any.size()) == Cell::kPre && *from_any.begin() == 0 && *from_any.rbegin() == Cell::kPre - 1,
+        "the gates' pre-activations are not 0 to %d", Cell::kPre - 1);
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  const bool plants = count == 3;
+  int planted = count == 3 && std::strcmp(arguments[1], "--plant") == 0 ? std::atoi(arguments[2]) : -1;
+  std::set<std::string> names;
+  fusedrnn::for_each_cell([&](int id, auto cell) {
+    using Cell = Plantable<decltype(cell)>;
+    Cell::wrong = planted;
+    planted -= Cell::kPre + Cell::kStates;
+    std::snprintf(test::context, sizeof test::context, "cell %s", Cell::kName);
+    Random random{uint64_t(id)};
+    CHECK(id == int(names.size()), "id %d in place %d", id, int(names.size()));
+    CHECK(names.insert(Cell::kName).second, "two cells have this name");
+    check_derivatives<Cell>(random);
+    if (plants) return;
+    check_maps<Cell>();
+    check_backward_ignores_state_0<Cell>(random);
+    check_float<Cell>(random);
+    check_saturation<Cell, float>();
+    check_saturation<Cell, double>();
+    check_special<Cell, float>(random);
+    check_special<Cell, double>(random);
+  });
+  if (planted >= 0) return 2;
+  return test::conclude("cells_test");
+}

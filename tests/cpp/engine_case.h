@@ -1,0 +1,98 @@
+// The calls that engine_test makes: which cell, format, shape, layout, optional tensors and threads. A case's number says all.
+#pragma once
+#include <string>
+#include <vector>
+
+#include "cells/cells.h"
+#include "check.h"
+#include "formats.h"
+
+namespace test {
+
+struct Case {
+  int cell = 0;
+  Dtype dtype = Dtype::kFloat32;
+  int64_t T = 1, B = 1, H = 1, P = 0, D = 1;  // P = 0: no projection
+  bool packed = false;
+  int threads = 1, granted = 1;               // asked for; and how many the runtime gives
+  int layout = 0;                             // of gates_x: 0 dense, 1 batch first, 2 rows with gaps; the next one in direction 1
+  bool hx = true, cx = true, bias = true, save = true, grad_output = true, grad_hy = true, grad_cy = true;
+  bool need_grad_hx = true, need_grad_cx = true;
+  bool extreme = false;                       // pre-activations of +-1e30
+  uint64_t seed = 0;
+};
+
+struct Traits {
+  const char* name = "";
+  int gates = 0, pre = 0, states = 0, saved = 0;
+};
+inline Traits traits_of(int cell) {
+  Traits traits;
+  fusedrnn::for_each_cell([&](int id, auto type) {
+    using Cell = decltype(type);
+    if (id == cell) traits = {Cell::kName, Cell::kGates, Cell::kPre, Cell::kStates, Cell::kSaved};
+  });
+  return traits;
+}
+
+inline std::string text(const Case& c, size_t number) {
+  char line[300];
+  std::snprintf(line, sizeof line,
+                "case %zu: %s %s T%d B%d H%d P%d D%d %s layout %d threads %d/%d%s%s%s%s%s%s%s%s%s%s", number, traits_of(c.cell).name,
+                name_of(c.dtype), int(c.T), int(c.B), int(c.H), int(c.P), int(c.D), c.packed ? "packed" : "padded", c.layout,
+                c.granted, c.threads, c.hx ? " hx" : "", c.cx ? " cx" : "", c.bias ? " bias" : "", c.save ? " save" : "",
+                c.grad_output ? " grad_output" : "", c.grad_hy ? " grad_hy" : "", c.grad_cy ? " grad_cy" : "",
+                c.need_grad_hx ? " need_grad_hx" : "", c.need_grad_cx ? " need_grad_cx" : "", c.extreme ? " extreme" : "");
+  return line;
+}
+
+// What a case leaves to chance: optional tensors, threads, layout, length, projection.
+inline Case random_case(int cell, Dtype dtype, int64_t D, bool packed, int64_t B, int64_t H, bool project, uint64_t seed) {
+  Random random{seed};
+  auto chance = [&](int one_in) { return random.below(one_in) != 0; };
+  Case c;
+  c.cell = cell, c.dtype = dtype, c.D = D, c.packed = packed, c.B = B, c.H = H, c.seed = seed;
+  c.T = packed ? 1 + random.below(6) : random.below(2) ? 3 : 1;
+  if (project) c.P = random.below(2) ? H : 1 + random.below(H);
+  c.threads = 1 + int(random.below(5));
+  c.granted = chance(3) ? c.threads : 1 + int(random.below(c.threads));
+  c.layout = int(random.below(3));
+  c.hx = chance(3), c.cx = chance(3), c.bias = chance(4), c.save = chance(8);
+  c.grad_output = chance(4), c.grad_hy = chance(3), c.grad_cy = chance(3);
+  c.need_grad_hx = chance(3), c.need_grad_cx = chance(3);
+  c.extreme = !chance(12);
+  return c;
+}
+
+// Every cell, format, direction count, packed or padded, odd and even sizes; then larger ones, in which several threads share
+// a sequence, the depth of a product takes several passes, and the rows of a batch several visits.
+inline std::vector<Case> all_cases() {
+  std::vector<Case> cases;
+  auto add = [&](int cell, Dtype dtype, int64_t D, bool packed, int64_t B, int64_t H, bool project) {
+    cases.push_back(random_case(cell, dtype, D, packed, B, H, project, cases.size()));
+    return &cases.back();
+  };
+  for (int cell = 0; traits_of(cell).gates > 0; ++cell)
+    for (Dtype dtype : {Dtype::kFloat32, Dtype::kFloat64, Dtype::kBFloat16, Dtype::kFloat16}) {
+      const bool projects = traits_of(cell).states > 1;
+      for (int64_t D : {1, 2})
+        for (bool packed : {false, true})
+          for (int64_t H : {1, 7, 16, 17, 33, 65})
+            for (int64_t B : {1, 2, 5, 17, 50})
+              for (int round = 0; round < 2; ++round) add(cell, dtype, D, packed, B, H, projects && round);
+      for (int64_t D : {1, 2})
+        for (bool packed : {false, true})
+          for (bool project : {false, true}) {
+            if (project && !projects) continue;
+            for (auto [B, H] : {std::pair<int, int>{50, 130}, {35, 66}, {3, 263}, {101, 31}}) {
+              Case* c = add(cell, dtype, D, packed, B, H, project);
+              c->threads = c->granted = 2 + int(c->seed % 7);
+              if (c->granted > 6) c->granted -= 2;
+              c->T = 3;
+            }
+          }
+    }
+  return cases;
+}
+
+}  // namespace test

@@ -1,0 +1,233 @@
+// One call of an engine and of the reference on the same numbers: the tensors of a case, each once in the case's format
+// between guard pages and once in double, and the comparison of what came out.
+#pragma once
+#include <algorithm>
+#include <array>
+
+#include "cpu/engine.h"
+#include "engine_case.h"
+#include "guarded.h"
+#include "reference.h"
+
+namespace test {
+
+// For results: every number in memory is NaN until the engine writes it.
+struct Tensor {
+  Guarded memory;             // in the case's format; the engine's
+  std::vector<double> exact;  // the reference's
+  std::vector<unsigned char> before;  // the memory of an input, which nobody may change
+  explicit Tensor(Dtype dtype = Dtype::kFloat32, int64_t count = 0)
+      : memory(count * bytes_of(dtype)), exact(size_t(count), NAN) {}
+};
+
+struct Problem {
+  const Case c;
+  const Traits traits;
+  const bool projected;
+  const int64_t P, G, extra;
+  std::vector<int64_t> batch_sizes, offsets;
+  int64_t rows = 0;
+  std::array<Tensor, 2> weight_hh, weight_hr, bias_hh, gates_x;
+  std::array<int64_t, 2> gates_x_step{}, gates_x_row{};
+  Tensor hx, cx, output, hy, cy, saved, states, grad_output, grad_hy, grad_cy, grad_pre, grad_hx, grad_cx, grad_proj;
+
+  explicit Problem(const Case& c)
+      : c(c), traits(traits_of(c.cell)), projected(c.P > 0), P(projected ? c.P : c.H), G(traits.gates),
+        extra(traits.states - 1 + projected), random_{c.seed + 1000000} {
+    const int64_t B = c.B, H = c.H, D = c.D;
+    const bool inner = traits.states > 1;
+    make_steps();
+    for (int64_t d = 0; d < D; ++d) {
+      weight_hh[d] = random_tensor(G * H * P, 1.5 / std::sqrt(double(P)));
+      if (projected) weight_hr[d] = random_tensor(P * H, 1.5 / std::sqrt(double(H)));
+      if (c.bias) bias_hh[d] = random_tensor(G * H, 1);
+      make_gates_x(d);
+    }
+    if (c.hx) hx = random_tensor(D * B * P, 1);
+    if (c.cx && inner) cx = random_tensor(D * B * H, 1);
+    output = result(rows * D * P);
+    hy = result(D * B * P);
+    if (inner) cy = result(D * B * H);
+    if (!c.save) return;
+    saved = result(rows * D * traits.saved * H);
+    states = result(rows * D * extra * H);
+    if (c.grad_output) grad_output = random_tensor(rows * D * P, 1);
+    if (c.grad_hy) grad_hy = random_tensor(D * B * P, 1);
+    if (c.grad_cy && inner) grad_cy = random_tensor(D * B * H, 1);
+    grad_pre = result(rows * D * traits.pre * H);
+    if (c.need_grad_hx) grad_hx = result(D * B * P);
+    if (c.need_grad_cx && inner) grad_cx = result(D * B * H);
+    if (projected) grad_proj = result(rows * D * P);
+  }
+
+  // The parameters, with pointer(tensor) for every tensor.
+  template <class Pointer>
+  ForwardParams forward_params(const Pointer& pointer) const {
+    ForwardParams p{};
+    fill(p, pointer);
+    for (int64_t d = 0; d < c.D; ++d) {
+      p.gates_x[d] = pointer(gates_x[d]);
+      p.gates_x_step[d] = gates_x_step[d];
+      p.gates_x_row[d] = gates_x_row[d];
+      p.bias_hh[d] = pointer(bias_hh[d]);
+    }
+    p.output = pointer(output), p.hy = pointer(hy), p.cy = pointer(cy);
+    p.save = c.save, p.saved = pointer(saved), p.states = pointer(states);
+    return p;
+  }
+  template <class Pointer>
+  BackwardParams backward_params(const Pointer& pointer) const {
+    BackwardParams p{};
+    fill(p, pointer);
+    p.output = pointer(output), p.saved = pointer(saved), p.states = pointer(states);
+    p.grad_output = pointer(grad_output), p.grad_hy = pointer(grad_hy), p.grad_cy = pointer(grad_cy);
+    p.grad_pre = pointer(grad_pre), p.grad_hx = pointer(grad_hx), p.grad_cx = pointer(grad_cx);
+    p.grad_proj = pointer(grad_proj);
+    return p;
+  }
+  static void* engines(const Tensor& tensor) { return tensor.memory.data(); }
+  static void* references(const Tensor& tensor) {
+    return tensor.exact.empty() ? nullptr : const_cast<double*>(tensor.exact.data());
+  }
+
+  // Runs both, compares forward, hands the engine's own results to both backwards, and compares these. Returns the largest
+  // error in units of the tolerance. `spoiled` names a result whose last number is made wrong by 1 % on the way.
+  double run(const fusedrnn::CpuEngine& engine, const std::string& spoiled = "") {
+    const ForwardParams forward = forward_params(engines);
+    run_guarded(engine.forward_workspace(forward), [&](void* workspace) { engine.forward(forward, workspace); });
+    fusedrnn::for_each_cell([&](int id, auto cell) {
+      if (id == c.cell) reference_forward<decltype(cell)>(forward_params(references));
+    });
+    double worst = 0;
+    for (auto [name, tensor] : {std::pair<const char*, Tensor*>{"output", &output}, {"hy", &hy}, {"cy", &cy}, {"saved", &saved},
+                                {"states", &states}}) {
+      if (spoiled == name) spoil(*tensor);
+      worst = std::max(worst, compare(name, *tensor));
+    }
+    if (!c.save) {
+      check_inputs();
+      return worst;
+    }
+
+    for (Tensor* tensor : {&output, &saved, &states}) freeze(*tensor);
+    const BackwardParams backward = backward_params(engines);
+    run_guarded(engine.backward_workspace(backward), [&](void* workspace) { engine.backward(backward, workspace); });
+    fusedrnn::for_each_cell([&](int id, auto cell) {
+      if (id == c.cell) reference_backward<decltype(cell)>(backward_params(references));
+    });
+    for (auto [name, tensor] : {std::pair<const char*, Tensor*>{"grad_pre", &grad_pre}, {"grad_hx", &grad_hx},
+                                {"grad_cx", &grad_cx}, {"grad_proj", &grad_proj}}) {
+      if (spoiled == name) spoil(*tensor);
+      worst = std::max(worst, compare(name, *tensor));
+    }
+    check_inputs();
+    return worst;
+  }
+
+ private:
+  Random random_;
+
+  Tensor result(int64_t count) const { return Tensor(c.dtype, count); }
+  // What is in memory is from here on an input, the same for the reference.
+  void freeze(Tensor& tensor) const {
+    for (size_t i = 0; i < tensor.exact.size(); ++i) tensor.exact[i] = decode(c.dtype, tensor.memory.data(), int64_t(i));
+    const auto* bytes = static_cast<const unsigned char*>(tensor.memory.data());
+    tensor.before.assign(bytes, bytes + tensor.memory.bytes());
+  }
+  Tensor random_tensor(int64_t count, double limit) {
+    Tensor tensor(c.dtype, count);
+    for (int64_t i = 0; i < count; ++i) encode(c.dtype, tensor.memory.data(), i, random_.uniform(-limit, limit));
+    freeze(tensor);
+    return tensor;
+  }
+
+  void spoil(Tensor& tensor) const {
+    if (tensor.exact.empty()) return;
+    const int64_t last = int64_t(tensor.exact.size()) - 1;
+    encode(c.dtype, tensor.memory.data(), last, decode(c.dtype, tensor.memory.data(), last) * 1.01 + 1e-3);
+  }
+
+  void make_steps() {
+    for (int64_t t = 0, size = c.B; t < c.T; ++t) {
+      if (c.packed && t > 0 && random_.below(3)) size = 1 + random_.below(size);
+      batch_sizes.push_back(size);
+      offsets.push_back(rows);
+      rows += size;
+    }
+  }
+
+  // gates_x of a direction in a layout of its own; what lies between its rows is NaN.
+  void make_gates_x(int64_t d) {
+    const int64_t width = G * c.H, layout = (c.layout + d) % 3;
+    gates_x_row[d] = layout == 2 ? width + 3 : width;
+    gates_x_step[d] = c.B * gates_x_row[d] + (layout == 2 ? 5 : 0);
+    if (layout == 1 && !c.packed) {
+      gates_x_step[d] = width;
+      gates_x_row[d] = c.T * width;
+    }
+    auto position = [&](int64_t t, int64_t b) {
+      return c.packed ? (offsets[size_t(t)] + b) * gates_x_row[d] : t * gates_x_step[d] + b * gates_x_row[d];
+    };
+    const int64_t last_row = batch_sizes.back() - 1;
+    Tensor& gates = gates_x[d] = Tensor(c.dtype, position(c.T - 1, last_row) + width);
+    for (int64_t t = 0; t < c.T; ++t)
+      for (int64_t b = 0; b < batch_sizes[size_t(t)]; ++b)
+        for (int64_t i = 0; i < width; ++i) {
+          double x = random_.uniform(-2, 2);
+          if (c.extreme && random_.below(3) == 0) x = std::copysign(c.dtype == Dtype::kFloat16 ? 6e4 : 1e30, x);
+          encode(c.dtype, gates.memory.data(), position(t, b) + i, x);
+        }
+    freeze(gates);
+  }
+
+  template <class Pointer>
+  void fill(LayerParams& p, const Pointer& pointer) const {
+    p.cell = c.cell, p.dtype = c.dtype;
+    p.steps = {c.T, c.B, c.packed ? batch_sizes.data() : nullptr, c.packed ? offsets.data() : nullptr};
+    p.H = c.H, p.P = P, p.D = c.D, p.threads = c.threads;
+    for (int64_t d = 0; d < c.D; ++d) p.weight_hh[d] = pointer(weight_hh[d]), p.weight_hr[d] = pointer(weight_hr[d]);
+    p.hx = pointer(hx), p.cx = pointer(cx);
+  }
+
+  template <class Run>
+  static void run_guarded(int64_t bytes, const Run& run) {
+    const Guarded workspace(bytes);
+    CHECK(bytes > 0 && bytes % 64 == 0, "a workspace of %d bytes", int(bytes));
+    run(workspace.data());
+    CHECK(workspace.intact(), "wrote before the workspace");
+  }
+
+  // Every number within half a unit of its format (the last rounding) and a few dozen units of the arithmetic, on the
+  // scale of the tensor. Returns the largest error as a part of that.
+  double compare(const char* name, const Tensor& tensor) const {
+    CHECK(tensor.memory.intact(), "wrote before %s", name);
+    const bool half = bytes_of(c.dtype) == 2;
+    const double unit = std::ldexp(1.0, c.dtype == Dtype::kFloat64 ? -52 : -23);
+    double scale = 1, worst = 0;
+    for (double want : tensor.exact) scale = std::max(scale, std::fabs(want));
+    for (size_t i = 0; i < tensor.exact.size(); ++i) {
+      const double got = decode(c.dtype, tensor.memory.data(), int64_t(i)), want = tensor.exact[i];
+      if (got == round_to(c.dtype, want)) continue;  // infinities of a narrow format, too
+      const double rounding = half ? spacing(precision(c.dtype), want) / 2 : 0;
+      const double error = (std::fabs(got - want) - rounding) / (kUnits * unit * scale);
+      CHECK(error <= 1, "%s[%zu] is %.17g, should be %.17g", name, i, got, want);
+      worst = std::max(worst, error);
+    }
+    return worst;
+  }
+  static constexpr double kUnits = 32;
+
+  static bool unchanged(const Tensor& tensor) {
+    return tensor.memory.intact() &&
+           (tensor.before.empty() || std::memcmp(tensor.memory.data(), tensor.before.data(), tensor.before.size()) == 0);
+  }
+  void check_inputs() const {
+    for (const auto* pair : {&weight_hh, &weight_hr, &bias_hh, &gates_x})
+      for (const Tensor& tensor : *pair) CHECK(unchanged(tensor), "wrote to a weight, a bias or gates_x");
+    for (const Tensor* tensor : {&hx, &cx, &grad_output, &grad_hy, &grad_cy})
+      CHECK(unchanged(*tensor), "wrote to hx, cx or an incoming gradient");
+    for (const Tensor* tensor : {&output, &saved, &states}) CHECK(unchanged(*tensor), "backward wrote to what forward saved");
+  }
+};
+
+}  // namespace test

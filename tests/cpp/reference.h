@@ -1,0 +1,129 @@
+// The recurrence of a layer, forward and backward, as plain loops over steps, rows and units in double: slow and obvious.
+// It takes the engine's own parameter structs, with every tensor in double, and calls the same cells.
+#pragma once
+#include <vector>
+
+#include "cells/cells.h"
+#include "params.h"
+
+namespace test {
+
+using fusedrnn::BackwardParams;
+using fusedrnn::ForwardParams;
+using fusedrnn::LayerParams;
+using fusedrnn::slots;
+
+inline const double* in(const void* p) { return static_cast<const double*>(p); }
+inline double* out(void* p) { return static_cast<double*>(p); }
+
+// Position of row b of step t in a sequence stored row after row, direction d of D, `width` numbers a direction.
+inline int64_t at(const LayerParams& p, int64_t t, int64_t b, int64_t d, int64_t width) {
+  return ((p.steps.row_offset(t) + b) * p.D + d) * width;
+}
+
+// The step before t in direction d, if row b was there; else -1.
+inline int64_t step_before(const LayerParams& p, int64_t t, int64_t b, int64_t d) {
+  const int64_t before = d ? t + 1 : t - 1;
+  return before >= 0 && before < p.steps.T && b < p.steps.rows(before) ? before : -1;
+}
+
+template <class Cell>
+void reference_forward(const ForwardParams& p) {
+  constexpr int G = Cell::kGates, kInner = Cell::kStates - 1;
+  const int64_t H = p.H, P = p.P, T = p.steps.T, B = p.steps.B;
+  const bool projected = p.weight_hr[0];
+  for (int64_t d = 0; d < p.D; ++d)
+    for (int64_t b = 0; b < B; ++b) {
+      std::vector<double> h(static_cast<size_t>(P)), c(static_cast<size_t>(H));
+      for (int64_t u = 0; u < P; ++u) h[u] = p.hx ? in(p.hx)[(d * B + b) * P + u] : 0;
+      for (int64_t u = 0; u < H; ++u) c[u] = p.cx ? in(p.cx)[(d * B + b) * H + u] : 0;
+      for (int64_t s = 0; s < T; ++s) {
+        const int64_t t = d ? T - 1 - s : s;
+        if (b >= p.steps.rows(t)) continue;
+        const int64_t row = p.steps.row_offset(t) + b;
+        const double* gates_x =
+            in(p.gates_x[d]) + (p.steps.offsets ? row * p.gates_x_row[d] : t * p.gates_x_step[d] + b * p.gates_x_row[d]);
+        std::vector<double> h_new(static_cast<size_t>(H));
+        for (int64_t u = 0; u < H; ++u) {
+          double pre[Cell::kPre] = {}, state[Cell::kStates], new_state[Cell::kStates], saved[slots(Cell::kSaved)] = {};
+          for (int g = 0; g < G; ++g) {
+            pre[Cell::x_pre(g)] += gates_x[g * H + u];
+            double sum = p.bias_hh[d] ? in(p.bias_hh[d])[g * H + u] : 0;
+            for (int64_t k = 0; k < P; ++k) sum += in(p.weight_hh[d])[(g * H + u) * P + k] * h[k];
+            pre[Cell::h_pre(g)] += sum;
+          }
+          state[0] = projected ? 0 : h[u];
+          if constexpr (kInner > 0) state[1] = c[u];
+          Cell::forward(pre, state, new_state, saved);
+          h_new[u] = new_state[0];
+          if constexpr (kInner > 0) c[u] = new_state[1];
+          if (!p.save) continue;
+          for (int k = 0; k < Cell::kSaved; ++k) out(p.saved)[at(p, t, b, d, Cell::kSaved * H) + k * H + u] = saved[k];
+          double* states = kInner + projected ? out(p.states) + at(p, t, b, d, (kInner + projected) * H) : nullptr;
+          if constexpr (kInner > 0) states[u] = new_state[1];
+          if (projected) states[kInner * H + u] = new_state[0];
+        }
+        for (int64_t u = 0; u < P; ++u) {
+          h[u] = projected ? 0 : h_new[u];
+          if (projected)
+            for (int64_t k = 0; k < H; ++k) h[u] += in(p.weight_hr[d])[u * H + k] * h_new[k];
+          out(p.output)[at(p, t, b, d, P) + u] = h[u];
+        }
+      }
+      for (int64_t u = 0; u < P; ++u) out(p.hy)[(d * B + b) * P + u] = h[u];
+      if constexpr (kInner > 0)
+        for (int64_t u = 0; u < H; ++u) out(p.cy)[(d * B + b) * H + u] = c[u];
+    }
+}
+
+template <class Cell>
+void reference_backward(const BackwardParams& p) {
+  constexpr int G = Cell::kGates, kInner = Cell::kStates - 1;
+  const int64_t H = p.H, P = p.P, T = p.steps.T, B = p.steps.B;
+  const bool projected = p.weight_hr[0];
+  const int64_t extra = kInner + projected;
+  for (int64_t d = 0; d < p.D; ++d)
+    for (int64_t b = 0; b < B; ++b) {
+      std::vector<double> dh(static_cast<size_t>(P)), dc(static_cast<size_t>(H));
+      for (int64_t u = 0; u < P; ++u) dh[u] = p.grad_hy ? in(p.grad_hy)[(d * B + b) * P + u] : 0;
+      for (int64_t u = 0; u < H; ++u) dc[u] = p.grad_cy ? in(p.grad_cy)[(d * B + b) * H + u] : 0;
+      for (int64_t s = 0; s < T; ++s) {
+        const int64_t t = d ? s : T - 1 - s, before = step_before(p, t, b, d);
+        if (b >= p.steps.rows(t)) continue;
+        for (int64_t u = 0; u < P; ++u) {
+          if (p.grad_output) dh[u] += in(p.grad_output)[at(p, t, b, d, P) + u];
+          if (projected) out(p.grad_proj)[at(p, t, b, d, P) + u] = dh[u];
+        }
+        std::vector<double> dh_before(static_cast<size_t>(P));
+        for (int64_t u = 0; u < H; ++u) {
+          double saved[slots(Cell::kSaved)] = {}, state[Cell::kStates] = {}, new_state[Cell::kStates] = {};
+          double grad_new[Cell::kStates] = {}, grad_pre[Cell::kPre], grad_state[Cell::kStates];
+          for (int k = 0; k < Cell::kSaved; ++k) saved[k] = in(p.saved)[at(p, t, b, d, Cell::kSaved * H) + k * H + u];
+          if (!projected) {
+            state[0] = before >= 0 ? in(p.output)[at(p, before, b, d, P) + u] : p.hx ? in(p.hx)[(d * B + b) * P + u] : 0;
+            new_state[0] = in(p.output)[at(p, t, b, d, P) + u];
+            grad_new[0] = dh[u];
+          } else {
+            for (int64_t k = 0; k < P; ++k) grad_new[0] += in(p.weight_hr[d])[k * H + u] * dh[k];
+          }
+          if constexpr (kInner > 0) {
+            state[1] = before >= 0 ? in(p.states)[at(p, before, b, d, extra * H) + u] : p.cx ? in(p.cx)[(d * B + b) * H + u] : 0;
+            new_state[1] = in(p.states)[at(p, t, b, d, extra * H) + u];
+            grad_new[1] = dc[u];
+          }
+          Cell::backward(saved, state, new_state, grad_new, grad_pre, grad_state);
+          for (int k = 0; k < Cell::kPre; ++k) out(p.grad_pre)[at(p, t, b, d, Cell::kPre * H) + k * H + u] = grad_pre[k];
+          if (!projected) dh_before[u] += grad_state[0];
+          if constexpr (kInner > 0) dc[u] = grad_state[1];
+          for (int g = 0; g < G; ++g)
+            for (int64_t k = 0; k < P; ++k) dh_before[k] += grad_pre[Cell::h_pre(g)] * in(p.weight_hh[d])[(g * H + u) * P + k];
+        }
+        dh = dh_before;
+      }
+      for (int64_t u = 0; u < P && p.grad_hx; ++u) out(p.grad_hx)[(d * B + b) * P + u] = dh[u];
+      if constexpr (kInner > 0)
+        for (int64_t u = 0; u < H && p.grad_cx; ++u) out(p.grad_cx)[(d * B + b) * H + u] = dc[u];
+    }
+}
+
+}  // namespace test
