@@ -145,4 +145,5 @@ class NinjaBuild(build_ext):
 
 
 if __name__ == "__main__":
-    setup(cmdclass={"build_ext": NinjaBuild}, ext_modules=[Extension("fusedrnn._ops", []), Extension("fusedrnn._C", [])])
+    setup(cmdclass={"build_ext": NinjaBuild},
+          ext_modules=[Extension(f"fusedrnn.{name}", []) for name in ("_ops", "_C")])

@@ -168,6 +168,8 @@ struct Call {
     for (int64_t t = 0; t < T; ++t) {
       STD_TORCH_CHECK(sizes[t] > 0 && (t == 0 || sizes[t] <= sizes[t - 1]), op,
                       ": batch_sizes must be positive and never increase, got ", sizes[t], " at step ", t);
+      STD_TORCH_CHECK(sizes[t] <= rows - sum, op, ": batch_sizes must add up to the ", rows, " rows of ", name,
+                      ", got more by step ", t);
       offsets.push_back(sum);
       sum += sizes[t];
     }

@@ -99,7 +99,7 @@ class Layer(torch.autograd.Function):
         wanted = ctx.needs_input_grad[3:]
         if all(grad is None for grad in grads):
             return (None,) * len(ctx.needs_input_grad)
-        if torch.is_grad_enabled():  # the gradient will itself be differentiated
+        if _is_transformed(grads):
             return None, None, None, *_differentiable_backward(ctx, tensors, batch_sizes, grads, wanted)
         input, hx, cx, *weights = tensors
         return None, None, None, *_backward(
@@ -112,20 +112,32 @@ class Layer(torch.autograd.Function):
 _apply = super(torch.autograd.Function, Layer).apply
 
 
+def _is_transformed(grads):
+    """Whether these gradients will be differentiated again, or are many at once (is_grads_batched, torch.func)."""
+    if torch.is_grad_enabled():
+        return True
+    if torch.compiler.is_compiling():
+        return False
+    if torch._C._are_functorch_transforms_active():
+        return True
+    return any(grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad) for grad in grads)
+
+
 def _differentiable_backward(ctx, tensors, batch_sizes, grads, wanted):
-    """The same gradients through the reference recurrence in plain torch, which autograd can differentiate again."""
-    input, hx, cx, *weights = tensors
-    outputs = reference.layer(ctx.cell, input, hx, cx, _groups(weights), batch_sizes, ctx.batch_first)
-    pairs = [(output, grad) for output, grad in zip(outputs, grads) if grad is not None]
-    found = iter(
-        torch.autograd.grad(
-            [output for output, _ in pairs],
-            [tensor for tensor, want in zip(tensors, wanted) if want],
-            [grad for _, grad in pairs],
-            create_graph=True,
-            materialize_grads=True,
-        )
-    )
+    """The same gradients through the reference recurrence in plain torch, which every transform can take."""
+    chosen = [i for i, want in enumerate(wanted) if want]
+    given = [k for k, grad in enumerate(grads) if grad is not None]
+
+    def forward(*primals):
+        inputs = list(tensors)
+        for i, primal in zip(chosen, primals):
+            inputs[i] = primal
+        input, hx, cx, *weights = inputs
+        outputs = reference.layer(ctx.cell, input, hx, cx, _groups(weights), batch_sizes, ctx.batch_first)
+        return tuple(outputs[k] for k in given)
+
+    _, pullback = torch.func.vjp(forward, *(tensors[i] for i in chosen))
+    found = iter(pullback(tuple(grads[k] for k in given)))
     return [next(found) if want else None for want in wanted]
 
 
@@ -138,7 +150,7 @@ def _backward(cell, batch_sizes, batch_first, input, hx, cx, weights, output, sa
         cell, weight_hh, weight_hr, hx, cx, output, saved, states, batch_sizes, *grads, wanted[1], wanted[2]
     )
     rows, directions, hidden = output.shape[:-1].numel(), len(weights), grad_pre.shape[-1]
-    rows_input = (input.transpose(0, 1) if batch_first else input).reshape(rows, -1)
+    rows_input = (input.transpose(0, 1) if batch_first else input).reshape(rows, input.shape[-1])
     summed = _halves_are_summed(cell)
 
     grad_input, grad_weights = None, []
@@ -153,7 +165,7 @@ def _backward(cell, batch_sizes, batch_first, input, hx, cx, weights, output, sa
             grad_gates_x.t() @ rows_input if want_ih else None,
             _grad_weight_hh(cell, d, grad_gates, output, hx, batch_sizes, w_hh) if want_hh else None,
             (grad_b if summed else grad_b[: traits["gates"] * hidden]) if want_b_ih else None,
-            (grad_b if summed else _recurrent_halves(cell, grad_b, hidden)) if want_b_hh else None,
+            (grad_b.clone() if summed else _recurrent_halves(cell, grad_b, hidden)) if want_b_hh else None,
             None,
         ]
         if want_hr:

@@ -1,17 +1,19 @@
-"""RNNCell, LSTMCell and GRUCell: torch.nn's cells, at home beside the layers.
+"""RNNCell, LSTMCell and GRUCell: one step of torch.nn's cells, as a sequence of length one on the fused engine.
 
-A single step runs torch's own kernels. The engine gains by what it carries from step to step, packed weights above
-all, and one step has no next: taken through the engine it ran at 0.4 to 1.1 times torch's speed, for H from 64 to 1024
-and B from 1 to 256. A loop over a cell is better written as a layer. What is added here: torch.fx and torch.jit take
-the cells as they take torch.nn's, and `convert` and `explain` know them.
+Like the layers (modules.py), they leave to the stock class's `forward` every call that the engine does not take.
 """
+
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.fx import Proxy
 from torch.nn.modules.rnn import RNNCellBase
 
-from . import shared
+from . import functional, select, shared
+
+NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+NONLINEAR = {"tanh": "rnn_tanh", "relu": "rnn_relu"}
 
 
 class FusedCell(RNNCellBase):
@@ -19,13 +21,73 @@ class FusedCell(RNNCellBase):
 
     stock: type[RNNCellBase]  # the torch.nn class that this one stands for
 
+    def _call(self, input, hx):
+        h, c = self._split_states(hx)
+        states = () if h is None else (h,) if c is None else (h, c)
+        weights = self._weights_by_name()
+        cell = self._cell()
+
+        run = functional.stack
+        if not select.is_ordinary(input, states, weights):
+            if isinstance(input, Proxy) or isinstance(h, Proxy):
+                return shared.record_as_leaf(self, input, hx)
+            reason = select.MISFIT if cell is None else select.reason_for_fallback(input, states, weights)
+            if reason is not None:
+                return shared.run_stock(self, input, hx, reason)
+            dtype = select.autocast_dtype(cell, input, h)
+            if dtype is not None:
+                run = partial(functional.stack_cast, dtype)
+        if not self._fits(input, h, c):
+            return shared.run_stock(self, input, hx, select.MISFIT)
+
+        # (B, features) or (features,) to (T, B, features) and back; T is 1, and so is D.
+        added = (0,) if input.dim() == 2 else (0, 0)
+        for dim in added:
+            input = input.unsqueeze(dim)
+            h = h if h is None else h.unsqueeze(dim)
+            c = c if c is None else c.unsqueeze(dim)
+        _, hy, cy = run(cell, input, h, c, weights, len(weights) == 4, 1, 0.0, False, False, False, None)
+        for dim in added:
+            hy = hy.squeeze(dim)
+            cy = cy if cy is None else cy.squeeze(dim)
+        return hy if cy is None else (hy, cy)
+
+    def reason_for_stock(self, input: Tensor, hx=None) -> str | None:
+        """Why this call runs on torch's own kernels, or is refused by torch; None if it runs on the engine."""
+        h, c = self._split_states(hx)
+        states = [state for state in (h, c) if state is not None]
+        reason = select.reason_for_fallback(input, states, self._weights_by_name())
+        return reason or (None if self._fits(input, h, c) else select.MISFIT)
+
+    def _cell(self) -> str | None:
+        """The cell's name in the engine; None if it has no such cell."""
+        raise NotImplementedError
+
+    def _split_states(self, hx):
+        """(h, c) out of the caller's hx, (None, None) if there is none."""
+        return hx, None
+
+    def _weights_by_name(self) -> list[Tensor | None]:
+        """The weights as they are now, without the biases if the cell has none."""
+        weight_ih, weight_hh, bias_ih, bias_hh = shared.weights_by_name(self, NAMES)
+        no_bias = bias_ih is None and bias_hh is None
+        return [weight_ih, weight_hh] if no_bias else [weight_ih, weight_hh, bias_ih, bias_hh]
+
     def __prepare_scriptable__(self) -> RNNCellBase:
         """torch.jit.script gets the stock cell with these very Parameters: it cannot compile this `forward`."""
         return shared.as_stock(self)
 
+    def _fits(self, input: Tensor, h: Tensor | None, c: Tensor | None) -> bool:
+        """Whether this is a call for the engine's cell. If not, the stock forward serves it or says what is wrong."""
+        shape = input.shape
+        if not 1 <= len(shape) <= 2 or shape[-1] != self.input_size or not self.input_size or not self.hidden_size:
+            return False
+        expected = (*shape[:-1], self.hidden_size)
+        return (h is None or h.shape == expected) and (c is None or c.shape == expected) and self._cell() is not None
+
 
 class RNNCell(FusedCell):
-    """One step of Elman's network, tanh or ReLU: torch.nn.RNNCell.
+    """One step of Elman's network, tanh or ReLU: torch.nn.RNNCell on the fused engine.
 
     h' = tanh(W_ih x + b_ih + W_hh h + b_hh)
 
@@ -57,13 +119,14 @@ class RNNCell(FusedCell):
         self.nonlinearity = nonlinearity
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        if isinstance(input, Proxy):
-            return shared.record_as_leaf(self, input, hx)
-        return torch.nn.RNNCell.forward(self, input, hx)
+        return self._call(input, hx)
+
+    def _cell(self) -> str | None:
+        return NONLINEAR.get(self.nonlinearity)
 
 
 class LSTMCell(FusedCell):
-    """One step of long short-term memory: torch.nn.LSTMCell.
+    """One step of long short-term memory: torch.nn.LSTMCell on the fused engine.
 
     i, f, o = sigmoid(W_ih x + b_ih + W_hh h + b_hh), each its own rows; g = tanh(...) likewise
     c' = f c + i g,  h' = o tanh(c')
@@ -89,13 +152,20 @@ class LSTMCell(FusedCell):
         super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        if isinstance(input, Proxy):
-            return shared.record_as_leaf(self, input, hx)
-        return torch.nn.LSTMCell.forward(self, input, hx)
+        return self._call(input, hx)
+
+    def _cell(self) -> str:
+        return "lstm"
+
+    def _split_states(self, hx):
+        return shared.split_pair(hx)
+
+    def _fits(self, input, h, c) -> bool:
+        return (h is None) == (c is None) and super()._fits(input, h, c)
 
 
 class GRUCell(FusedCell):
-    """One step of a gated recurrent unit: torch.nn.GRUCell.
+    """One step of a gated recurrent unit: torch.nn.GRUCell on the fused engine.
 
     r, z = sigmoid(W_ih x + b_ih + W_hh h + b_hh), each its own rows
     n = tanh(W_in x + b_in + r (W_hn h + b_hn)),  h' = (1 - z) n + z h
@@ -120,6 +190,7 @@ class GRUCell(FusedCell):
         super().__init__(input_size, hidden_size, bias, num_chunks=3, device=device, dtype=dtype)
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        if isinstance(input, Proxy):
-            return shared.record_as_leaf(self, input, hx)
-        return torch.nn.GRUCell.forward(self, input, hx)
+        return self._call(input, hx)
+
+    def _cell(self) -> str:
+        return "gru"

@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from . import _C, select, shared
+from . import _C
 from .cells import FusedCell
 from .convert import FUSED_OF_STOCK
 from .modules import FusedLayer
@@ -28,14 +28,10 @@ def explain(module: nn.Module, input: Tensor | PackedSequence, hx=None) -> str:
       runs  fused engine, ...
     """
     data = input.data if isinstance(input, PackedSequence) else input
-    if isinstance(module, FusedLayer):
-        package, stock = "fusedrnn", module.stock
-        reason = _reason_for_stock(module, input, hx)
-    elif isinstance(module, FusedCell):
-        package, stock = "fusedrnn", module.stock
-        reason = "it gains from step to step, and a cell takes a single one"
+    if isinstance(module, (FusedLayer, FusedCell)):
+        package, stock, reason = "fusedrnn", module.stock, module.reason_for_stock(input, hx)
     elif isinstance(module, tuple(FUSED_OF_STOCK)):
-        package, stock = "torch.nn", type(module)
+        package, stock = "torch.nn", next(cls for cls in FUSED_OF_STOCK if isinstance(module, cls))
         reason = "the module is torch.nn's own; fusedrnn.convert(model) changes that"
     else:
         raise TypeError(f"fusedrnn.explain: module must be a recurrent layer or cell, got {type(module).__name__}")
@@ -50,16 +46,6 @@ def explain(module: nn.Module, input: Tensor | PackedSequence, hx=None) -> str:
     lines.append(f"  runs  {chosen}")
     lines += [f"  not   {name}: {why_not}" for name, why_not in kernels.items() if why_not]
     return "\n".join(lines)
-
-
-def _reason_for_stock(module: FusedLayer, input: Tensor | PackedSequence, hx) -> str | None:
-    data, batch_sizes = (input.data, input.batch_sizes) if isinstance(input, PackedSequence) else (input, None)
-    h, c = module._split_states(hx)
-    states = tuple(state for state in (h, c) if state is not None)
-    reason = select.reason_for_fallback(data, states, shared.weights_by_name(module, module._flat_weights_names))
-    if reason is None and not module._fits(data, h, c, batch_sizes):
-        reason = select.MISFIT
-    return reason
 
 
 def _reason_against(isa: str) -> str | None:

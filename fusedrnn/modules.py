@@ -120,6 +120,14 @@ class FusedLayer(RNNBase):
         return h.shape == (rows, *batch, self.proj_size or self.hidden_size) and (
             c is None or c.shape == (rows, *batch, self.hidden_size))
 
+    def reason_for_stock(self, input: Sequence, hx=None) -> str | None:
+        """Why this call runs on torch's own kernels, or is refused by torch; None if it runs on the engine."""
+        data, batch_sizes = (input.data, input.batch_sizes) if isinstance(input, PackedSequence) else (input, None)
+        h, c = self._split_states(hx)
+        states = [state for state in (h, c) if state is not None]
+        reason = select.reason_for_fallback(data, states, shared.weights_by_name(self, self._flat_weights_names))
+        return reason or (None if self._fits(data, h, c, batch_sizes) else select.MISFIT)
+
     def __prepare_scriptable__(self) -> RNNBase:
         """torch.jit.script gets the stock layer with these very Parameters: it cannot compile this `forward`.
 

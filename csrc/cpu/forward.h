@@ -15,8 +15,8 @@ struct ForwardPass {
   using Projection = RowWeights<F, S, 1, 2>;
   static constexpr int kWidest = Recurrent::kWidth > Projection::kWidth ? Recurrent::kWidth : Projection::kWidth;
   static constexpr int kInner = Cell::kStates - 1;  // states that stay with their unit
-  // A call with so few rows of states altogether takes dot products on the weights where they are: packing costs about as
-  // much as a few steps at batch 1.
+  // A call of one step, or with so few rows of states altogether, takes dot products on the weights where they are: packing
+  // costs about as much as a few steps at batch 1.
   static constexpr int64_t kFewRows = 24;
 
   const ForwardParams& p;
@@ -35,7 +35,8 @@ struct ForwardPass {
   ForwardPass(const ForwardParams& p, Arena& arena)
       : p(p), projected(p.weight_hr[0]), extra(kInner + projected),
         h_row(padded_row<F>(p.P, 2 * kLanes)), unit_row(padded_row<F>(p.H, 2 * kLanes)), crew(arena, p.threads) {
-    const bool packs = p.steps.row_offset(p.steps.T - 1) + p.steps.rows(p.steps.T - 1) > kFewRows;
+    const int64_t last = p.steps.T - 1;
+    const bool packs = last > 0 && p.steps.row_offset(last) + p.steps.rows(last) > kFewRows;
     for (int64_t d = 0; d < p.D; ++d) {
       recurrent[d] = {static_cast<const S*>(p.weight_hh[d]), p.H, p.P, nullptr};
       projection[d] = {static_cast<const S*>(p.weight_hr[d]), projected ? p.P : 0, p.H, nullptr};

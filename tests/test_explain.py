@@ -1,0 +1,146 @@
+"""fusedrnn.explain names the kernel that a call runs, and it is the one that then runs. A fallback says why, once."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence
+
+import fusedrnn
+from fusedrnn import explain
+from same import FALLBACK
+
+KINDS = ["RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell"]
+kinds = pytest.mark.parametrize("kind", KINDS)
+
+
+def input_for(kind, dtype=torch.float32):
+    return torch.randn((2, 4) if "Cell" in kind else (3, 2, 4), dtype=dtype)
+
+
+def runs(text) -> str:
+    (line,) = [line for line in text.splitlines() if line.startswith("  runs")]
+    return line.split(maxsplit=1)[1]
+
+
+@kinds
+def test_fused_under_each_instruction_set(kind, isa):
+    module = getattr(fusedrnn, kind)(4, 5)
+    text = explain(module, input_for(kind))
+    assert runs(text) == f"fused engine, {isa}"
+    assert text.startswith(f"fusedrnn.{module}, input ")
+    for other in {"avx512", "avx2", "baseline"} - {isa}:
+        (line,) = [line for line in text.splitlines() if line.startswith(f"  not   fused engine, {other}:")]
+        assert ("FUSEDRNN_CPU_ISA" in line) == (other in fusedrnn._C.cpu_isas())
+
+
+def meta(kind):
+    return getattr(fusedrnn, kind)(4, 5, device="meta"), input_for(kind).to("meta")
+
+
+CASES = {
+    "complex": (lambda kind: (getattr(fusedrnn, kind)(4, 5, dtype=torch.complex64), input_for(kind, torch.complex64)), "complex64"),
+    "subclass": (lambda kind: (getattr(fusedrnn, kind)(4, 5), input_for(kind).as_subclass(Named)), "Named"),
+}
+
+
+class Named(torch.Tensor):
+    pass
+
+
+@pytest.mark.parametrize("case", CASES)
+@kinds
+def test_reason_is_explained_and_warned_of_once(kind, case):
+    make, word = CASES[case]
+    module, input = make(kind)
+    text = explain(module, input)
+    assert runs(text) == f"torch.nn.{kind}"
+    assert all(word in line for line in text.splitlines() if "  not   fused engine" in line)
+    with pytest.warns(UserWarning, match=f"fusedrnn.{kind}: .*{FALLBACK}.*{word}"):
+        module(input)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        module(input)
+
+
+@pytest.mark.filterwarnings("ignore:.*not on the fused engine")
+def test_subclass_results_keep_their_class():
+    for kind in KINDS:
+        result = getattr(fusedrnn, kind)(4, 5)(input_for(kind).as_subclass(Named))
+        while isinstance(result, tuple):
+            result = result[0]
+        assert type(result) is Named
+
+
+@kinds
+def test_warning_points_at_the_caller_or_names_the_layer(kind):
+    module = getattr(fusedrnn, kind)(4, 5, dtype=torch.complex64)
+    with pytest.warns(UserWarning) as caught:
+        module(input_for(kind, torch.complex64))
+    said = [w for w in caught if FALLBACK in str(w.message)]
+    assert len(said) == 1 and f"fusedrnn.{kind}" in str(said[0].message) and f"torch.nn.{kind}" in str(said[0].message)
+
+
+@kinds
+def test_a_call_that_torch_refuses_gives_no_warning(kind):
+    module = getattr(fusedrnn, kind)(4, 5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises((RuntimeError, ValueError)):
+            module(torch.randn(2, 2, 2, 2))
+
+
+@kinds
+def test_tracing_is_silent(kind):
+    module = getattr(fusedrnn, kind)(4, 5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("error", message=f".*{FALLBACK}.*")
+        traced = torch.jit.trace(module, (input_for(kind),))
+    assert "fusedrnn::" not in str(traced.graph), "a traced model must not need fusedrnn"
+
+
+def test_stock_modules():
+    text = explain(nn.LSTM(4, 5), torch.randn(3, 2, 4))
+    assert runs(text) == "torch.nn.LSTM" and "fusedrnn.convert" in text
+
+
+def test_packed():
+    text = explain(fusedrnn.GRU(4, 5), pack_padded_sequence(torch.randn(3, 2, 4), [3, 1]))
+    assert "packed input (4, 4)" in text and runs(text).startswith("fused engine")
+
+
+def test_states_count():
+    module = fusedrnn.LSTM(4, 5)
+    good, bad = torch.zeros(1, 2, 5), torch.zeros(1, 3, 5)
+    assert runs(explain(module, torch.randn(3, 2, 4), (good, good))).startswith("fused")
+    assert runs(explain(module, torch.randn(3, 2, 4), (good, bad))) == "torch.nn.LSTM"
+
+
+def test_nothing_is_run():
+    module = fusedrnn.LSTM(4, 5, 2, dropout=0.5)
+    state = torch.get_rng_state()
+    explain(module, torch.randn(0, 2, 4))
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_other_modules():
+    with pytest.raises(TypeError, match="module must be a recurrent layer or cell, got Linear"):
+        explain(nn.Linear(3, 4), torch.randn(2, 3))
+
+
+@kinds
+def test_plain_calls_never_fall_back(kind):
+    """Every dtype of the engine, with and without autograd: no warning, hence the engine."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+            module = getattr(fusedrnn, kind)(4, 5, dtype=dtype)
+            module(input_for(kind, dtype))
+            with torch.no_grad():
+                module(input_for(kind, dtype))
+            with torch.inference_mode():
+                module(input_for(kind, dtype))
+        with torch.device("cpu"):
+            module(input_for(kind, dtype))
