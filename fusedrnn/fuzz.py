@@ -5,6 +5,7 @@ A failed case is repeated by one line: ``python -m fusedrnn.fuzz SEED``; ``pytho
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import random
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from .testing import Measured, assemble, compare_runs, make_leaves, run_module
+from .testing import Measured, assemble, compare_runs, make_leaves, one_thread, run_module
 
 __all__ = ["Case", "random_case"]
 
@@ -124,7 +125,8 @@ class Case:
         ours, stock = self.modules(device)
         for module in (ours, stock):
             try:
-                tensors, failure = self.run(module, device=device), None
+                with contextlib.nullcontext() if module is ours else one_thread():
+                    tensors, failure = self.run(module, device=device), None
             except Exception as error:  # every exception is an outcome to compare
                 tensors, failure = None, error
             outcomes.append((tensors, failure, torch.get_rng_state()))

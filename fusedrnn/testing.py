@@ -6,13 +6,15 @@ when it fails. Two details make the rule fair to both sides:
 
 - torch's error is 0 by luck in a tensor of few numbers, or where a ReLU sits at its kink. Before a tensor is refused,
   torch's error is measured again on neighbours: inputs and weights that differ by one rounding, each with its own truth.
-- float64 has no better truth here. Its error is taken as torch's float32 error scaled by the ratio of the ulps.
+- float64 has no better truth here. torch's error is taken as its float32 error scaled by the ratio of the ulps, and once
+  more of it is allowed, for the truth's own.
 
 Random cases are in `fusedrnn.fuzz`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 from collections.abc import Callable
@@ -24,8 +26,8 @@ from torch.nn.utils.rnn import PackedSequence
 __all__ = ["Measured", "compare_modules", "compare_runs", "compare_tensors", "run_module"]
 
 FACTOR = 2.0
-ULPS = {torch.float64: 2.0, torch.float32: 4.0, torch.bfloat16: 1.0, torch.float16: 1.0}
-NEIGHBOURS = 24
+ULPS = {torch.float64: 4.0, torch.float32: 4.0, torch.bfloat16: 1.0, torch.float16: 1.0}
+NEIGHBOURS = 96
 
 Tensors = dict[str, Tensor | None]
 
@@ -74,7 +76,8 @@ def compare_tensors(name: str, ours: Tensor, stock: Tensor, truth: Tensor, stock
     info = torch.finfo(stock.dtype)
     scale = _largest(truth, torch.zeros_like(truth), stock)
     stock_error = max(stock_error, _largest(stock, truth, stock))
-    allowed = FACTOR * stock_error + ULPS[stock.dtype] * info.eps * max(scale, info.smallest_normal)
+    factor = FACTOR + (stock.dtype == torch.float64)
+    allowed = factor * stock_error + ULPS[stock.dtype] * info.eps * max(scale, info.smallest_normal)
     return Measured(name, _largest(ours, truth, stock), stock_error, allowed, scale)
 
 
@@ -115,8 +118,26 @@ def compare_runs(run: Callable, ours, stock) -> list[Measured]:
     """Apply the rule of this file to `run(module, dtype=None, perturb=None) -> tensors by name`.
 
     run makes one call with fresh leaves: cast to `dtype` if given, and passed through `perturb(tensor)` before that.
+    torch.nn runs on one thread: on a busy machine its small steps wait longer for threads than they compute.
     """
-    got, expected = run(ours), run(stock)
+    got = run(ours)
+    with one_thread():
+        return _judge(run, got, stock)
+
+
+@contextlib.contextmanager
+def one_thread():
+    """torch.set_num_threads(1) for a while."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _judge(run: Callable, got: Tensors, stock) -> list[Measured]:
+    expected = run(stock)
     assert list(got) == list(expected), f"tensors {list(got)}, torch.nn has {list(expected)}"
     for name in got:
         if expected[name] is None:  # no path from the loss to it, which the kernel of a whole sequence may say by zeros

@@ -37,9 +37,14 @@ def isa(request, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def clean_process(monkeypatch):
-    """Same seed for every test; thread count, default dtype and the record of warnings as they were."""
+    """Same seed for every test; thread count, default dtype and the record of warnings as they were.
+
+    One thread, unless a test asks for more: the shapes are small, and torch.nn on two threads of a busy machine takes
+    twenty times as long. test_threads.py, test_fuzz.py and parts of test_ops.py ask for more.
+    """
     torch.manual_seed(0)
     threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
+    torch.set_num_threads(1)
     monkeypatch.setattr(select, "_warned", set())
     yield
     torch.set_num_threads(threads)

@@ -33,9 +33,11 @@ UNDEFINED = "-g1 -O1 -fsanitize=address,undefined -fno-sanitize-recover=all"
 ADDRESS = (UNDEFINED + " -fno-sanitize=null,alignment,object-size,pointer-overflow,vptr"
            " --param asan-instrumentation-with-call-threshold=0")
 THREAD = "-g1 -O1 -fsanitize=thread"
-# Half of the formats a time under AddressSanitizer, so that it takes half the time to compile; all of them among the three.
-ADDRESS_DTYPES = {"baseline": ["f64", "bf16"], "avx2": ["f32", "f16"], "avx512": ["f32", "bf16"]}
-THREAD_DTYPES = ["f32"]  # the formats make no difference to who waits for whom
+# Compiling an engine takes a processor 10 seconds a format. All of them run as the library is compiled for this machine;
+# elsewhere only some, since the formats share their logic but for the loads and stores that vec_test covers.
+EMULATED_DTYPES = ["f32", "f16"]
+ADDRESS_DTYPES = {"baseline": ["f16"], "avx2": ["bf16"], "avx512": ["f64"]}
+THREAD_DTYPES = ["f32"]
 RELEASE, ACQUIRE = 100, 101  # numbers of the barrier's memory orders among what --skip-barrier leaves out
 
 
@@ -146,9 +148,11 @@ def workshop(request, tmp_path_factory):
     shop.compile("capability", "cpu/capability.cpp", "-O2")
     for isa in ISAS:
         shop.compile(f"probe_{isa}", "engine_probe.cpp", f"-fopenmp {define_flags(isa, ours=True)}")
-        # An engine for another machine runs for its logic alone: it need not be the product's to the last instruction.
-        flags = f"-O3 {setup.MATH} {setup.ISA_FLAGS[isa]}" if native(isa) else f"-O1 {setup.MATH} {machine_flags(isa)}"
-        shop.compile(f"engine_{isa}", f"cpu/engine_{isa}.cpp", flags)
+        if native(isa):
+            shop.compile(f"engine_{isa}", f"cpu/engine_{isa}.cpp", f"-O3 {setup.MATH} {setup.ISA_FLAGS[isa]}")
+        else:
+            keep_dtypes(shop.copy(f"emulated_{isa}"), EMULATED_DTYPES)
+            shop.compile(f"engine_{isa}", f"cpu/engine_{isa}.cpp", f"-O1 {setup.MATH} {machine_flags(isa)}", f"emulated_{isa}")
     for isa in ISAS:
         keep_dtypes(shop.copy(f"address_{isa}"), ADDRESS_DTYPES[isa])
         shop.compile(f"engine_{isa}_address", f"cpu/engine_{isa}.cpp", f"{ADDRESS} {setup.MATH} {machine_flags(isa)}",
@@ -177,7 +181,7 @@ def loosen_barriers(tree):
     for call, order, one in (("__atomic_store_n", "RELEASE", RELEASE), ("__atomic_load_n", "ACQUIRE", ACQUIRE)):
         edit(cpu / "team.h", rf"({call}\([^;]*), __ATOMIC_{order}\)",
              rf"(fusedrnn_test_barrier({one}) ? \1, __ATOMIC_{order}) : \1, __ATOMIC_RELAXED))")
-    for constant, value in (("kMemberFlops", 1), ("kSliceRows", 4)):
+    for constant, value in (("kMemberFlops", 1), ("kSliceRows", 8)):
         edit(cpu / "team.h", rf"(constexpr int64_t {constant} = )\d+;", rf"\g<1>{value};")
     edit(cpu / "team.h", r"(#pragma once\n)", '\\1extern "C" bool fusedrnn_test_barrier(int barrier);\n')
     return next(number)
@@ -187,7 +191,7 @@ def loosen_barriers(tree):
 VEC_PLANTS = {
     "tail": ("vec.h", r"i < n; \+\+i\) p\[i\] = part", "i <= n && i < Vec<F>::kLanes; ++i) p[i] = part"),
     "rounding": ("vec.h", r"bits \+ 0x7fffu", "bits + 0x8000u"),
-    "logarithm": ("vec.h", r"kLn2Low = -2\.12194440e-4f", "kLn2Low = -2.12195e-4f"),
+    "logarithm": ("vec.h", r"kLn2Low = -2\.12194440e-4f", "kLn2Low = -2.1220e-4f"),
     "range": ("vec.h", r"kTanhRange = 10\.0f", "kTanhRange = 8.0f"),
 }
 
@@ -223,7 +227,8 @@ def link_engine(workshop, isa):
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_engine(workshop, isa):
-    print(run(f"{link_engine(workshop, isa)} --every 2 --lot {ISAS.index(isa)}"))
+    dtypes = DTYPES if native(isa) else EMULATED_DTYPES
+    print(run(f"{link_engine(workshop, isa)} --every 2 --lot {ISAS.index(isa)} --dtypes {','.join(dtypes)}"))
 
 
 @pytest.mark.parametrize("result", ["output", "hy", "cy", "saved", "states", "grad_pre", "grad_hx", "grad_cx", "grad_proj"])
@@ -236,7 +241,7 @@ def test_engine_test_finds(workshop, result):
 def test_engine_with_address_sanitizer(workshop, isa):
     program = workshop.link(f"engine_test_{isa}_address", ["engine_test", "threads", "capability", f"probe_{isa}",
                                                            f"engine_{isa}_address"], ADDRESS)
-    print(run_sanitized(f"{program} --every 3 --dtypes {','.join(ADDRESS_DTYPES[isa])} --lot {ISAS.index(isa)}"))
+    print(run_sanitized(f"{program} --every 2 --dtypes {','.join(ADDRESS_DTYPES[isa])} --lot {ISAS.index(isa)}"))
 
 
 def link_with_threads(workshop):
@@ -245,7 +250,7 @@ def link_with_threads(workshop):
 
 
 def test_engine_with_thread_sanitizer(workshop):
-    out = run_sanitized(f"{link_with_threads(workshop)} --every 3 --most-macs 300000")
+    out = run_sanitized(f"{link_with_threads(workshop)} --most-macs 300000")
     print(out)
     assert int(re.search(r"(\d+) waits", out)[1]) > 1000
 

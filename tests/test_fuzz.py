@@ -1,10 +1,11 @@
 """Random calls on torch.nn and on fusedrnn, compared in everything that can be seen.
 
-FUSEDRNN_FUZZ: number of cases (default 800); FUSEDRNN_FUZZ_SEED: the first seed (default 0).
+FUSEDRNN_FUZZ: number of cases (default 500); FUSEDRNN_FUZZ_SEED: the first seed (default 0).
 The cases take the instruction sets of the machine in turn. A failure prints the line that repeats it.
 """
 
 import os
+import warnings
 
 import pytest
 
@@ -12,7 +13,7 @@ import fusedrnn
 from fusedrnn.fuzz import random_case
 
 FIRST = int(os.environ.get("FUSEDRNN_FUZZ_SEED", "0"))
-COUNT = int(os.environ.get("FUSEDRNN_FUZZ", "800"))
+COUNT = int(os.environ.get("FUSEDRNN_FUZZ", "500"))
 
 
 @pytest.mark.filterwarnings("ignore:dropout option adds dropout")
@@ -20,4 +21,8 @@ COUNT = int(os.environ.get("FUSEDRNN_FUZZ", "800"))
 def test_random_case(seed, monkeypatch):
     isas = fusedrnn._C.cpu_isas()
     monkeypatch.setenv("FUSEDRNN_CPU_ISA", isas[seed % len(isas)])
-    random_case(seed).check()
+    case = random_case(seed)
+    with warnings.catch_warnings():
+        if case.fault:  # torch takes some malformed calls all the same, and so do we, on its kernels
+            warnings.filterwarnings("ignore", ".*not on the fused engine.*")
+        case.check()

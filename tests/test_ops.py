@@ -178,10 +178,10 @@ def test_errors_of_forward(name, value, text):
 WRONG_SIZES = [
     (torch.tensor([1, 2, 2]), "batch_sizes must be positive and never increase, got 2 at step 1"),
     (torch.tensor([3, 2, 0]), "batch_sizes must be positive and never increase, got 0 at step 2"),
-    (torch.tensor([6, -1]), "batch_sizes must be positive and never increase, got -1 at step 1"),
+    (torch.tensor([3, -1]), "batch_sizes must be positive and never increase, got -1 at step 1"),
     (torch.tensor([-5]), "batch_sizes must be positive and never increase, got -5 at step 0"),
-    (torch.tensor([3, 3]), "batch_sizes must add up to the 5 rows of .*, got 6"),
-    (torch.tensor([3, 1]), "batch_sizes must add up to the 5 rows of .*, got 4"),
+    (torch.tensor([3, 3]), "batch_sizes must add up to the 5 rows of gates_x, got more by step 1"),
+    (torch.tensor([3, 1]), "batch_sizes must add up to the 5 rows of gates_x, got 4"),
     (torch.tensor([], dtype=torch.int64), "expected sequence length to be larger than 0"),
     (torch.tensor([3, 2], dtype=torch.int32), "batch_sizes must be a one-dimensional int64 tensor on the CPU"),
     (torch.tensor([3.0, 2.0]), "batch_sizes must be a one-dimensional int64 tensor on the CPU"),
@@ -435,7 +435,7 @@ def test_long_sequence(cell, dtype):
         with torch.no_grad():
             for parameter in (*ours.parameters(), *stock.parameters()):
                 parameter.mul_(0.5)  # a ReLU network of the usual size explodes
-    compare_modules(ours, stock, torch.randn(4096, 2, 2, dtype=dtype))
+    compare_modules(ours, stock, torch.randn(4096, 1, 2, dtype=dtype))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Threads: any count, called from several at once, after a fork, in DataLoader workers, and idle when the call is over."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -78,6 +79,7 @@ def test_two_python_threads_at_once(cell):
     assert not wrong
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.(fork|wait).*:DeprecationWarning")
 @cells
 def test_inside_torchs_own_parallel_regions(cell):
     """In autograd's threads (a hook), in torch.jit.fork's, in a thread pool with a batch of modules."""
@@ -100,39 +102,50 @@ def test_inside_torchs_own_parallel_regions(cell):
     assert len(seen) == 5 and all(torch.equal(t, expected) for t in seen)
 
 
-def test_inside_an_openmp_region():
-    """Called from an OpenMP thread only one thread is granted: no barrier may wait for a second."""
-    run_script("""
-        import torch, fusedrnn, os
+NESTED = """
+#include <omp.h>
+void everybody(void (*work)(int), int threads) {
+#pragma omp parallel num_threads(threads)
+  work(omp_get_thread_num());
+}
+"""
+
+
+@pytest.mark.skipif(not shutil.which("gcc"), reason="needs gcc")
+def test_inside_an_openmp_region(tmp_path):
+    """Called by every thread of a parallel region: OpenMP grants one thread each, and no barrier may wait for a second."""
+    (tmp_path / "nested.c").write_text(NESTED)
+    library = tmp_path / "nested.so"
+    subprocess.run(["gcc", "-fopenmp", "-shared", "-fPIC", "-o", library, tmp_path / "nested.c"], check=True)
+    run_script(f"""
+        import ctypes, torch, fusedrnn
         torch.set_num_threads(4)
         module = fusedrnn.LSTM(4, 130, bidirectional=True)
         input = torch.randn(4, 40, 4)
-        expected = module(input)[0].detach()
-        os.environ["OMP_MAX_ACTIVE_LEVELS"] = "1"
-        # A Python callback from the autograd engine while torch's pool is busy with a large sum elsewhere.
-        import threading
-        stop = []
-        def busy():
-            big = torch.randn(3000, 3000)
-            while not stop:
-                big @ big
-        other = threading.Thread(target=busy); other.start()
-        for _ in range(10):
-            assert torch.equal(module(input)[0], expected)
-        stop.append(1); other.join()
-    """)
-    # The runtime's limit on threads is below what torch asks for.
-    for limit in ("1", "2", "3"):
-        run_script("""
-            import torch, fusedrnn
-            torch.manual_seed(0)
+        with torch.no_grad():
+            expected = module(input)[0]
+        results = {{}}
+        def work(thread):
             torch.set_num_threads(4)
-            for kind in (fusedrnn.RNN, fusedrnn.GRU, fusedrnn.LSTM):
-                module = kind(4, 130, bidirectional=True)
-                output = module(torch.randn(4, 40, 4))[0]
-                output.sum().backward()
-                assert output.isfinite().all()
-        """, OMP_THREAD_LIMIT=limit)  # fmt: skip
+            with torch.no_grad():
+                results[thread] = [torch.equal(module(input)[0], expected) for _ in range(5)]
+        everybody = ctypes.CDLL({str(library)!r}).everybody
+        everybody(ctypes.CFUNCTYPE(None, ctypes.c_int)(work), 3)
+        assert results == {{thread: [True] * 5 for thread in range(3)}}, results
+    """)
+
+
+@pytest.mark.parametrize("limit", ["1", "2", "3"])
+def test_fewer_threads_granted_than_asked_for(limit):
+    run_script("""
+        import torch, fusedrnn
+        torch.set_num_threads(4)
+        for kind in (fusedrnn.RNN, fusedrnn.GRU, fusedrnn.LSTM):
+            module = kind(4, 130, bidirectional=True)
+            output = module(torch.randn(4, 40, 4))[0]
+            output.sum().backward()
+            assert output.isfinite().all()
+    """, OMP_THREAD_LIMIT=limit)  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -218,7 +218,8 @@ FUSEDRNN_INLINE Vec<F> sigmoid(Vec<F> x) {
   return V(F(1)) / (V(F(1)) + (power + power * expm1_r));
 }
 
-// tanh |x| = e / (e + 2) with e = exp(2 |x|) - 1, which keeps the relative accuracy of small x.
+// tanh |x| = e / (e + 2) with e = exp(2 |x|) - 1, which keeps the relative accuracy of small x. From a half on it is taken as
+// 1 - 2 / (e + 2), which is rounded once: the gradient, 1 - tanh^2, magnifies what a saturated unit is wrong by.
 template <class F>
 FUSEDRNN_INLINE Vec<F> tanh(Vec<F> x) {
   using V = Vec<F>;
@@ -228,7 +229,9 @@ FUSEDRNN_INLINE Vec<F> tanh(Vec<F> x) {
   V expm1_r, power;
   split_exp(magnitude + magnitude, expm1_r, power);
   const V e = power * expm1_r + (power - V(F(1)));
-  const V t = e / (e + V(F(2)));
+  const Bits large = e.raw > V(F(2)).raw;
+  const V quotient = where(large, V(F(2)), e) / (e + V(F(2)));
+  const V t = where(large, V(F(1)) - quotient, quotient);
   return V((typename V::Raw)((Bits)t.raw | ((Bits)x.raw & sign)));
 }
 
