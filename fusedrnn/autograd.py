@@ -160,9 +160,11 @@ def _backward(cell, batch_sizes, batch_first, input, hx, cx, weights, output, sa
         grad_gates_x = grad_gates if summed else grad_gates[:, : traits["gates"] * hidden]  # x_pre is the identity
         if wanted[0]:
             grad_input = grad_gates_x @ w_ih if d == 0 else grad_input.addmm_(grad_gates_x, w_ih)
-        grad_b = grad_gates.sum(0) if want_b_ih or want_b_hh else None
+        grad_b = None
+        if want_b_ih or want_b_hh:
+            grad_b = grad_gates.sum(0) if grad_gates.shape[0] != 1 else grad_gates[0]
         grad_weights += [
-            _sum_of_products([(grad_gates_x, rows_input)], _empty_grad(w_ih)) if want_ih else None,
+            _sum_of_products([(grad_gates_x, rows_input)]) if want_ih else None,
             _grad_weight_hh(cell, d, grad_gates, output, hx, batch_sizes, w_hh) if want_hh else None,
             (grad_b if summed else grad_b[: traits["gates"] * hidden]) if want_b_ih else None,
             (grad_b.clone() if summed else _recurrent_halves(cell, grad_b, hidden)) if want_b_hh else None,
@@ -170,7 +172,7 @@ def _backward(cell, batch_sizes, batch_first, input, hx, cx, weights, output, sa
         ]
         if want_hr:
             unprojected = _direction(states, d, directions, packed)[:, -hidden:]
-            grad_weights[-1] = _sum_of_products([(_direction(grad_proj, d, directions, packed), unprojected)], _empty_grad(w_hr))
+            grad_weights[-1] = _sum_of_products([(_direction(grad_proj, d, directions, packed), unprojected)])
     if grad_input is not None and batch_sizes is None:
         grad_input = grad_input.view(*output.shape[:-1], input.shape[-1])
         if batch_first:
@@ -213,17 +215,13 @@ def _grad_weight_hh(cell, direction, grad_gates, output, hx, batch_sizes, weight
         return torch.zeros_like(weight_hh)
 
     hidden = weight_hh.shape[0] // TRAITS[cell]["gates"]
-    grad = _empty_grad(weight_hh)
+    if len(_runs(cell)) == 1:
+        return _sum_of_products(parts)
+    grad = torch.empty_like(weight_hh, memory_format=torch.contiguous_format)
     for gate, pre, count in _runs(cell):
-        if count * hidden == grad_gates.shape[1]:
-            return _sum_of_products(parts, grad)
         columns = slice(pre * hidden, (pre + count) * hidden)
         _sum_of_products([(gates[:, columns], begins) for gates, begins in parts], grad[gate * hidden : (gate + count) * hidden])
     return grad
-
-
-def _empty_grad(weight):
-    return torch.empty_like(weight, memory_format=torch.contiguous_format)
 
 
 # A product over many rows is one chain of additions for each element, in MKL as long as 256 rows, or as all of them if a side
@@ -234,8 +232,13 @@ SHORT, SHORT_PART = 1024, 64
 NARROW, NARROW_PART, NARROW_PARTS = 16, 32, 64
 
 
-def _sum_of_products(pairs, out):
-    """out = the sum of a.t() @ b over the pairs (a, b) of matrices with as many rows. Returns out."""
+def _sum_of_products(pairs, out=None):
+    """The sum of a.t() @ b over the pairs (a, b) of matrices with as many rows, into `out` if that is given."""
+    a, b = pairs[0]
+    if out is None and len(pairs) == 1 and a.shape[0] <= NARROW_PART:  # a small call is nothing but such small steps
+        return a.t() @ b
+    if out is None:
+        out = a.new_empty(a.shape[1], b.shape[1])
     narrow, started = min(out.shape) <= NARROW, False
     for a, b in pairs:
         rows = a.shape[0]

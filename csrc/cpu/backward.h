@@ -39,8 +39,8 @@ struct BackwardPass {
       recurrent[d] = {static_cast<const S*>(p.weight_hh[d]), p.P, depth, nullptr, scratch};
       projection[d] = {static_cast<const S*>(p.weight_hr[d]), projected ? p.H : 0, p.P, nullptr, scratch};
       if (!packs) continue;
-      recurrent[d].panels = arena.take<F>(recurrent[d].blocks() * recurrent[d].panel_size());
-      projection[d].panels = arena.take<F>(projection[d].blocks() * projection[d].panel_size());
+      recurrent[d].panels = arena.take<F>(recurrent[d].blocks() * recurrent[d].block_size());
+      projection[d].panels = arena.take<F>(projection[d].blocks() * projection[d].block_size());
     }
     dpre[0] = arena.take<F>(p.D * p.steps.B * pre_row);
     dpre[1] = arena.take<F>(p.D * p.steps.B * pre_row);

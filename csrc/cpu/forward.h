@@ -10,9 +10,9 @@ template <class Cell, class F, class S>
 struct ForwardPass {
   using V = Vec<F>;
   static constexpr int kLanes = V::kLanes;
-  static constexpr int kUnitVectors = Cell::kGates == 1 ? 2 : 1;  // two, to fill the register tile
-  using Recurrent = RowWeights<F, S, Cell::kGates, kUnitVectors>;
-  using Projection = RowWeights<F, S, 1, 2>;
+  using Recurrent = RowWeights<F, S, Cell::kGates>;
+  using Projection = RowWeights<F, S, 1>;
+  static constexpr int kUnitVectors = Recurrent::kUnitVectors;
   static constexpr int kWidest = Recurrent::kWidth > Projection::kWidth ? Recurrent::kWidth : Projection::kWidth;
   static constexpr int kInner = Cell::kStates - 1;  // states that stay with their unit
   // A call of one step, or with so few rows of states altogether, takes dot products on the weights where they are: packing
@@ -41,8 +41,8 @@ struct ForwardPass {
       recurrent[d] = {static_cast<const S*>(p.weight_hh[d]), p.H, p.P, nullptr};
       projection[d] = {static_cast<const S*>(p.weight_hr[d]), projected ? p.P : 0, p.H, nullptr};
       if (packs) {
-        recurrent[d].panels = arena.take<F>(recurrent[d].blocks() * recurrent[d].panel_size());
-        projection[d].panels = arena.take<F>(projection[d].blocks() * projection[d].panel_size());
+        recurrent[d].panels = arena.take<F>(recurrent[d].blocks() * recurrent[d].block_size());
+        projection[d].panels = arena.take<F>(projection[d].blocks() * projection[d].block_size());
       }
       bias[d] = arena.take<F>(recurrent[d].blocks() * Recurrent::kWidth);
     }

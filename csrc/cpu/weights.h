@@ -30,33 +30,37 @@ FUSEDRNN_INLINE int64_t padded_row(int64_t count, int64_t block) {
 
 // w (kGates * units, depth) row-major: the product is a w^T. A block holds the same kUnitVectors vectors of units of every
 // gate, gate after gate, so that whoever has the sums of a block has all gates of its units.
-template <class F, class S, int kGates, int kUnitVectors>
+template <class F, class S, int kGates>
 struct RowWeights {
-  static constexpr int kVectors = kGates * kUnitVectors, kWidth = kVectors * Vec<F>::kLanes;
-  static constexpr int kUnits = kUnitVectors * Vec<F>::kLanes;
+  static constexpr int kLanes = Vec<F>::kLanes;
+  static constexpr int kUnitVectors = kGates % kPanelVectors == 0 ? 1 : kPanelVectors;  // to make whole panels
+  static constexpr int kUnits = kUnitVectors * kLanes, kWidth = kGates * kUnits;
+  static constexpr int kPanels = kGates * kUnitVectors / kPanelVectors;
   const S* w;
   int64_t units, depth;
-  F* panels;  // (blocks, depth, kWidth), null: never packed
+  F* panels;  // (blocks, block_size()) as multiply_panels reads them, null: never packed
 
   int64_t blocks() const { return blocks_of(units, kUnits); }
-  int64_t panel_size() const { return depth * kWidth; }
+  int64_t block_size() const { return depth * kWidth; }
+  bool far() const { return blocks() * block_size() * int64_t(sizeof(F)) > kNearBytes; }
   int64_t valid(int64_t block) const { return units - block * kUnits < kUnits ? units - block * kUnits : kUnits; }
 
   void pack(int64_t block) const {
-    F* panel = panels + block * panel_size();
+    constexpr int kPanelWidth = kPanelVectors * kLanes;
+    F* packed = panels + block * block_size();
     const int64_t count = valid(block);
     constexpr int64_t kStrip = 64;  // k at a time, so that the lines written to stay in cache
+    static_assert(kTileDepth % kStrip == 0, "a strip lies within a pass");
     for (int64_t k = 0; k < depth; k += kStrip) {
-      const int64_t end = k + kStrip < depth ? k + kStrip : depth;
+      const int64_t length = k + kStrip < depth ? kStrip : depth - k;
+      const int64_t pass_begin = k / kTileDepth * kTileDepth;
+      const int64_t pass = depth - pass_begin < kTileDepth ? depth - pass_begin : kTileDepth;
       for (int64_t g = 0; g < kGates; ++g)
         for (int64_t u = 0; u < kUnits; ++u) {
-          F* column = panel + g * kUnits + u;
-          if (u < count) {
-            const S* row = w + (g * units + block * kUnits + u) * depth;
-            for (int64_t i = k; i < end; ++i) column[i * kWidth] = value(row[i]);
-          } else {
-            for (int64_t i = k; i < end; ++i) column[i * kWidth] = F(0);
-          }
+          const int64_t at = g * kUnits + u, panel = at / kPanelWidth;
+          F* column = packed + (pass_begin * kPanels + panel * pass + k - pass_begin) * kPanelWidth + at % kPanelWidth;
+          const S* row = w + (g * units + block * kUnits + u) * depth + k;
+          for (int64_t i = 0; i < length; ++i) column[i * kPanelWidth] = u < count ? value(row[i]) : F(0);
         }
     }
   }
@@ -64,7 +68,7 @@ struct RowWeights {
   // sums (rows, kWidth) += a (rows, depth) times the block.
   void multiply(int64_t block, const F* a, int64_t a_row, int64_t rows, F* sums) const {
     if (panels) {
-      multiply_columns<F, kVectors>(a, a_row, rows, panels + block * panel_size(), kWidth, depth, sums);
+      multiply_panels<F, kPanels>(a, a_row, rows, panels + block * block_size(), far(), depth, sums);
       return;
     }
     for (int64_t g = 0; g < kGates; ++g)
@@ -76,28 +80,31 @@ struct RowWeights {
 // w (depth, columns) row-major: the product is a w.
 template <class F, class S>
 struct ColumnWeights {
-  static constexpr int kVectors = 2, kWidth = kVectors * Vec<F>::kLanes;
-  static constexpr int kUnits = kWidth;
+  static constexpr int kWidth = kPanelVectors * Vec<F>::kLanes, kUnits = kWidth;
   const S* w;
   int64_t columns, depth;
-  F* panels;    // (blocks, depth, kWidth), null: packed into scratch at each use
+  F* panels;    // (blocks, depth, panel), null: packed into scratch at each use
   F* scratch;   // (depth, kWidth), the calling thread's own
 
   int64_t blocks() const { return blocks_of(columns, kWidth); }
-  int64_t panel_size() const { return depth * kWidth; }
+  int64_t block_size() const { return depth * kWidth; }
+  bool far() const { return blocks() * block_size() * int64_t(sizeof(F)) > kNearBytes; }
 
-  void pack(int64_t block) const { pack_into(block, panels + block * panel_size()); }
+  void pack(int64_t block) const { pack_into(block, panels + block * block_size()); }
 
   void multiply(int64_t block, const F* a, int64_t a_row, int64_t rows, F* sums) const {
     if (!panels) pack_into(block, scratch);
-    multiply_columns<F, kVectors>(a, a_row, rows, panels ? panels + block * panel_size() : scratch, kWidth, depth, sums);
+    if (panels)
+      multiply_panels<F, 1>(a, a_row, rows, panels + block * block_size(), far(), depth, sums);
+    else
+      multiply_panels<F, 1>(a, a_row, rows, scratch, false, depth, sums);
   }
 
  private:
   void pack_into(int64_t block, F* panel) const {
     constexpr int kLanes = Vec<F>::kLanes;
     for (int64_t k = 0; k < depth; ++k)
-      for (int v = 0; v < kVectors; ++v) {
+      for (int v = 0; v < kPanelVectors; ++v) {
         const int64_t u = block * kWidth + v * kLanes;
         store(panel + k * kWidth + v * kLanes, load(w + k * columns + u, lanes_left<F>(u, columns)));
       }
