@@ -79,7 +79,7 @@ def describe() -> dict:
     }
 
 
-def gemm_peak(seconds: float = 1.5, size: int = 2048) -> float:
+def gemm_peak(seconds: float = 1.5, size: int = 1024) -> float:
     """flop/s of torch.mm on square float32 matrices: the best half's median, the machine's arithmetic in practice."""
     a, b = torch.rand(size, size), torch.rand(size, size)
     out = torch.empty(size, size)

@@ -269,15 +269,14 @@ def _runs(cell):
 
 def _packed_begins(output, first, batch_sizes, direction):
     """For each packed row, the hidden state of the same sequence one step earlier in this direction, or its initial one."""
-    steps, device = batch_sizes.shape[0], output.device
+    steps, rows, device = batch_sizes.shape[0], output.shape[0], output.device
     offsets = torch.cumsum(batch_sizes, 0) - batch_sizes
     step = torch.repeat_interleave(torch.arange(steps), batch_sizes)
-    batch = torch.arange(output.shape[0]) - offsets[step]
+    batch = torch.arange(rows) - offsets[step]
     other = step + 1 if direction else step - 1
     inside = (other >= 0) & (other < steps)
-    other = other.clamp(0, steps - 1)
+    other.clamp_(0, steps - 1)
     inside &= batch < batch_sizes[other]
-    index = torch.where(inside, offsets[other] + batch, output.shape[0] + batch).to(device)
-    if first is None:
-        first = output.new_zeros(int(batch_sizes[0]), output.shape[1])
-    return torch.cat([output, first]).index_select(0, index)
+    starts = inside.logical_not().nonzero().flatten()  # rows that no step came before
+    begins = output.index_select(0, torch.where(inside, offsets[other] + batch, 0).to(device))
+    return begins.index_copy_(0, starts.to(device), first.index_select(0, batch[starts].to(device)))
