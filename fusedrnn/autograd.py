@@ -54,10 +54,7 @@ def _forward(cell, batch_sizes, batch_first, input, hx, cx, weights, save):
     gates_x, weight_hh, bias_hh, weight_hr = [], [], [], []
     for w_ih, w_hh, b_ih, b_hh, w_hr in weights:
         if b_hh is not None:
-            if _halves_are_summed(cell):
-                b_ih = b_ih + b_hh
-            else:
-                bias_hh.append(b_hh)
+            bias_hh.append(b_hh)
         gates = linear(input, w_ih, b_ih)
         gates_x.append(gates.transpose(0, 1) if batch_first else gates)
         weight_hh.append(w_hh)
@@ -68,7 +65,7 @@ def _forward(cell, batch_sizes, batch_first, input, hx, cx, weights, save):
 
 @lru_cache
 def _halves_are_summed(cell):
-    """Whether the input and the recurrent half of every gate add up, so that their biases may, ahead of time."""
+    """Whether the input and the recurrent half of every gate add up, so that their gradients are the same."""
     return TRAITS[cell]["x_pre"] == TRAITS[cell]["h_pre"]
 
 
@@ -150,6 +147,7 @@ def _backward(cell, batch_sizes, batch_first, input, hx, cx, weights, output, sa
         cell, weight_hh, weight_hr, hx, cx, output, saved, states, batch_sizes, *grads, wanted[1], wanted[2]
     )
     packed, directions, hidden = batch_sizes is not None, len(weights), grad_pre.shape[-1]
+    step_rows = int(batch_sizes[0]) if packed else output.shape[1]
     rows_input = (input.transpose(0, 1) if batch_first else input).reshape(output.shape[:-1].numel(), input.shape[-1])
     summed = _halves_are_summed(cell)
 
@@ -164,7 +162,7 @@ def _backward(cell, batch_sizes, batch_first, input, hx, cx, weights, output, sa
         if want_b_ih or want_b_hh:
             grad_b = grad_gates.sum(0) if grad_gates.shape[0] != 1 else grad_gates[0]
         grad_weights += [
-            _sum_of_products([(grad_gates_x, rows_input)]) if want_ih else None,
+            _sum_of_products([(grad_gates_x, rows_input)], step_rows) if want_ih else None,
             _grad_weight_hh(cell, d, grad_gates, output, hx, batch_sizes, w_hh) if want_hh else None,
             (grad_b if summed else grad_b[: traits["gates"] * hidden]) if want_b_ih else None,
             (grad_b.clone() if summed else _recurrent_halves(cell, grad_b, hidden)) if want_b_hh else None,
@@ -172,7 +170,7 @@ def _backward(cell, batch_sizes, batch_first, input, hx, cx, weights, output, sa
         ]
         if want_hr:
             unprojected = _direction(states, d, directions, packed)[:, -hidden:]
-            grad_weights[-1] = _sum_of_products([(_direction(grad_proj, d, directions, packed), unprojected)])
+            grad_weights[-1] = _sum_of_products([(_direction(grad_proj, d, directions, packed), unprojected)], step_rows)
     if grad_input is not None and batch_sizes is None:
         grad_input = grad_input.view(*output.shape[:-1], input.shape[-1])
         if batch_first:
@@ -214,45 +212,67 @@ def _grad_weight_hh(cell, direction, grad_gates, output, hx, batch_sizes, weight
     if not parts:
         return torch.zeros_like(weight_hh)
 
-    hidden = weight_hh.shape[0] // TRAITS[cell]["gates"]
+    step_rows = output.shape[1] if batch_sizes is None else int(batch_sizes[0])
     if len(_runs(cell)) == 1:
-        return _sum_of_products(parts)
+        return _sum_of_products(parts, step_rows)
+    hidden = weight_hh.shape[0] // TRAITS[cell]["gates"]
     grad = torch.empty_like(weight_hh, memory_format=torch.contiguous_format)
     for gate, pre, count in _runs(cell):
         columns = slice(pre * hidden, (pre + count) * hidden)
-        _sum_of_products([(gates[:, columns], begins) for gates, begins in parts], grad[gate * hidden : (gate + count) * hidden])
+        run = [(gates[:, columns], begins) for gates, begins in parts]
+        _sum_of_products(run, step_rows, out=grad[gate * hidden : (gate + count) * hidden])
     return grad
 
 
-# A product over many rows is one chain of additions for each element, in MKL as long as 256 rows, or as all of them if a side
-# is narrow; torch.nn adds up one product a step, and rounds less. So few rows are taken in parts of SHORT_PART. Of many, the
-# steps are many too, and torch.nn's own sum is the longer chain. Of 800 rows in steps of 32 that are alike, 1024 by 256, the
-# error in units of the last place: whole 29, in parts 11, torch.nn 5 (17 is allowed); of 6400 rows, 64 by 5: whole 82, in parts 3.
-SHORT, SHORT_PART = 1024, 64
-NARROW, NARROW_PART, NARROW_PARTS = 16, 32, 64
+# The gradient of a weight is a sum over all rows of the sequence. torch.nn adds up one product a step; a product over many rows
+# at once is one chain of additions for each element, in MKL 256 rows long or more, and rounds more where the rows are alike.
+# So few rows are taken in parts. Of many, the steps are many too, and torch.nn's own sum is the longer chain. Rows alike, 800
+# in steps of 32, 1024 by 256, the error in units of the last place: whole 29, in parts of 64 11, torch.nn 5 (17 is allowed).
+FEW_ROWS, PART = 1024, 64
+# With a side this narrow MKL's chain is as long as the rows are many (6400 rows, 512 by 3: 70 units), and it is slow: 10 GF/s.
+# A batch of products with the narrow side first takes a tenth of the time, and 3 units.
+NARROW, MOST_PARTS = 32, 64
 
 
-def _sum_of_products(pairs, out=None):
-    """The sum of a.t() @ b over the pairs (a, b) of matrices with as many rows, into `out` if that is given."""
+def _sum_of_products(pairs, step_rows, out=None):
+    """The sum of a.t() @ b over the pairs (a, b) of matrices with as many rows, `step_rows` of them to a step."""
     a, b = pairs[0]
-    if out is None and len(pairs) == 1 and a.shape[0] <= NARROW_PART:  # a small call is nothing but such small steps
-        return a.t() @ b
-    if out is None:
-        out = a.new_empty(a.shape[1], b.shape[1])
-    narrow, started = min(out.shape) <= NARROW, False
+    exact = a.element_size() > 2  # 16-bit sums are rounded as they leave a product, so that parts would be rounded more often
+    if len(pairs) == 1 and (a.shape[0] <= PART or not exact):  # a small call is nothing but such small steps
+        return torch.mm(a.t(), b, out=out)
+    narrow = exact and min(a.shape[1], b.shape[1]) <= NARROW
+    if narrow and b.shape[1] < a.shape[1]:
+        total = _narrow_sum([(b, a) for a, b in pairs]).t()
+    elif narrow:
+        total = _narrow_sum(pairs)
+    if narrow:
+        return total.contiguous() if out is None else out.copy_(total)
+    started = False
     for a, b in pairs:
         rows = a.shape[0]
-        part = max(NARROW_PART, rows // NARROW_PARTS) if narrow else SHORT_PART if rows <= SHORT else rows
-        for first in range(0, max(rows, 1), part):
+        part = max(PART, 2 * step_rows) if exact and rows <= FEW_ROWS else rows
+        for first in range(0, rows, part):
             columns, others = a[first : first + part].t(), b[first : first + part]
-            if not started:
-                torch.mm(columns, others, out=out)
-            elif narrow:
-                out += columns @ others  # addmm_ would go on with the chain
-            else:
-                out.addmm_(columns, others)
+            out = out.addmm_(columns, others) if started else torch.mm(columns, others, out=out)
             started = True
     return out
+
+
+def _narrow_sum(pairs):
+    """`_sum_of_products` where a is narrow."""
+    total = None
+    for a, b in pairs:
+        rows, width = a.shape
+        part = max(PART // 2, 4 * width, rows // MOST_PARTS)  # 4 times the width: all products are a quarter of b
+        parts = rows // part
+        batched = parts * part
+        if parts:
+            products = torch.bmm(a[:batched].view(parts, part, width).transpose(1, 2), b[:batched].view(parts, part, -1))
+            total = products.sum(0) if total is None else total.add_(products.sum(0))
+        if batched < rows:
+            last = a[batched:].t() @ b[batched:]
+            total = last if total is None else total.add_(last)
+    return total
 
 
 @lru_cache
