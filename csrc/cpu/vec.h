@@ -24,22 +24,26 @@ template <class F> struct Format;
 template <> struct Format<float> {
   typedef float Raw __attribute__((vector_size(FUSEDRNN_VECTOR_BYTES)));
   typedef int32_t RawBits __attribute__((vector_size(FUSEDRNN_VECTOR_BYTES)));
-  static constexpr int kMantissa = 23, kBias = 127;
-  static constexpr int kExpTerms = 7;                    // |r|^8 / 8! < 2^-27 for |r| <= ln(2) / 2
+  static constexpr int kMantissa = 23;
+  // Coefficients of (exp(r) - 1) / r for |r| <= ln(2) / 2: the best polynomial of so many terms, the first two held; off by
+  // 2^-28 of exp(r) at most.
+  static constexpr float kExp[] = {1, 0.5f, 0.16666535f, 0.041667238f, 0.008367483f, 0.0013863781f};
   static constexpr float kExpRange = 87.0f;              // exp(+-87) is a normal float
   static constexpr float kTanhRange = 10.0f;             // 1 - tanh(10) < 2^-28
-  static constexpr float kRound = 12582912.0f;           // 1.5 * 2^23: adding it rounds to an integer
+  static constexpr float kRound = 12583039.0f;           // 1.5 * 2^23 + bias: adding it rounds, and leaves a biased exponent
   static constexpr float kLn2High = 0.693359375f;        // ln 2 in two parts, the first with few bits (Cody and Waite)
   static constexpr float kLn2Low = -2.12194440e-4f;
 };
 template <> struct Format<double> {
   typedef double Raw __attribute__((vector_size(FUSEDRNN_VECTOR_BYTES)));
   typedef int64_t RawBits __attribute__((vector_size(FUSEDRNN_VECTOR_BYTES)));
-  static constexpr int kMantissa = 52, kBias = 1023;
-  static constexpr int kExpTerms = 13;                   // |r|^14 / 14! < 2^-57
+  static constexpr int kMantissa = 52;
+  // Taylor's: |r|^14 / 14! < 2^-57.
+  static constexpr double kExp[] = {1., 1. / 2, 1. / 6, 1. / 24, 1. / 120, 1. / 720, 1. / 5040, 1. / 40320, 1. / 362880,
+                                    1. / 3628800, 1. / 39916800, 1. / 479001600, 1. / 6227020800};
   static constexpr double kExpRange = 708.0;
   static constexpr double kTanhRange = 20.0;
-  static constexpr double kRound = 6755399441055744.0;   // 1.5 * 2^52
+  static constexpr double kRound = 6755399441056767.0;   // 1.5 * 2^52 + bias
   static constexpr double kLn2High = 6.93145751953125e-1;
   static constexpr double kLn2Low = 1.42860682030941723212e-6;
 };
@@ -174,16 +178,38 @@ struct Constant {
 
 // ------------------------------------------------------------------------------------------------- functions
 
-template <class F>
-constexpr F inverse_factorial(int k) { return k < 2 ? F(1) : inverse_factorial<F>(k - 1) / F(k); }
+// a where the first is smaller (larger), else b, so that a NaN in b stays. Left to the compiler this takes two instructions.
+template <class Raw>
+FUSEDRNN_INLINE Raw smaller(Raw a, Raw b) {
+#if defined(__AVX__) && FUSEDRNN_VECTOR_BYTES == 32
+  if constexpr (sizeof a[0] == sizeof(float)) return __builtin_ia32_minps256(a, b);
+  else return __builtin_ia32_minpd256(a, b);
+#else
+  return a < b ? a : b;
+#endif
+}
+template <class Raw>
+FUSEDRNN_INLINE Raw larger(Raw a, Raw b) {
+#if defined(__AVX__) && FUSEDRNN_VECTOR_BYTES == 32
+  if constexpr (sizeof a[0] == sizeof(float)) return __builtin_ia32_maxps256(a, b);
+  else return __builtin_ia32_maxpd256(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
 
-// (exp(r) - 1) / r = 1 + r/2! + r^2/3! + ...: terms [first, first + count) over r^first. The halves of the Taylor series are
-// summed apart (Estrin), since the length of this chain of multiply-adds is what a cell waits for.
+// NaN passes through unclamped.
+template <class F>
+FUSEDRNN_INLINE Vec<F> at_most(Vec<F> x, F limit) { return Vec<F>(smaller(Vec<F>(limit).raw, x.raw)); }
+template <class F>
+FUSEDRNN_INLINE Vec<F> at_least(Vec<F> x, F limit) { return Vec<F>(larger(Vec<F>(limit).raw, x.raw)); }
+
+// (exp(r) - 1) / r: `count` terms of its polynomial from `first` on, over r^first. The halves are summed apart (Estrin), since
+// the length of this chain of multiply-adds is what a cell waits for.
 template <int first, int count, class F>
 FUSEDRNN_INLINE Vec<F> exp_series(Vec<F> r, const Vec<F>* powers) {
-  constexpr F coefficient = inverse_factorial<F>(first + 1);
   if constexpr (count == 1) {
-    return Vec<F>(coefficient);
+    return Vec<F>(Format<F>::kExp[first]);
   } else {
     constexpr int level = count > 8 ? 3 : count > 4 ? 2 : count > 2 ? 1 : 0, low = 1 << level;
     return exp_series<first + low, count - low>(r, powers) * powers[level] + exp_series<first, low>(r, powers);
@@ -195,27 +221,23 @@ template <class F>
 FUSEDRNN_INLINE void split_exp(Vec<F> x, Vec<F>& expm1_r, Vec<F>& power) {
   using V = Vec<F>;
   using Fmt = Format<F>;
+  constexpr int kTerms = sizeof Fmt::kExp / sizeof(F);
   const V shifted = x * V(F(1.4426950408889634074)) + V(Fmt::kRound);
   const V n = shifted - V(Fmt::kRound);
   const V r = x - n * V(Fmt::kLn2High) - n * V(Fmt::kLn2Low);
   const V r2 = r * r, r4 = r2 * r2;
-  const V powers[] = {r, r2, r4, r4 * r4};
-  expm1_r = exp_series<0, Fmt::kExpTerms>(r, powers) * r;
-  power = V((typename V::Raw)(((typename V::RawBits)shifted.raw + Fmt::kBias) << Fmt::kMantissa));
+  const V powers[] = {r, r2, r4, kTerms > 8 ? r4 * r4 : r4};
+  expm1_r = exp_series<0, kTerms>(r, powers) * r;
+  power = V((typename V::Raw)((typename V::RawBits)shifted.raw << Fmt::kMantissa));
 }
 
-// NaN compares false and so passes through unclamped.
-template <class F>
-FUSEDRNN_INLINE Vec<F> at_most(Vec<F> x, F limit) { return where((x.raw > Vec<F>(limit).raw), Vec<F>(limit), x); }
-template <class F>
-FUSEDRNN_INLINE Vec<F> at_least(Vec<F> x, F limit) { return where((x.raw < Vec<F>(limit).raw), Vec<F>(limit), x); }
-
+// 1 / (1 + exp(-x)).
 template <class F>
 FUSEDRNN_INLINE Vec<F> sigmoid(Vec<F> x) {
   using V = Vec<F>;
   V expm1_r, power;
-  split_exp(at_least(at_most(V(F(0)) - x, Format<F>::kExpRange), -Format<F>::kExpRange), expm1_r, power);
-  return V(F(1)) / (V(F(1)) + (power + power * expm1_r));
+  split_exp(V(-at_least(at_most(x, Format<F>::kExpRange), -Format<F>::kExpRange).raw), expm1_r, power);
+  return V(F(1)) / (power * expm1_r + (V(F(1)) + power));
 }
 
 // tanh |x| = e / (e + 2) with e = exp(2 |x|) - 1, which keeps the relative accuracy of small x. From a half on it is taken as
