@@ -1,7 +1,7 @@
 // The operators: their schemas, every check of an argument, and the allocation of results. No arithmetic.
 //
-// An operator computes the recurrence of one layer in all its directions. The product of the input and weight_ih for all
-// steps, and the gradients of the weights, are ATen's (fusedrnn/autograd.py).
+// An operator computes the recurrence of one layer in all its directions, backward with the gradients of its weights. The product
+// of the input and weight_ih for all steps, and the gradient of the input, are ATen's (fusedrnn/autograd.py).
 //
 // Only LibTorch's stable ABI is used here, so that one build of this library serves every torch from 2.10 on.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -133,7 +133,7 @@ struct Call {
                     text(sizes_of(tensor)));
   }
 
-  // The data of a tensor of these sizes, made dense if it is not.
+  // The data of a tensor of these sizes, made dense if it is not. Copies live as long as this object.
   const void* data(const char* name, const Tensor& tensor, const Sizes& sizes) {
     check_kind(name, tensor);
     check_sizes(name, tensor, sizes);
@@ -142,6 +142,19 @@ struct Call {
   }
   const void* data(const char* name, const MaybeTensor& tensor, const Sizes& sizes) {
     return tensor ? data(name, *tensor, sizes) : nullptr;
+  }
+
+  // A sequence of rows that may lie anywhere if each is dense.
+  struct Rows {
+    const void* data;
+    int64_t step, row;  // elements from step to step (padded), from row to row
+  };
+  Rows rows_of(const char* name, const Tensor& tensor, int64_t features) {
+    check_kind(name, tensor);
+    check_sizes(name, tensor, sequence_sizes({features}));
+    const int64_t last = tensor.dim() - 1;
+    held.push_back(tensor.stride(last) == 1 || features == 1 ? tensor : torch::stable::contiguous(tensor));
+    return {held.back().data_ptr(), packed ? 0 : held.back().stride(0), held.back().stride(last - 1)};
   }
 
   // T, B and where rows lie: from batch_sizes, or from a padded sequence's first two sizes.
@@ -229,14 +242,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> recurrence_forward(
   ForwardParams p{};
   call.fill(p, weight_hh, weight_hr, hx, cx);
   for (int64_t d = 0; d < D; ++d) {
-    call.check_kind("gates_x", gates_x[d]);
-    call.check_sizes("gates_x", gates_x[d], call.sequence_sizes({G * H}));
-    const int64_t last = gates_x[d].dim() - 1;
-    call.held.push_back(gates_x[d].stride(last) == 1 || G * H == 1 ? gates_x[d] : torch::stable::contiguous(gates_x[d]));
-    const Tensor& dense = call.held.back();
-    p.gates_x[d] = dense.data_ptr();
-    p.gates_x_row[d] = dense.stride(last - 1);
-    p.gates_x_step[d] = call.packed ? 0 : dense.stride(0);
+    const Call::Rows rows = call.rows_of("gates_x", gates_x[d], G * H);
+    p.gates_x[d] = rows.data;
+    p.gates_x_step[d] = rows.step;
+    p.gates_x_row[d] = rows.row;
     p.bias_hh[d] = bias_hh.empty() ? nullptr : call.data("bias_hh", bias_hh[d], {G * H});
   }
 
@@ -258,53 +267,92 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> recurrence_forward(
   return {output, hy, cy, saved, states};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> recurrence_backward(
-    std::string cell, std::vector<Tensor> weight_hh, std::vector<Tensor> weight_hr, MaybeTensor hx, MaybeTensor cx,
-    Tensor output, Tensor saved, Tensor states, MaybeTensor batch_sizes, MaybeTensor grad_output, MaybeTensor grad_hy,
-    MaybeTensor grad_cy, bool need_grad_hx, bool need_grad_cx) {
+std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> recurrence_backward(
+    std::string cell, MaybeTensor input, std::vector<Tensor> weight_hh, std::vector<Tensor> weight_hr, MaybeTensor hx,
+    MaybeTensor cx, Tensor output, Tensor saved, Tensor states, MaybeTensor batch_sizes, MaybeTensor grad_output,
+    MaybeTensor grad_hy, MaybeTensor grad_cy, bool need_grad_hx, bool need_grad_cx, bool need_grad_weight_ih,
+    bool need_grad_weight_hh, bool need_grad_bias, bool need_grad_weight_hr) {
   Call call("fusedrnn::recurrence_backward", cell, weight_hh, weight_hr);
-  const int64_t D = call.D, H = call.H, P = call.P;
+  const int64_t D = call.D, H = call.H, P = call.P, G = call.cell.gates;
   call.set_steps("output", output, batch_sizes, hx);
   STD_TORCH_CHECK(call.cell.states > 1 || (!grad_cy && !need_grad_cx), call.op, ": grad_cy and need_grad_cx are for the lstm alone");
+  STD_TORCH_CHECK(call.projected || !need_grad_weight_hr, call.op, ": need_grad_weight_hr is for projections alone");
+  STD_TORCH_CHECK(input || !need_grad_weight_ih, call.op, ": need_grad_weight_ih needs the input");
 
-  BackwardParams p{};
-  call.fill(p, weight_hh, weight_hr, hx, cx);
-  p.output = call.data("output", output, call.sequence_sizes({D * P}));
-  p.saved = call.data("saved", saved, call.sequence_sizes({D, call.cell.saved, H}));
-  p.states = call.data("states", states, call.sequence_sizes({D, call.extra_states(), H}));
-  p.grad_output = call.data("grad_output", grad_output, call.sequence_sizes({D * P}));
-  p.grad_hy = call.data("grad_hy", grad_hy, {D, call.B, P});
-  p.grad_cy = call.data("grad_cy", grad_cy, {D, call.B, H});
+  GradWeightsParams w{};
+  call.fill(w, weight_hh, weight_hr, hx, cx);
+  if (need_grad_weight_ih) {
+    const int64_t dims = call.packed ? 2 : 3;
+    STD_TORCH_CHECK(input->dim() == dims, call.op, ": input must have ", dims, " dimensions like output, got ",
+                    text(sizes_of(*input)));
+    w.I = input->size(dims - 1);
+    const Call::Rows rows = call.rows_of("input", *input, w.I);
+    w.input = rows.data;
+    w.input_step = rows.step;
+    w.input_row = rows.row;
+  }
+  w.output = call.data("output", output, call.sequence_sizes({D * P}));
+  w.states = call.data("states", states, call.sequence_sizes({D, call.extra_states(), H}));
 
   const Tensor& like = call.first;
+  const CpuEngine& engine = cpu_engine(selected_isa());
   Tensor grad_pre = allocate(like, call.sequence_sizes({D, call.cell.pre, H}));
   Tensor grad_hx = allocate(like, need_grad_hx ? Sizes{D, call.B, P} : Sizes{0});
   Tensor grad_cx = allocate(like, need_grad_cx ? Sizes{D, call.B, H} : Sizes{0});
   Tensor grad_proj = allocate(like, call.projected ? call.sequence_sizes({D, P}) : Sizes{0});
-  if (call.rows > 0) {
+  {  // what this holds is let go before there is more to hold
+    const size_t held = call.held.size();
+    BackwardParams p{};
+    static_cast<LayerParams&>(p) = w;
+    p.output = w.output;
+    p.states = w.states;
+    p.saved = call.data("saved", saved, call.sequence_sizes({D, call.cell.saved, H}));
+    p.grad_output = call.data("grad_output", grad_output, call.sequence_sizes({D * P}));
+    p.grad_hy = call.data("grad_hy", grad_hy, {D, call.B, P});
+    p.grad_cy = call.data("grad_cy", grad_cy, {D, call.B, H});
     p.grad_pre = grad_pre.data_ptr();
     p.grad_hx = need_grad_hx ? grad_hx.data_ptr() : nullptr;
     p.grad_cx = need_grad_cx ? grad_cx.data_ptr() : nullptr;
     p.grad_proj = call.projected ? grad_proj.data_ptr() : nullptr;
-    const CpuEngine& engine = cpu_engine(selected_isa());
-    run(like, p, engine.backward_workspace, engine.backward);
+    if (call.rows > 0) run(like, p, engine.backward_workspace, engine.backward);
+    call.held.erase(call.held.begin() + int64_t(held), call.held.end());
   }
-  return {grad_pre, grad_hx, grad_cx, grad_proj};
+
+  std::vector<Tensor> grad_weights;
+  auto wanted = [&](bool need, const Sizes& sizes) {
+    grad_weights.push_back(allocate(like, need ? sizes : Sizes{0}));
+    return need ? grad_weights.back().data_ptr() : nullptr;
+  };
+  for (int64_t d = 0; d < D; ++d) {
+    w.grad_weight_ih[d] = wanted(need_grad_weight_ih, {G * H, w.I});
+    w.grad_weight_hh[d] = wanted(need_grad_weight_hh, {G * H, P});
+    w.grad_bias_ih[d] = wanted(need_grad_bias, {G * H});
+    w.grad_bias_hh[d] = wanted(need_grad_bias, {G * H});
+    w.grad_weight_hr[d] = wanted(need_grad_weight_hr, {P, H});
+  }
+  w.grad_pre = grad_pre.data_ptr();
+  w.grad_proj = grad_proj.data_ptr();
+  if (need_grad_weight_ih || need_grad_weight_hh || need_grad_bias || need_grad_weight_hr)
+    run(like, w, engine.grad_weights_workspace, engine.grad_weights);
+  return {grad_pre, grad_hx, grad_cx, grad_weights};
 }
 
 }  // namespace
 }  // namespace fusedrnn
 
 // hx and cx: null for zeros. batch_sizes: null for padded sequences. The results of recurrence_forward behind cy are for
-// recurrence_backward alone and empty unless `save`; cy is empty for cells with one state.
+// recurrence_backward alone and empty unless `save`; cy is empty for cells with one state. grad_weights holds, for each direction,
+// the gradients of weight_ih, weight_hh, bias_ih, bias_hh and weight_hr. What is not needed is empty.
 STABLE_TORCH_LIBRARY(fusedrnn, m) {
   m.def(
       "recurrence_forward(str cell, Tensor[] gates_x, Tensor[] weight_hh, Tensor[] bias_hh, Tensor[] weight_hr, Tensor? hx, "
       "Tensor? cx, Tensor? batch_sizes, bool save) -> (Tensor output, Tensor hy, Tensor cy, Tensor saved, Tensor states)");
   m.def(
-      "recurrence_backward(str cell, Tensor[] weight_hh, Tensor[] weight_hr, Tensor? hx, Tensor? cx, Tensor output, "
-      "Tensor saved, Tensor states, Tensor? batch_sizes, Tensor? grad_output, Tensor? grad_hy, Tensor? grad_cy, "
-      "bool need_grad_hx, bool need_grad_cx) -> (Tensor grad_pre, Tensor grad_hx, Tensor grad_cx, Tensor grad_proj)");
+      "recurrence_backward(str cell, Tensor? input, Tensor[] weight_hh, Tensor[] weight_hr, Tensor? hx, Tensor? cx, "
+      "Tensor output, Tensor saved, Tensor states, Tensor? batch_sizes, Tensor? grad_output, Tensor? grad_hy, "
+      "Tensor? grad_cy, bool need_grad_hx, bool need_grad_cx, bool need_grad_weight_ih, bool need_grad_weight_hh, "
+      "bool need_grad_bias, bool need_grad_weight_hr) -> "
+      "(Tensor grad_pre, Tensor grad_hx, Tensor grad_cx, Tensor[] grad_weights)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fusedrnn, CPU, m) {

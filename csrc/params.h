@@ -16,6 +16,11 @@ struct Steps {
   const int64_t* offsets;      // (T), sum of the batch sizes before t; null: padded
   int64_t rows(int64_t t) const { return batch_sizes ? batch_sizes[t] : B; }
   int64_t row_offset(int64_t t) const { return offsets ? offsets[t] : t * B; }
+  // Where the state is that row b of step t began with in direction d: that row of the step before, or -1 at its first step.
+  int64_t row_before(int64_t t, int64_t b, int64_t d) const {
+    const int64_t before = d ? t + 1 : t - 1;
+    return before < 0 || before >= T || b >= rows(before) ? -1 : row_offset(before) + b;
+  }
 };
 
 // One call of an engine: one layer, all its directions. Direction 1 runs from the last step to the first.
@@ -56,6 +61,22 @@ struct BackwardParams : LayerParams {
   void* grad_hx;                             // (D, B, P), null: not wanted
   void* grad_cx;                             // (D, B, H), null: not wanted
   void* grad_proj;                           // (rows, D, P): gradient of the projected state, all its uses; null: no projection
+};
+
+// What follows from these gradients for the weights. A result that is not wanted is null, in both directions.
+struct GradWeightsParams : LayerParams {
+  const void* input;                         // (T, B, I), last dimension dense
+  int64_t I;
+  int64_t input_step, input_row;             // elements from step to step (padded), from row to row
+  const void* output;                        // as forward wrote them
+  const void* states;
+  const void* grad_pre;                      // as backward wrote them
+  const void* grad_proj;
+  void* grad_weight_ih[kMaxDirections];      // (G*H, I)
+  void* grad_weight_hh[kMaxDirections];      // (G*H, P)
+  void* grad_bias_ih[kMaxDirections];        // (G*H)
+  void* grad_bias_hh[kMaxDirections];        // (G*H)
+  void* grad_weight_hr[kMaxDirections];      // (P, H)
 };
 
 }  // namespace fusedrnn

@@ -1,7 +1,7 @@
 """One layer, with its gradients: the input product, the recurrence, and what autograd needs of both.
 
-The input product of all steps and the gradients of the weights are single matrix products of ATen's, over all rows of the
-sequence at once; what lies between is the operators' (`fusedrnn/ops.py`).
+The product of the input and weight_ih, and the gradient of the input, are single matrix products of ATen's, over all rows of
+the sequence at once; all else is the operators' (`fusedrnn/ops.py`).
 """
 
 from functools import lru_cache
@@ -61,12 +61,6 @@ def _forward(cell, batch_sizes, batch_first, input, hx, cx, weights, save):
         if w_hr is not None:
             weight_hr.append(w_hr)
     return recurrence_forward(cell, gates_x, weight_hh, bias_hh, weight_hr, hx, cx, batch_sizes, save)
-
-
-@lru_cache
-def _halves_are_summed(cell):
-    """Whether the input and the recurrent half of every gate add up, so that their gradients are the same."""
-    return TRAITS[cell]["x_pre"] == TRAITS[cell]["h_pre"]
 
 
 def _groups(tensors):
@@ -140,163 +134,81 @@ def _differentiable_backward(ctx, tensors, batch_sizes, grads, wanted):
 
 def _backward(cell, batch_sizes, batch_first, input, hx, cx, weights, output, saved, states, grads, wanted):
     """Gradients of (input, hx, cx, *weights), None where not wanted."""
-    traits = TRAITS[cell]
     weight_hh = [group[1] for group in weights]
     weight_hr = [group[4] for group in weights if group[4] is not None]
-    grad_pre, grad_hx, grad_cx, grad_proj = recurrence_backward(
-        cell, weight_hh, weight_hr, hx, cx, output, saved, states, batch_sizes, *grads, wanted[1], wanted[2]
+    steps_first = input.transpose(0, 1) if batch_first else input
+    want_ih, want_hh, want_b_ih, want_b_hh, want_hr = (any(wanted[i::5]) for i in range(3, 8))
+    many_rows = batch_sizes is None and steps_first.shape[0] * steps_first.shape[1] > MANY_ROWS
+    library_ih = many_rows and want_ih and min(weights[0][0].shape) > NARROW
+    library_hh = many_rows and want_hh and min(weights[0][1].shape) > NARROW
+    grad_pre, grad_hx, grad_cx, grad_weights = recurrence_backward(
+        cell, steps_first, weight_hh, weight_hr, hx, cx, output, saved, states, batch_sizes, *grads, wanted[1], wanted[2],
+        want_ih and not library_ih, want_hh and not library_hh, want_b_ih or want_b_hh, want_hr,
     )
-    packed, directions, hidden = batch_sizes is not None, len(weights), grad_pre.shape[-1]
-    step_rows = int(batch_sizes[0]) if packed else output.shape[1]
-    rows_input = (input.transpose(0, 1) if batch_first else input).reshape(output.shape[:-1].numel(), input.shape[-1])
-    summed = _halves_are_summed(cell)
-
-    grad_input, grad_weights = None, []
-    for d, (w_ih, w_hh, _, _, w_hr) in enumerate(weights):
-        want_ih, want_hh, want_b_ih, want_b_hh, want_hr = wanted[3 + 5 * d : 8 + 5 * d]
-        grad_gates = _direction(grad_pre, d, directions, packed)
-        grad_gates_x = grad_gates if summed else grad_gates[:, : traits["gates"] * hidden]  # x_pre is the identity
-        if wanted[0]:
-            grad_input = grad_gates_x @ w_ih if d == 0 else grad_input.addmm_(grad_gates_x, w_ih)
-        grad_b = None
-        if want_b_ih or want_b_hh:
-            grad_b = grad_gates.sum(0) if grad_gates.shape[0] != 1 else grad_gates[0]
-        grad_weights += [
-            _sum_of_products([(grad_gates_x, rows_input)], step_rows) if want_ih else None,
-            _grad_weight_hh(cell, d, grad_gates, output, hx, batch_sizes, w_hh) if want_hh else None,
-            (grad_b if summed else grad_b[: traits["gates"] * hidden]) if want_b_ih else None,
-            (grad_b.clone() if summed else _recurrent_halves(cell, grad_b, hidden)) if want_b_hh else None,
-            None,
-        ]
-        if want_hr:
-            unprojected = _direction(states, d, directions, packed)[:, -hidden:]
-            grad_weights[-1] = _sum_of_products([(_direction(grad_proj, d, directions, packed), unprojected)], step_rows)
-    if grad_input is not None and batch_sizes is None:
-        grad_input = grad_input.view(*output.shape[:-1], input.shape[-1])
-        if batch_first:
-            grad_input = grad_input.transpose(0, 1)
-    return grad_input, grad_hx if wanted[1] else None, grad_cx if wanted[2] else None, *grad_weights
+    for d in range(len(weights)):
+        if library_ih and wanted[3 + 5 * d]:
+            grad_weights[5 * d] = _grad_weight_ih(cell, d, grad_pre, steps_first)
+        if library_hh and wanted[4 + 5 * d]:
+            grad_weights[5 * d + 1] = _grad_weight_hh(cell, d, grad_pre, output, hx)
+    return (
+        _grad_input(cell, grad_pre, weights, steps_first.shape, batch_first) if wanted[0] else None,
+        grad_hx if wanted[1] else None,
+        grad_cx if wanted[2] else None,
+        *[grad if want else None for grad, want in zip(grad_weights, wanted[3:])],
+    )
 
 
-def _direction(tensor, direction, directions, packed):
-    """One direction of (T, B, D, ...) or, packed, (rows, D, ...) as a matrix of as many rows. A view."""
-    leading = 1 if packed else 2
-    rows, width = tensor.shape[:leading].numel(), tensor.shape[leading:].numel() // directions  # no -1: B may be 0
-    if directions == 1:
-        return tensor.view(rows, width)
-    return tensor.view(rows, directions, width)[:, direction]
+# The engine adds up the rows of a sequence in short parts, as accurately as torch.nn, which adds up one step's at a time. Of more
+# rows than these the steps are many too, and a matrix library's sum is no worse than torch.nn's, and takes a sixth less time. If a
+# side of the weight is narrow, MKL's sum is neither: one chain of additions (6400 rows, 512 by 3: 70 units in the last place).
+MANY_ROWS, NARROW = 1024, 32
 
 
-def _recurrent_halves(cell, grad, hidden):
-    """From gradients of all pre-activations, (kPre*H,), those of the gates' recurrent halves, (G*H,)."""
-    return torch.cat([grad[pre * hidden : (pre + count) * hidden] for _, pre, count in _runs(cell)])
+def _grad_weight_ih(cell, direction, grad_pre, input):
+    gates = grad_pre[:, :, direction, : TRAITS[cell]["gates"]]  # x_pre is the identity
+    return _rows(gates).t() @ _rows(input)
 
 
-def _grad_weight_hh(cell, direction, grad_gates, output, hx, batch_sizes, weight_hh):
-    """Sum over all rows of the gates' gradients times the hidden state that the row's step began with."""
-    width = weight_hh.shape[1]
-    rows, directions = grad_gates.shape[0], output.shape[-1] // width
-    output_rows = _direction(output, direction, directions, batch_sizes is not None)
-    first = None if hx is None else hx[direction]
-    if batch_sizes is not None:
-        parts = [(grad_gates, _packed_begins(output_rows, first, batch_sizes, direction))]
-    else:  # the first rows begin with hx, the others with the output of the step before
-        batch, parts = output.shape[1], []
-        if rows > batch:
-            later, earlier = slice(batch, rows), slice(0, rows - batch)
-            if direction:
-                later, earlier = earlier, later
-            parts.append((grad_gates[later], output_rows[earlier]))
-        if first is not None:
-            parts.append((grad_gates[rows - batch :] if direction else grad_gates[:batch], first))
-    if not parts:
-        return torch.zeros_like(weight_hh)
-
-    step_rows = output.shape[1] if batch_sizes is None else int(batch_sizes[0])
-    if len(_runs(cell)) == 1:
-        return _sum_of_products(parts, step_rows)
-    hidden = weight_hh.shape[0] // TRAITS[cell]["gates"]
-    grad = torch.empty_like(weight_hh, memory_format=torch.contiguous_format)
-    for gate, pre, count in _runs(cell):
-        columns = slice(pre * hidden, (pre + count) * hidden)
-        run = [(gates[:, columns], begins) for gates, begins in parts]
-        _sum_of_products(run, step_rows, out=grad[gate * hidden : (gate + count) * hidden])
+def _grad_weight_hh(cell, direction, grad_pre, output, hx):
+    """Padded sequences: each step began with the output of the step before, the first with hx."""
+    steps, batch, directions, _, hidden = grad_pre.shape
+    states = output.view(steps, batch, directions, -1)[:, :, direction]
+    first, begun, before = (-1, slice(0, -1), slice(1, None)) if direction else (0, slice(1, None), slice(0, -1))
+    grad = output.new_empty(TRAITS[cell]["gates"] * hidden, states.shape[-1])
+    gate = 0
+    for pre, count in _runs(cell):
+        gates, part = grad_pre[:, :, direction, pre : pre + count], grad[gate * hidden : (gate + count) * hidden]
+        torch.mm(_rows(gates[begun]).t(), _rows(states[before]), out=part)
+        if hx is not None:
+            part.addmm_(gates[first].flatten(1).t(), hx[direction])
+        gate += count
     return grad
 
 
-# The gradient of a weight is a sum over all rows of the sequence. torch.nn adds up one product a step; a product over many rows
-# at once is one chain of additions for each element, in MKL 256 rows long or more, and rounds more where the rows are alike.
-# So few rows are taken in parts. Of many, the steps are many too, and torch.nn's own sum is the longer chain. Rows alike, 800
-# in steps of 32, 1024 by 256, the error in units of the last place: whole 29, in parts of 64 11, torch.nn 5 (17 is allowed).
-FEW_ROWS, PART = 1024, 64
-# With a side this narrow MKL's chain is as long as the rows are many (6400 rows, 512 by 3: 70 units), and it is slow: 10 GF/s.
-# A batch of products with the narrow side first takes a tenth of the time, and 3 units.
-NARROW, MOST_PARTS = 32, 64
-
-
-def _sum_of_products(pairs, step_rows, out=None):
-    """The sum of a.t() @ b over the pairs (a, b) of matrices with as many rows, `step_rows` of them to a step."""
-    a, b = pairs[0]
-    exact = a.element_size() > 2  # 16-bit sums are rounded as they leave a product, so that parts would be rounded more often
-    if len(pairs) == 1 and (a.shape[0] <= PART or not exact):  # a small call is nothing but such small steps
-        return torch.mm(a.t(), b, out=out)
-    narrow = exact and min(a.shape[1], b.shape[1]) <= NARROW
-    if narrow and b.shape[1] < a.shape[1]:
-        total = _narrow_sum([(b, a) for a, b in pairs]).t()
-    elif narrow:
-        total = _narrow_sum(pairs)
-    if narrow:
-        return total.contiguous() if out is None else out.copy_(total)
-    started = False
-    for a, b in pairs:
-        rows = a.shape[0]
-        part = max(PART, 2 * step_rows) if exact and rows <= FEW_ROWS else rows
-        for first in range(0, rows, part):
-            columns, others = a[first : first + part].t(), b[first : first + part]
-            out = out.addmm_(columns, others) if started else torch.mm(columns, others, out=out)
-            started = True
-    return out
-
-
-def _narrow_sum(pairs):
-    """`_sum_of_products` where a is narrow."""
-    total = None
-    for a, b in pairs:
-        rows, width = a.shape
-        part = max(PART // 2, 4 * width, rows // MOST_PARTS)  # 4 times the width: all products are a quarter of b
-        parts = rows // part
-        batched = parts * part
-        if parts:
-            products = torch.bmm(a[:batched].view(parts, part, width).transpose(1, 2), b[:batched].view(parts, part, -1))
-            total = products.sum(0) if total is None else total.add_(products.sum(0))
-        if batched < rows:
-            last = a[batched:].t() @ b[batched:]
-            total = last if total is None else total.add_(last)
-    return total
+def _rows(tensor):
+    """(T, B, ...) as a matrix of T*B rows."""
+    return tensor.flatten(2).flatten(0, 1) if tensor.dim() > 3 else tensor.flatten(0, 1)
 
 
 @lru_cache
 def _runs(cell):
-    """(first gate, its pre-activation, count) for each run of gates whose recurrent halves follow each other."""
+    """(first pre-activation, how many) for each run of recurrent halves of gates that follow each other."""
     runs = []
-    for gate, pre in enumerate(TRAITS[cell]["h_pre"]):
-        if runs and runs[-1][1] + runs[-1][2] == pre:
-            runs[-1][2] += 1
+    for pre in TRAITS[cell]["h_pre"]:
+        if runs and sum(runs[-1]) == pre:
+            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
         else:
-            runs.append([gate, pre, 1])
+            runs.append((pre, 1))
     return runs
 
 
-def _packed_begins(output, first, batch_sizes, direction):
-    """For each packed row, the hidden state of the same sequence one step earlier in this direction, or its initial one."""
-    steps, rows, device = batch_sizes.shape[0], output.shape[0], output.device
-    offsets = torch.cumsum(batch_sizes, 0) - batch_sizes
-    step = torch.repeat_interleave(torch.arange(steps), batch_sizes)
-    batch = torch.arange(rows) - offsets[step]
-    other = step + 1 if direction else step - 1
-    inside = (other >= 0) & (other < steps)
-    other.clamp_(0, steps - 1)
-    inside &= batch < batch_sizes[other]
-    starts = inside.logical_not().nonzero().flatten()  # rows that no step came before
-    begins = output.index_select(0, torch.where(inside, offsets[other] + batch, 0).to(device))
-    return begins.index_copy_(0, starts.to(device), first.index_select(0, batch[starts].to(device)))
+def _grad_input(cell, grad_pre, weights, shape, batch_first):
+    """Every direction's gradients of the gates' input halves, which come first of the pre-activations, times its weight_ih."""
+    rows, directions = shape[:-1].numel(), len(weights)
+    grad_pre = grad_pre.view(rows, directions, TRAITS[cell]["pre"] * grad_pre.shape[-1])
+    grad_input = None
+    for d, (w_ih, *_) in enumerate(weights):
+        grad_gates = grad_pre[:, d, : w_ih.shape[0]]
+        grad_input = grad_gates @ w_ih if d == 0 else grad_input.addmm_(grad_gates, w_ih)
+    grad_input = grad_input.view(shape)
+    return grad_input.transpose(0, 1) if batch_first else grad_input

@@ -1,7 +1,7 @@
 """The registered operators under typed names, what they give to a compiler, and the cells' traits.
 
-An operator computes the recurrence of one layer in all its directions; `fusedrnn/autograd.py` puts the input product and the
-gradients of the weights around it. Shapes: T steps, B rows of the batch, H hidden units, P projection size or H, D
+An operator computes the recurrence of one layer in all its directions, backward with the gradients of its weights;
+`fusedrnn/autograd.py` puts the product of the input, and its gradient, around it. Shapes: T steps, B rows of the batch, H hidden units, P projection size or H, D
 directions, G gates. With `batch_sizes` (the (T,) int64 tensor of a PackedSequence) a leading (T, B) is (rows,).
 """
 
@@ -15,8 +15,10 @@ TRAITS = _C.cell_traits()
 #: (cell, gates_x, weight_hh, bias_hh, weight_hr, hx, cx, batch_sizes, save) -> (output, hy, cy, saved, states)
 recurrence_forward = torch.ops.fusedrnn.recurrence_forward.default
 
-#: (cell, weight_hh, weight_hr, hx, cx, output, saved, states, batch_sizes, grad_output, grad_hy, grad_cy,
-#: need_grad_hx, need_grad_cx) -> (grad_pre, grad_hx, grad_cx, grad_proj)
+#: (cell, input, weight_hh, weight_hr, hx, cx, output, saved, states, batch_sizes, grad_output, grad_hy, grad_cy,
+#: need_grad_hx, need_grad_cx, need_grad_weight_ih, need_grad_weight_hh, need_grad_bias, need_grad_weight_hr)
+#: -> (grad_pre, grad_hx, grad_cx, grad_weights). grad_weights: for each direction the gradients of weight_ih, weight_hh, bias_ih,
+#: bias_hh and weight_hr. What is not needed is empty.
 recurrence_backward = torch.ops.fusedrnn.recurrence_backward.default
 
 
@@ -42,14 +44,26 @@ def _(cell, gates_x, weight_hh, bias_hh, weight_hr, hx, cx, batch_sizes, save):
 
 
 @torch.library.register_fake("fusedrnn::recurrence_backward")
-def _(cell, weight_hh, weight_hr, hx, cx, output, saved, states, batch_sizes, grad_output, grad_hy, grad_cy,
-      need_grad_hx, need_grad_cx):
+def _(cell, input, weight_hh, weight_hr, hx, cx, output, saved, states, batch_sizes, grad_output, grad_hy, grad_cy, need_grad_hx,
+      need_grad_cx, need_grad_weight_ih, need_grad_weight_hh, need_grad_bias, need_grad_weight_hr):
     traits, directions, like = TRAITS[cell], len(weight_hh), weight_hh[0]
     hidden, width = like.shape[0] // traits["gates"], like.shape[1]
     rows, batch = output.shape[:-1], _batch_size(output, hx, batch_sizes)
+    gates = like.shape[0]
+    grad_weights = [
+        like.new_empty(*shape) if need else like.new_empty(0)
+        for _ in range(directions)
+        for need, shape in (
+            (need_grad_weight_ih, (gates, 0 if input is None else input.shape[-1])),
+            (need_grad_weight_hh, (gates, width)),
+            (need_grad_bias, (gates,)),
+            (need_grad_bias, (gates,)),
+            (need_grad_weight_hr, (width, hidden)),
+        )
+    ]
     return (
         like.new_empty(*rows, directions, traits["pre"], hidden),
         like.new_empty(directions, batch, width) if need_grad_hx else like.new_empty(0),
         like.new_empty(directions, batch, hidden) if need_grad_cx else like.new_empty(0),
-        like.new_empty(*rows, directions, width) if weight_hr else like.new_empty(0),
+        grad_weights,
     )

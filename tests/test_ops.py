@@ -57,7 +57,9 @@ def backward_arguments(cell, **options):
     output, hy, cy, saved, states = forward(*given.values())
     lstm = cell == "lstm"
     return dict(
-        {name: given[name] for name in ("cell", "weight_hh", "weight_hr", "hx", "cx")},
+        cell=cell,
+        input=0.5 * torch.randn(*output.shape[:-1], 4, dtype=output.dtype),
+        **{name: given[name] for name in ("weight_hh", "weight_hr", "hx", "cx")},
         output=output,
         saved=saved,
         states=states,
@@ -67,7 +69,19 @@ def backward_arguments(cell, **options):
         grad_cy=torch.randn_like(cy) if lstm else None,
         need_grad_hx=True,
         need_grad_cx=lstm,
+        need_grad_weight_ih=True,
+        need_grad_weight_hh=True,
+        need_grad_bias=True,
+        need_grad_weight_hr=bool(given["weight_hr"]),
     )
+
+
+NEEDS = ["need_grad_hx", "need_grad_cx", "need_grad_weight_ih", "need_grad_weight_hh", "need_grad_bias", "need_grad_weight_hr"]
+
+
+def flat(results):
+    """The tensors of an operator's results, of which one may be a list."""
+    return [tensor for result in results for tensor in (result if isinstance(result, list) else [result])]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -82,10 +96,11 @@ def test_schemas():
         "(Tensor output, Tensor hy, Tensor cy, Tensor saved, Tensor states)"
     )
     assert str(backward.default._schema) == (
-        "fusedrnn::recurrence_backward(str cell, Tensor[] weight_hh, Tensor[] weight_hr, Tensor? hx, Tensor? cx, "
+        "fusedrnn::recurrence_backward(str cell, Tensor? input, Tensor[] weight_hh, Tensor[] weight_hr, Tensor? hx, Tensor? cx, "
         "Tensor output, Tensor saved, Tensor states, Tensor? batch_sizes, Tensor? grad_output, Tensor? grad_hy, "
-        "Tensor? grad_cy, bool need_grad_hx, bool need_grad_cx) -> "
-        "(Tensor grad_pre, Tensor grad_hx, Tensor grad_cx, Tensor grad_proj)"
+        "Tensor? grad_cy, bool need_grad_hx, bool need_grad_cx, bool need_grad_weight_ih, bool need_grad_weight_hh, "
+        "bool need_grad_bias, bool need_grad_weight_hr) -> "
+        "(Tensor grad_pre, Tensor grad_hx, Tensor grad_cx, Tensor[] grad_weights)"
     )
     for op in (forward, backward):
         assert not op.default._schema.is_mutable
@@ -109,7 +124,9 @@ def test_fake_kernels_promise_what_comes(cell, layout, save):
         if save:
             given = backward_arguments(cell, **options)
             check_fake(backward, given)
-            check_fake(backward, {**given, "need_grad_hx": False, "need_grad_cx": False, "grad_hy": None})
+            check_fake(backward, {**given, **dict.fromkeys(NEEDS, False), "input": None, "grad_hy": None})
+            for need in NEEDS:
+                check_fake(backward, {**given, need: False})
 
 
 def check_fake(op, given):
@@ -121,7 +138,7 @@ def check_fake(op, given):
             return [mode.from_tensor(t) for t in value] if isinstance(value, list) else value
 
         fake = op(*map(faked, given.values()))
-    for a, b in zip(real, fake, strict=True):
+    for a, b in zip(flat(real), flat(fake), strict=True):
         assert a.dtype == b.dtype and a.shape == b.shape
         assert a.stride() == b.stride(), (a.shape, a.stride(), b.stride())
         assert a.device == b.device
@@ -235,6 +252,11 @@ def test_cell_states_are_for_the_lstm():
         ("grad_cy", torch.zeros(1, 2, 6), r"grad_cy must be \(1, 2, 5\), got \(1, 2, 6\)"),
         ("hx", torch.zeros(1, 3, 5), r"hx must be \(1, 2, 5\), got \(1, 3, 5\)"),
         ("batch_sizes", torch.tensor([3, 3]), "output must have 2 dimensions"),
+        ("input", None, "need_grad_weight_ih needs the input"),
+        ("input", torch.zeros(6, 4), r"input must have 3 dimensions like output, got \(6, 4\)"),
+        ("input", torch.zeros(2, 3, 4), r"input must be \(3, 2, 4\), got \(2, 3, 4\)"),
+        ("input", torch.zeros(3, 2, 4).double(), "input must be Float like weight_hh, got Double"),
+        ("need_grad_weight_hr", True, "need_grad_weight_hr is for projections alone"),
     ],
     ids=lambda v: v if isinstance(v, str) else "",
 )
@@ -278,10 +300,10 @@ def test_results_are_written_whole(cell, layout, shape, isa, poison):
         for tensor in forward(*forward_arguments(cell, **options, dtype=dtype).values()):
             assert not tensor.isnan().any()
         given = backward_arguments(cell, **options, dtype=dtype)
-        for tensor in backward(*given.values()):
+        for tensor in flat(backward(*given.values())):
             assert not tensor.isnan().any()
         for unused in ("grad_output", "grad_hy", "grad_cy"):
-            for tensor in backward(*{**given, unused: None}.values()):
+            for tensor in flat(backward(*{**given, unused: None}.values())):
                 assert not tensor.isnan().any()
 
 
@@ -314,7 +336,8 @@ def test_arguments_at_the_end_of_their_memory(cell, dtype, isa):
             assert torch.equal(a, b)
         given = backward_arguments(cell, **options, dtype=dtype)
         expected = backward(*given.values())
-        for a, b in zip(backward(*{name: at_the_end(value) for name, value in given.items()}.values()), expected):
+        found = backward(*{name: at_the_end(value) for name, value in given.items()}.values())
+        for a, b in zip(flat(found), flat(expected), strict=True):
             assert torch.equal(a, b)
 
 
@@ -335,6 +358,26 @@ def at_the_end(value):
     assert libc.mprotect(ctypes.c_void_p(last), ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
     begin = pages * mmap.PAGESIZE - size
     return buffer[begin : begin + size].view(value.dtype).view(value.shape).copy_(value)
+
+
+@cells_and_layouts
+def test_gradients_of_weights_on_demand(cell, layout):
+    """Each gradient is there if it is needed, empty if not, and the same bits whatever else is; an empty batch gives zeros."""
+    given = backward_arguments(cell, **LAYOUTS[layout])
+    everything = backward(*given.values())
+    for need in NEEDS:
+        if not given[need]:
+            continue
+        alone = backward(*{**given, **dict.fromkeys(NEEDS, False), need: True}.values())
+        there = 0
+        for a, b in zip(flat(alone)[1:], flat(everything)[1:], strict=True):
+            assert not a.numel() or torch.equal(a, b)
+            there += a.numel() > 0
+        assert there == (1 if "x" in need else 2 if "bias" in need else 1) * (1 if need[-2:] in ("hx", "cx") else len(given["weight_hh"]))
+    if given["batch_sizes"] is None:
+        nothing = backward_arguments(cell, **{**LAYOUTS[layout], "B": 0})
+        for grad in backward(*nothing.values())[3]:
+            assert not grad.any() and not grad.isnan().any()
 
 
 @cells
@@ -470,15 +513,17 @@ def test_operators_do_not_depend_on_the_number_of_threads(cell, layout, size, is
     options = LAYOUTS[layout] if "packed" in layout else {**LAYOUTS[layout], "T": T, "B": B}
     options = {**options, "H": H}
     given, results = forward_arguments(cell, **options), []
+    input = torch.randn(*given["gates_x"][0].shape[:-1], 19)
     for threads in (1, 2, 3, 4):
         torch.set_num_threads(threads)
         outputs = forward(*given.values())
         output, hy, cy, saved, states = outputs
         grads = backward(
-            cell, given["weight_hh"], given["weight_hr"], given["hx"], given["cx"], output, saved, states,
-            given["batch_sizes"], torch.ones_like(output), None, None, True, cell == "lstm",
+            cell, input, given["weight_hh"], given["weight_hr"], given["hx"], given["cx"], output, saved, states,
+            given["batch_sizes"], torch.ones_like(output), None, None, True, cell == "lstm", True, True, True,
+            bool(given["weight_hr"]),
         )  # fmt: skip
-        results.append([*outputs, *grads])
+        results.append([*outputs, *flat(grads)])
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other))
 

@@ -204,9 +204,8 @@ struct BackwardPass {
 #pragma GCC unroll 2
       for (int i = 0; i < kRows; ++i) {
         const int64_t b = rows.batch_row(r + i), state_row = d * p.steps.B + b, row = p.steps.row_offset(t) + b;
-        const int64_t from = d ? t + 1 : t - 1;  // the step whose states this one began with, if the row was there
-        const bool first = d ? from >= p.steps.T || b >= p.steps.rows(from) : from < 0;
-        const int64_t from_row = first ? 0 : p.steps.row_offset(from) + b;
+        const int64_t from_row = p.steps.row_before(t, b, d);  // where the states lie that this step began with
+        const bool first = from_row < 0;
         const S* output = static_cast<const S*>(p.output) + d * p.P + u;
         const S* states = static_cast<const S*>(p.states) + d * pass.extra * p.H + u;
         const S* saved_row = static_cast<const S*>(p.saved) + (row * p.D + d) * Cell::kSaved * p.H + u;

@@ -10,6 +10,8 @@ struct CpuEngine {
   void (*forward)(const ForwardParams&, void* workspace);
   int64_t (*backward_workspace)(const BackwardParams&);
   void (*backward)(const BackwardParams&, void* workspace);
+  int64_t (*grad_weights_workspace)(const GradWeightsParams&);
+  void (*grad_weights)(const GradWeightsParams&, void* workspace);
 };
 
 const CpuEngine& cpu_engine(Isa isa);

@@ -3,6 +3,7 @@
 #include "backward.h"
 #include "engine.h"
 #include "forward.h"
+#include "grad_weights.h"
 
 namespace fusedrnn {
 namespace FUSEDRNN_ISA {
@@ -48,7 +49,8 @@ void run(const Params& p, void* workspace) {
 }  // namespace
 
 const CpuEngine kEngine = {workspace_of<ForwardPass, ForwardParams>, run<ForwardPass, ForwardParams>,
-                           workspace_of<BackwardPass, BackwardParams>, run<BackwardPass, BackwardParams>};
+                           workspace_of<BackwardPass, BackwardParams>, run<BackwardPass, BackwardParams>,
+                           workspace_of<GradWeightsPass, GradWeightsParams>, run<GradWeightsPass, GradWeightsParams>};
 
 }  // namespace FUSEDRNN_ISA
 }  // namespace fusedrnn

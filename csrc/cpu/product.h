@@ -20,8 +20,8 @@ constexpr int kTileRows = (FUSEDRNN_VECTOR_REGISTERS - 4) / kPanelVectors;
 constexpr int64_t kTileDepth = 256;
 
 // sums (kRows, panel) += a (kRows, depth) panel (depth, panel). Few rows split k among several sums to keep the multiply-add
-// units busy: at least 8 chains of dependent additions are needed (latency 4, two units).
-template <class F, int kRows>
+// units busy: at least 8 chains of dependent additions are needed (latency 4, two units). kColumns: a is (depth, kRows) and dense.
+template <class F, int kRows, bool kColumns = false>
 inline void tile(const F* a, int64_t a_row, const F* panel, int64_t depth, F* sums, int64_t sums_row) {
   using V = Vec<F>;
   constexpr int kVectors = kPanelVectors, kLanes = V::kLanes, kWidth = kVectors * kLanes;
@@ -30,11 +30,10 @@ inline void tile(const F* a, int64_t a_row, const F* panel, int64_t depth, F* su
 #pragma GCC unroll 16
   for (int m = 0; m < kRows; ++m)
 #pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) {
-      c[0][m][v] = load(sums + m * sums_row + v * kLanes);
+    for (int v = 0; v < kVectors; ++v)
 #pragma GCC unroll 4
-      for (int i = 1; i < kChains; ++i) c[i][m][v] = V(F(0));
-    }
+      for (int i = 0; i < kChains; ++i) c[i][m][v] = V(F(0));
+  auto value = [&](int64_t m, int64_t k) __attribute__((always_inline)) { return V(kColumns ? a[k * kRows + m] : a[m * a_row + k]); };
   int64_t k = 0;
   for (; k + kChains <= depth; k += kChains) {
 #pragma GCC unroll 4
@@ -44,7 +43,7 @@ inline void tile(const F* a, int64_t a_row, const F* panel, int64_t depth, F* su
       for (int v = 0; v < kVectors; ++v) w[v] = load(panel + (k + i) * kWidth + v * kLanes);
 #pragma GCC unroll 16
       for (int m = 0; m < kRows; ++m) {
-        const V x(a[m * a_row + k + i]);
+        const V x = value(m, k + i);
 #pragma GCC unroll 8
         for (int v = 0; v < kVectors; ++v) c[i][m][v] = x * w[v] + c[i][m][v];
       }
@@ -55,14 +54,14 @@ inline void tile(const F* a, int64_t a_row, const F* panel, int64_t depth, F* su
     for (int m = 0; m < kRows; ++m)
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v)
-        c[0][m][v] = V(a[m * a_row + k]) * load(panel + k * kWidth + v * kLanes) + c[0][m][v];
+        c[0][m][v] = value(m, k) * load(panel + k * kWidth + v * kLanes) + c[0][m][v];
 #pragma GCC unroll 16
   for (int m = 0; m < kRows; ++m)
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
 #pragma GCC unroll 4
       for (int i = 1; i < kChains; ++i) c[0][m][v] = c[0][m][v] + c[i][m][v];
-      store(sums + m * sums_row + v * kLanes, c[0][m][v]);
+      store(sums + m * sums_row + v * kLanes, load(sums + m * sums_row + v * kLanes) + c[0][m][v]);
     }
 }
 

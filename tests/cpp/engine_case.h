@@ -12,12 +12,13 @@ namespace test {
 struct Case {
   int cell = 0;
   Dtype dtype = Dtype::kFloat32;
-  int64_t T = 1, B = 1, H = 1, P = 0, D = 1;  // P = 0: no projection
+  int64_t T = 1, B = 1, I = 1, H = 1, P = 0, D = 1;  // P = 0: no projection
   bool packed = false;
   int threads = 1, granted = 1;               // asked for; and how many the runtime gives
-  int layout = 0;                             // of gates_x: 0 dense, 1 batch first, 2 rows with gaps; the next one in direction 1
+  int layout = 0;                             // of gates_x: 0 dense, 1 batch first, 2 rows with gaps; the next one in direction 1, ...
   bool hx = true, cx = true, bias = true, save = true, grad_output = true, grad_hy = true, grad_cy = true;
   bool need_grad_hx = true, need_grad_cx = true;
+  bool need_grad_weight_ih = true, need_grad_weight_hh = true, need_grad_bias = true, need_grad_weight_hr = true;
   bool extreme = false;                       // pre-activations of +-1e30
   uint64_t seed = 0;
 };
@@ -38,11 +39,13 @@ inline Traits traits_of(int cell) {
 inline std::string text(const Case& c, size_t number) {
   char line[300];
   std::snprintf(line, sizeof line,
-                "case %zu: %s %s T%d B%d H%d P%d D%d %s layout %d threads %d/%d%s%s%s%s%s%s%s%s%s%s", number, traits_of(c.cell).name,
-                name_of(c.dtype), int(c.T), int(c.B), int(c.H), int(c.P), int(c.D), c.packed ? "packed" : "padded", c.layout,
+                "case %zu: %s %s T%d B%d I%d H%d P%d D%d %s layout %d threads %d/%d%s%s%s%s%s%s%s%s%s%s%s%s%s%s", number,
+                traits_of(c.cell).name, name_of(c.dtype), int(c.T), int(c.B), int(c.I), int(c.H), int(c.P), int(c.D), c.packed ? "packed" : "padded", c.layout,
                 c.granted, c.threads, c.hx ? " hx" : "", c.cx ? " cx" : "", c.bias ? " bias" : "", c.save ? " save" : "",
                 c.grad_output ? " grad_output" : "", c.grad_hy ? " grad_hy" : "", c.grad_cy ? " grad_cy" : "",
-                c.need_grad_hx ? " need_grad_hx" : "", c.need_grad_cx ? " need_grad_cx" : "", c.extreme ? " extreme" : "");
+                c.need_grad_hx ? " need_grad_hx" : "", c.need_grad_cx ? " need_grad_cx" : "", c.need_grad_weight_ih ? " weight_ih" : "",
+                c.need_grad_weight_hh ? " weight_hh" : "", c.need_grad_bias ? " bias" : "", c.need_grad_weight_hr ? " weight_hr" : "",
+                c.extreme ? " extreme" : "");
   return line;
 }
 
@@ -61,6 +64,9 @@ inline Case random_case(int cell, Dtype dtype, int64_t D, bool packed, int64_t B
   c.grad_output = chance(4), c.grad_hy = chance(3), c.grad_cy = chance(3);
   c.need_grad_hx = chance(3), c.need_grad_cx = chance(3);
   c.extreme = !chance(12);
+  c.I = 1 + random.below(2 * H);
+  c.need_grad_weight_ih = chance(4), c.need_grad_weight_hh = chance(4), c.need_grad_bias = chance(4);
+  c.need_grad_weight_hr = chance(4);
   return c;
 }
 

@@ -10,6 +10,7 @@ namespace test {
 
 using fusedrnn::BackwardParams;
 using fusedrnn::ForwardParams;
+using fusedrnn::GradWeightsParams;
 using fusedrnn::LayerParams;
 using fusedrnn::slots;
 
@@ -124,6 +125,39 @@ void reference_backward(const BackwardParams& p) {
       if constexpr (kInner > 0)
         for (int64_t u = 0; u < H && p.grad_cx; ++u) out(p.grad_cx)[(d * B + b) * H + u] = dc[u];
     }
+}
+
+template <class Cell>
+void reference_grad_weights(const GradWeightsParams& p) {
+  const int64_t H = p.H, P = p.P, I = p.I, B = p.steps.B;
+  const bool projected = p.weight_hr[0];
+  auto clear = [](void* p, int64_t count) {
+    for (int64_t i = 0; p && i < count; ++i) out(p)[i] = 0;
+  };
+  for (int64_t d = 0; d < p.D; ++d) {
+    clear(p.grad_weight_ih[d], Cell::kGates * H * I), clear(p.grad_weight_hh[d], Cell::kGates * H * P);
+    clear(p.grad_bias_ih[d], Cell::kGates * H), clear(p.grad_bias_hh[d], Cell::kGates * H), clear(p.grad_weight_hr[d], P * H);
+    for (int64_t t = 0; t < p.steps.T; ++t)
+      for (int64_t b = 0; b < p.steps.rows(t); ++b) {
+        const double* x = in(p.input) + (p.steps.offsets ? (p.steps.row_offset(t) + b) * p.input_row : t * p.input_step + b * p.input_row);
+        const int64_t before = step_before(p, t, b, d);
+        const double* h = before >= 0 ? in(p.output) + at(p, before, b, d, P) : p.hx ? in(p.hx) + (d * B + b) * P : nullptr;
+        const double* grad_pre = in(p.grad_pre) + at(p, t, b, d, Cell::kPre * H);
+        for (int g = 0; g < Cell::kGates; ++g)
+          for (int64_t u = 0; u < H; ++u) {
+            const double grad_x = grad_pre[Cell::x_pre(g) * H + u], grad_h = grad_pre[Cell::h_pre(g) * H + u];
+            for (int64_t k = 0; k < I && p.grad_weight_ih[d]; ++k) out(p.grad_weight_ih[d])[(g * H + u) * I + k] += grad_x * x[k];
+            for (int64_t k = 0; k < P && p.grad_weight_hh[d] && h; ++k) out(p.grad_weight_hh[d])[(g * H + u) * P + k] += grad_h * h[k];
+            if (p.grad_bias_ih[d]) out(p.grad_bias_ih[d])[g * H + u] += grad_x;
+            if (p.grad_bias_hh[d]) out(p.grad_bias_hh[d])[g * H + u] += grad_h;
+          }
+        if (!projected || !p.grad_weight_hr[d]) continue;
+        for (int64_t u = 0; u < P; ++u)
+          for (int64_t k = 0; k < H; ++k)
+            out(p.grad_weight_hr[d])[u * H + k] +=
+                in(p.grad_proj)[at(p, t, b, d, P) + u] * in(p.states)[at(p, t, b, d, Cell::kStates * H) + (Cell::kStates - 1) * H + k];
+      }
+  }
 }
 
 }  // namespace test

@@ -1,0 +1,260 @@
+// The gradients of the weights and biases of a layer. Each is a sum over all rows of the sequence: of the gradient of a gate
+// times what that gate was fed with (the input, the hidden state that its step began with), or by itself (a bias).
+//
+// torch.nn adds up one product a step. One product over all rows, as a matrix library takes it, is a chain of hundreds of additions
+// for each element and rounds more where rows are alike. Here rows are added up in parts, and the parts to a total.
+#pragma once
+#include "../params.h"
+#include "weights.h"
+
+namespace fusedrnn {
+namespace FUSEDRNN_ISA {
+
+template <class Cell, class F, class S>
+struct GradWeightsPass {
+  using V = Vec<F>;
+  static constexpr int kLanes = V::kLanes, kPanelWidth = kPanelVectors * kLanes;
+  // Rows in a part: those of two steps, within these limits. The error on 800 rows that are alike, in steps of 32, in units of the
+  // last place: all at once 29, in parts of 64 11, torch.nn 5 (17 is allowed).
+  static constexpr int64_t kLeastPart = 32, kMostPart = 64;
+  // A block of a gradient stays in the second-level cache until it is done, with what is packed for it: 288 + 72 + 64 KiB (AVX2).
+  static constexpr int64_t kBlockTiles = 288 / kTileRows, kBlockPanels = 256 / kPanelWidth;
+  static constexpr int64_t kSumColumns = 16 * kLanes;  // of the gradients of biases, to a piece of work
+
+  // The gradient (rows, columns) of one weight. A piece of work is a block of it, some tiles high and some panels wide.
+  struct Product {
+    enum Kind { kInput, kRecurrent, kProjection } kind;
+    int64_t d, rows, columns;
+    S* grad;
+    int64_t tile_blocks, panel_blocks;
+
+    int64_t tiles() const { return blocks_of(rows, kTileRows); }
+    int64_t panels() const { return blocks_of(columns, kPanelWidth); }
+    int64_t blocks() const { return tile_blocks * panel_blocks; }
+    Range block_tiles(int64_t block) const { return share(tiles(), tile_blocks, block / panel_blocks); }
+    Range block_panels(int64_t block) const { return share(panels(), panel_blocks, block % panel_blocks); }
+  };
+
+  const GradWeightsParams& p;
+  const int64_t rows, part;      // of the sequence; of a part
+  Product products[3 * kMaxDirections];
+  int product_count = 0, threads = 1;
+  int64_t pieces = 0;            // blocks of all products, then columns of the biases
+  int64_t* next;                 // the first piece that no thread has taken
+  char* scratch;                 // (threads, scratch_bytes)
+  int64_t scratch_bytes;
+  int64_t most_tiles = 0, most_panels = 0, most_sums = 0;  // of a block
+
+  GradWeightsPass(const GradWeightsParams& p, Arena& arena)
+      : p(p), rows(p.steps.row_offset(p.steps.T - 1) + p.steps.rows(p.steps.T - 1)), part(part_of(p.steps.B, rows)) {
+    for (int64_t d = 0; d < p.D; ++d) {
+      add(Product::kInput, d, Cell::kGates * p.H, p.I, p.grad_weight_ih[d]);
+      add(Product::kRecurrent, d, Cell::kGates * p.H, p.P, p.grad_weight_hh[d]);
+      add(Product::kProjection, d, p.P, p.H, p.grad_weight_hr[d]);
+    }
+    constexpr int64_t kThreadProducts = 100000;  // a thread that sleeps takes about as long to wake
+    int64_t row_products = 0;
+    for (int i = 0; i < product_count; ++i) row_products += products[i].rows * products[i].columns;
+    const int64_t useful = 1 + rows * row_products / kThreadProducts;
+    threads = int(useful < p.threads ? useful : p.threads);
+    for (int i = 0; i < product_count; ++i) divide(products[i]);
+    pieces += p.D * sum_blocks();
+
+    next = arena.take<int64_t>(1);
+    Arena one{nullptr};
+    Block(*this, one);
+    scratch_bytes = one.used;
+    scratch = arena.take<char>(threads * scratch_bytes);
+  }
+
+  static int64_t part_of(int64_t batch, int64_t rows) {
+    const int64_t part = 2 * batch < kLeastPart ? kLeastPart : 2 * batch > kMostPart ? kMostPart : 2 * batch;
+    return part < rows ? part : rows;
+  }
+  void add(typename Product::Kind kind, int64_t d, int64_t height, int64_t width, void* grad) {
+    if (grad) products[product_count++] = {kind, d, height, width, static_cast<S*>(grad), 0, 0};
+  }
+  // Blocks that fit the cache, and enough of them for all threads.
+  void divide(Product& product) {
+    product.tile_blocks = blocks_of(product.tiles(), kBlockTiles);
+    product.panel_blocks = blocks_of(product.panels(), kBlockPanels);
+    if (product.blocks() < threads) product.tile_blocks = product.tiles() < threads ? product.tiles() : threads;
+    pieces += product.blocks();
+    const int64_t tiles = blocks_of(product.tiles(), product.tile_blocks), panels = blocks_of(product.panels(), product.panel_blocks);
+    most_tiles = most_tiles > tiles ? most_tiles : tiles;
+    most_panels = most_panels > panels ? most_panels : panels;
+    most_sums = most_sums > tiles * panels ? most_sums : tiles * panels;
+  }
+  int64_t sum_blocks() const { return p.grad_bias_ih[0] ? blocks_of(Cell::kPre * p.H, kSumColumns) : 0; }
+
+  // Whoever is free takes the next piece: who computes a piece changes nothing in it.
+  void run() const {
+    *next = 0;
+    run_team(threads, [this](int thread, int) {
+      Arena arena{scratch + thread * scratch_bytes};
+      Block block(*this, arena);
+      for (int64_t piece; (piece = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED)) < pieces;) {
+        int i = 0;
+        for (; i < product_count && piece >= products[i].blocks(); ++i) piece -= products[i].blocks();
+        if (i < product_count)
+          block.compute(products[i], piece);
+        else
+          sum(piece / sum_blocks(), piece % sum_blocks());
+      }
+    });
+  }
+
+  // One block of one product, over all rows of the sequence, in a thread's memory.
+  struct Block {
+    const GradWeightsPass& pass;
+    F* const gates;  // (tiles, part, kTileRows) packed gradients of gates
+    F* const fed;    // (panels, part, kPanelWidth) packed rows that these were fed with
+    F* const sums;   // (tiles * kTileRows, panels * kPanelWidth)
+    F* const row;    // (tiles * kTileRows)
+    const GradWeightsParams& p = pass.p;
+    const int64_t part = pass.part;
+    Product product{};
+    Range tiles{}, panels{}, height{}, width{};  // the block's, and as rows and columns of the weight
+
+    Block(const GradWeightsPass& pass, Arena& arena)
+        : pass(pass), gates(arena.take<F>(pass.most_tiles * pass.part * kTileRows)),
+          fed(arena.take<F>(pass.most_panels * pass.part * kPanelWidth)),
+          sums(arena.take<F>(pass.most_sums * kTileRows * kPanelWidth)), row(arena.take<F>(pass.most_tiles * kTileRows)) {}
+
+    // Some rows of the sequence.
+    struct Part {
+      int64_t depth = 0;
+      const S *gates[kMostPart], *fed[kMostPart];
+    };
+
+    void compute(const Product& of, int64_t block) {
+      product = of;
+      tiles = product.block_tiles(block);
+      panels = product.block_panels(block);
+      height = {tiles.begin * kTileRows, tiles.end * kTileRows < product.rows ? tiles.end * kTileRows : product.rows};
+      width = {panels.begin * kPanelWidth, panels.end * kPanelWidth < product.columns ? panels.end * kPanelWidth : product.columns};
+      const int64_t tile_count = tiles.end - tiles.begin, panel_count = panels.end - panels.begin;
+      const int64_t sums_row = panel_count * kPanelWidth;
+      __builtin_memset(sums, 0, tile_count * kTileRows * sums_row * sizeof(F));
+      int64_t t = 0, b = 0;
+      for (Part now, coming = collect(t, b); coming.depth;) {
+        now = coming;
+        for (int64_t k = 0; k < now.depth; ++k) pack_gates(now.gates[k], k), pack_fed(now.fed[k], k);
+        coming = collect(t, b);
+        int64_t visit = 0, fetched = 0;
+        for (int64_t panel = 0; panel < panel_count; ++panel)
+          for (int64_t i = 0; i < tile_count; ++i) {
+            for (++visit; fetched < coming.depth * visit / (panel_count * tile_count); ++fetched) fetch(coming, fetched);
+            tile<F, kTileRows, true>(gates + i * part * kTileRows, 0, fed + panel * part * kPanelWidth, now.depth,
+                                     sums + i * kTileRows * sums_row + panel * kPanelWidth, sums_row);
+          }
+      }
+      for (int64_t m = height.begin; m < height.end; ++m)
+        for (int64_t u = width.begin; u < width.end; u += kLanes)
+          store(product.grad + m * product.columns + u, load(sums + (m - height.begin) * sums_row + u - width.begin),
+                lanes_left<F>(u, width.end));
+    }
+
+    // The next part, from row b of step t on; moves (t, b) behind it. Empty at the end. Leaves out rows that were fed with zeros.
+    Part collect(int64_t& t, int64_t& b) const {
+      Part next;
+      for (; t < p.steps.T; ++t, b = 0) {
+        for (; b < p.steps.rows(t) && next.depth < part; ++b)
+          if ((next.fed[next.depth] = fed_row(t, b))) next.gates[next.depth++] = gates_row(t, b);
+        if (next.depth == part) break;
+      }
+      return next;
+    }
+    const S* gates_row(int64_t t, int64_t b) const {
+      const int64_t row = (p.steps.row_offset(t) + b) * p.D + product.d;
+      return product.kind == Product::kProjection ? static_cast<const S*>(p.grad_proj) + row * p.P
+                                                  : static_cast<const S*>(p.grad_pre) + row * Cell::kPre * p.H;
+    }
+    const S* fed_row(int64_t t, int64_t b) const {
+      const int64_t d = product.d, row = p.steps.row_offset(t) + b;
+      if (product.kind == Product::kProjection)  // the last of the states stored: the unprojected one
+        return static_cast<const S*>(p.states) + ((row * p.D + d + 1) * Cell::kStates - 1) * p.H;
+      if (product.kind == Product::kInput)
+        return static_cast<const S*>(p.input) + (p.steps.offsets ? row * p.input_row : t * p.input_step + b * p.input_row);
+      const int64_t before = p.steps.row_before(t, b, d);
+      if (before >= 0) return static_cast<const S*>(p.output) + (before * p.D + d) * p.P;
+      return p.hx ? static_cast<const S*>(p.hx) + (d * p.steps.B + b) * p.P : nullptr;
+    }
+
+    // visit(row of the weight, place in a row of gradients, count) for the runs of the block's rows that follow each other there.
+    template <class Visit>
+    FUSEDRNN_INLINE void for_runs(const Visit& visit) const {
+      for (int64_t m = height.begin, n; m < height.end; m += n) {
+        n = height.end - m;
+        int64_t at = m;
+        if (product.kind != Product::kProjection) {
+          const int gate = int(m / p.H);
+          at = (product.kind == Product::kInput ? Cell::x_pre(gate) : Cell::h_pre(gate)) * p.H + m % p.H;
+          const int64_t left = p.H - m % p.H;
+          n = left < n ? left : n;
+        }
+        visit(m, at, n);
+      }
+    }
+
+    // Asks for a row before it is packed: rows lie too far apart for the processor to guess.
+    void fetch(const Part& coming, int64_t k) const {
+      for_runs([&](int64_t, int64_t at, int64_t n) { ask(coming.gates[k] + at, n); });
+      ask(coming.fed[k] + width.begin, width.end - width.begin);
+    }
+    static void ask(const S* from, int64_t n) {
+      prefetch(reinterpret_cast<const char*>(from), reinterpret_cast<const char*>(from + n));
+    }
+
+    // As number k of the part.
+    void pack_gates(const S* from, int64_t k) const {
+      for_runs([&](int64_t m, int64_t at, int64_t n) {
+        F* to = row + m - height.begin;
+        int64_t i = 0;
+        for (; i + kLanes <= n; i += kLanes) store(to + i, load(from + at + i));
+        if (i < n) store(to + i, load(from + at + i, int(n - i)), int(n - i));
+      });
+      for (int64_t m = height.end; m < tiles.end * kTileRows; ++m) row[m - height.begin] = F(0);
+      for (int64_t i = 0; i < tiles.end - tiles.begin; ++i)
+        __builtin_memcpy(gates + (i * part + k) * kTileRows, row + i * kTileRows, kTileRows * sizeof(F));
+    }
+    void pack_fed(const S* from, int64_t k) const {
+      F* panel = fed + k * kPanelWidth;
+      for (int64_t u = width.begin; u < width.end; u += kPanelWidth, panel += part * kPanelWidth)
+        for (int v = 0; v < kPanelVectors; ++v) {
+          const int n = u + kPanelWidth <= width.end ? kLanes : lanes_left<F>(u + v * kLanes, width.end);
+          store(panel + v * kLanes, n ? load(from + u + v * kLanes, n) : V(F(0)));
+        }
+    }
+  };
+
+  // The gradients of biases in kSumColumns columns of grad_pre.
+  void sum(int64_t d, int64_t block) const {
+    const int64_t begin = block * kSumColumns, width = Cell::kPre * p.H;
+    const int64_t count = width - begin < kSumColumns ? width - begin : kSumColumns;
+    const S* from = static_cast<const S*>(p.grad_pre) + d * width + begin;
+    F total[kSumColumns] = {}, sum[kSumColumns];
+    S rounded[kSumColumns];
+    for (int64_t first = 0; first < rows; first += part) {
+      __builtin_memset(sum, 0, sizeof sum);
+      for (int64_t k = first; k < first + part && k < rows; ++k) add_to(sum, from + k * p.D * width, count);
+      add_to(total, sum, count);
+    }
+    for (int64_t i = 0; i < kSumColumns; i += kLanes) store(rounded + i, load(total + i));
+    for (int g = 0; g < Cell::kGates; ++g)
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t pre = (begin + i) / p.H, u = (begin + i) % p.H;
+        if (Cell::x_pre(g) == pre) static_cast<S*>(p.grad_bias_ih[d])[g * p.H + u] = rounded[i];
+        if (Cell::h_pre(g) == pre) static_cast<S*>(p.grad_bias_hh[d])[g * p.H + u] = rounded[i];
+      }
+  }
+  template <class From>
+  static void add_to(F* sums, const From* from, int64_t count) {
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) store(sums + i, load(sums + i) + load(from + i));
+    if (i < count) store(sums + i, load(sums + i) + load(from + i, int(count - i)));
+  }
+};
+
+}  // namespace FUSEDRNN_ISA
+}  // namespace fusedrnn
