@@ -114,19 +114,21 @@ struct BackwardPass {
         const int64_t visited = count > before ? count : before;
         const int64_t row_stride = rows.slices;
         const bool needs_product = s < T || p.grad_hx;
-        for (int64_t block = columns.begin; block < columns.end; ++block)
-          visit(needs_product ? recurrent : Weights{}, block, p.P, dpre, row_stride * pass.pre_row, pass.pre_row, before, count,
+        for_groups(columns, visited, [&](const Range& group) {
+          visit(needs_product ? recurrent : Weights{}, group, p.P, dpre, row_stride * pass.pre_row, pass.pre_row, before, count,
                 visited, [&](int64_t r, int64_t u, int n, auto sum) __attribute__((always_inline)) {
                   if (pass.projected)
                     arrive(t, r, u, n, sum);
                   else
                     cell(t, r, u, n, new_dh(t, r, u, n, sum), dpre_new);
                 });
+        });
         if (pass.projected) {
           barrier.wait(member);  // for the gradient of the whole projected state
-          for (int64_t block = blocks.begin; block < blocks.end; ++block)
-            visit(projection, block, p.H, pass.dprojected, row_stride * pass.h_row, pass.h_row, count, count, count,
+          for_groups(blocks, count, [&](const Range& group) {
+            visit(projection, group, p.H, pass.dprojected, row_stride * pass.h_row, pass.h_row, count, count, count,
                   [&](int64_t r, int64_t u, int n, auto sum) __attribute__((always_inline)) { cell(t, r, u, n, sum, dpre_new); });
+          });
         }
         for (int64_t r = count; r < before; ++r) leave_inner(r);
         before = count;
@@ -134,35 +136,39 @@ struct BackwardPass {
       }
     }
 
-    // The units of a block in the rows [0, visited), where sum is a times the block's weights in the first `multiplied` rows and
-    // zero behind: calls each(row, unit, lanes, sum) for the rows [0, staying), of one or two rows at a time, and leave_h for the
-    // rest.
+    // The units of a group of blocks in the rows [0, visited), where sum is a times the block's weights in the first `multiplied`
+    // rows and zero behind: calls each(row, unit, lanes, sum) for the rows [0, staying), of one or two rows at a time, and leave_h
+    // for the rest.
     template <class Each>
-    FUSEDRNN_INLINE void visit(const Weights& weights, int64_t block, int64_t end, const F* a, int64_t a_stride, int64_t a_row,
+    FUSEDRNN_INLINE void visit(const Weights& weights, const Range& group, int64_t end, const F* a, int64_t a_stride, int64_t a_row,
                                int64_t multiplied, int64_t staying, int64_t visited, const Each& each) const {
       for (int64_t begin = 0; begin < visited; begin += kSumRows) {
         const int64_t chunk = visited - begin < kSumRows ? visited - begin : kSumRows;
         const int64_t with = multiplied - begin < chunk ? multiplied - begin : chunk;
         const int64_t stay = staying - begin < chunk ? staying - begin : chunk;
-        __builtin_memset(sums, 0, chunk * kWidth * sizeof(F));
-        if (with > 0 && weights.w) weights.multiply(block, a + state_row(begin) * a_row, a_stride, with, sums);
-        for (int i = 0; i < kWidth; i += kLanes) {
-          const int64_t u = block * kUnits + i;
-          if (u + kLanes <= end)  // nearly all are whole, and a constant width makes straight code
-            for_rows(stay, [&](int64_t m, auto count) __attribute__((always_inline)) {
-              Rows<F, decltype(count)::value> sum;
-              for (int k = 0; k < count.value; ++k) sum.row[k] = load(sums + (m + k) * kWidth + i);
-              each(begin + m, u, kLanes, sum);
-            });
-          else
-            for (int64_t m = 0; m < stay && u < end; ++m) {
-              Rows<F, 1> sum;
-              sum.row[0] = load(sums + m * kWidth + i);
-              each(begin + m, u, int(end - u), sum);
-            }
-          for (int64_t m = stay < 0 ? 0 : stay; m < chunk && u < end; ++m)
-            leave_h(begin + m, u, lanes_left<F>(u, end), load(sums + m * kWidth + i));
-        }
+        __builtin_memset(sums, 0, (group.end - group.begin) * chunk * kWidth * sizeof(F));
+        F* block_sums = sums;
+        for (int64_t block = group.begin; block < group.end && with > 0 && weights.w; ++block, block_sums += chunk * kWidth)
+          weights.multiply(block, a + state_row(begin) * a_row, a_stride, with, block_sums);
+        block_sums = sums;
+        for (int64_t block = group.begin; block < group.end; ++block, block_sums += chunk * kWidth)
+          for (int i = 0; i < kWidth; i += kLanes) {
+            const int64_t u = block * kUnits + i;
+            if (u + kLanes <= end)  // nearly all are whole, and a constant width makes straight code
+              for_rows(stay, [&](int64_t m, auto count) __attribute__((always_inline)) {
+                Rows<F, decltype(count)::value> sum;
+                for (int k = 0; k < count.value; ++k) sum.row[k] = load(block_sums + (m + k) * kWidth + i);
+                each(begin + m, u, kLanes, sum);
+              });
+            else
+              for (int64_t m = 0; m < stay && u < end; ++m) {
+                Rows<F, 1> sum;
+                sum.row[0] = load(block_sums + m * kWidth + i);
+                each(begin + m, u, int(end - u), sum);
+              }
+            for (int64_t m = stay < 0 ? 0 : stay; m < chunk && u < end; ++m)
+              leave_h(begin + m, u, lanes_left<F>(u, end), load(block_sums + m * kWidth + i));
+          }
       }
     }
 

@@ -118,7 +118,7 @@ struct ForwardPass {
         const int64_t staying = s + 1 < T ? rows.count(p.steps.rows(next)) : 0;
         const F* h = pass.h[s & 1];
         F* h_new = pass.h[(s + 1) & 1];
-        for (int64_t block = blocks.begin; block < blocks.end; ++block) step(block, t, count, s > 0 || p.hx, h, h_new);
+        for_groups(blocks, count, [&](const Range& group) { step(group, t, count, s > 0 || p.hx, h, h_new); });
         if (pass.projected) {
           barrier.wait(member);  // for the unprojected states of all units
           for (int64_t block = columns.begin; block < columns.end; ++block) project(block, t, count, h_new);
@@ -128,27 +128,31 @@ struct ForwardPass {
       }
     }
 
-    void step(int64_t block, int64_t t, int64_t count, bool multiplies, const F* h, F* h_new) const {
+    void step(const Range& group, int64_t t, int64_t count, bool multiplies, const F* h, F* h_new) const {
       constexpr int kWidth = Recurrent::kWidth;
-      const F* bias = pass.bias[d] + block * kWidth;
       const int64_t h_stride = rows.slices * pass.h_row;
       for (int64_t begin = 0; begin < count; begin += kSumRows) {
         const int64_t chunk = count - begin < kSumRows ? count - begin : kSumRows;
-        for (int64_t m = 0; m < chunk; ++m)
-          for (int i = 0; i < kWidth; i += kLanes) store(sums + m * kWidth + i, load(bias + i));
-        if (multiplies)
-          pass.recurrent[d].multiply(block, h + state_row(begin) * pass.h_row, h_stride, chunk, sums);
-        for (int v = 0; v < kUnitVectors; ++v) {
-          const int64_t u = block * Recurrent::kUnits + v * kLanes;
-          const F* block_sums = sums + v * kLanes;
-          if (u + kLanes <= p.H)  // nearly all are whole, and a constant width makes straight code
-            for_rows(chunk, [&](int64_t m, auto count) __attribute__((always_inline)) {
-              cell<decltype(count)::value>(t, begin + m, u, kLanes, block_sums + m * kWidth, h, h_new);
-            });
-          else
-            for (int64_t m = 0; m < chunk && u < p.H; ++m)
-              cell<1>(t, begin + m, u, int(p.H - u), block_sums + m * kWidth, h, h_new);
+        F* block_sums = sums;
+        for (int64_t block = group.begin; block < group.end; ++block, block_sums += chunk * kWidth) {
+          const F* bias = pass.bias[d] + block * kWidth;
+          for (int64_t m = 0; m < chunk; ++m)
+            for (int i = 0; i < kWidth; i += kLanes) store(block_sums + m * kWidth + i, load(bias + i));
+          if (multiplies)
+            pass.recurrent[d].multiply(block, h + state_row(begin) * pass.h_row, h_stride, chunk, block_sums);
         }
+        block_sums = sums;
+        for (int64_t block = group.begin; block < group.end; ++block, block_sums += chunk * kWidth)
+          for (int v = 0; v < kUnitVectors; ++v) {
+            const int64_t u = block * Recurrent::kUnits + v * kLanes;
+            if (u + kLanes <= p.H)  // nearly all are whole, and a constant width makes straight code
+              for_rows(chunk, [&](int64_t m, auto count) __attribute__((always_inline)) {
+                cell<decltype(count)::value>(t, begin + m, u, kLanes, block_sums + m * kWidth + v * kLanes, h, h_new);
+              });
+            else
+              for (int64_t m = 0; m < chunk && u < p.H; ++m)
+                cell<1>(t, begin + m, u, int(p.H - u), block_sums + m * kWidth + v * kLanes, h, h_new);
+          }
       }
     }
 

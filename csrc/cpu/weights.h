@@ -137,6 +137,15 @@ FUSEDRNN_INLINE void for_rows(int64_t count, const Visit& visit) {
 
 constexpr int64_t kSumRows = 48;  // rows of the batch per visit to a block: their sums stay in the first-level cache
 
+// visit(Range) over blocks in groups, whose products are taken before the first of their cells: of few rows, the cells of one block
+// are too few to keep a processor busy while it waits for the last sums, and for the chain of operations of one cell.
+template <class Visit>
+FUSEDRNN_INLINE void for_groups(const Range& blocks, int64_t rows, const Visit& visit) {
+  const int64_t group = rows > 0 && rows < kSumRows ? kSumRows / rows : 1;
+  for (int64_t first = blocks.begin; first < blocks.end; first += group)
+    visit(Range{first, first + group < blocks.end ? first + group : blocks.end});
+}
+
 // What is common to the passes: the threads of a call and where they meet. Pass is one of ForwardPass, BackwardPass; it
 // gives division(threads), prepare(thread's rows, barrier) and run(...).
 struct Crew {
