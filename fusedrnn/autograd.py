@@ -137,7 +137,8 @@ def _backward(cell, batch_sizes, batch_first, input, hx, cx, weights, output, sa
     weight_hh = [group[1] for group in weights]
     weight_hr = [group[4] for group in weights if group[4] is not None]
     steps_first = input.transpose(0, 1) if batch_first else input
-    want_ih, want_hh, want_b_ih, want_b_hh, want_hr = (any(wanted[i::5]) for i in range(3, 8))
+    want_weights = wanted[3:] if len(weights) == 1 else [any(both) for both in zip(*_groups(wanted[3:]))]
+    want_ih, want_hh, want_b_ih, want_b_hh, want_hr = want_weights
     many_rows = batch_sizes is None and steps_first.shape[0] * steps_first.shape[1] > MANY_ROWS
     library_ih = many_rows and want_ih and min(weights[0][0].shape) > NARROW
     library_hh = many_rows and want_hh and min(weights[0][1].shape) > NARROW
@@ -204,11 +205,12 @@ def _runs(cell):
 
 def _grad_input(cell, grad_pre, weights, shape, batch_first):
     """Every direction's gradients of the gates' input halves, which come first of the pre-activations, times its weight_ih."""
-    rows, directions = shape[:-1].numel(), len(weights)
-    grad_pre = grad_pre.view(rows, directions, TRAITS[cell]["pre"] * grad_pre.shape[-1])
+    width = TRAITS[cell]["pre"] * grad_pre.shape[-1]
+    grad_pre = grad_pre.view(shape[:-1].numel(), len(weights) * width)
     grad_input = None
     for d, (w_ih, *_) in enumerate(weights):
-        grad_gates = grad_pre[:, d, : w_ih.shape[0]]
-        grad_input = grad_gates @ w_ih if d == 0 else grad_input.addmm_(grad_gates, w_ih)
+        gates = w_ih.shape[0]
+        grad_gates = grad_pre if gates == grad_pre.shape[1] else grad_pre[:, d * width : d * width + gates]
+        grad_input = torch.mm(grad_gates, w_ih) if d == 0 else grad_input.addmm_(grad_gates, w_ih)
     grad_input = grad_input.view(shape)
     return grad_input.transpose(0, 1) if batch_first else grad_input

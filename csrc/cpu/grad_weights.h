@@ -28,6 +28,11 @@ struct GradWeightsPass {
     S* grad;
     int64_t tile_blocks, panel_blocks;
 
+    // Whether the gradient is its own memory for sums: of the same format, and with a block's rows one behind the other. (Rows of a
+    // block that lie far apart would share a few sets of the caches.)
+    bool in_place() const {
+      return sizeof(F) == sizeof(S) && panel_blocks == 1 && columns % kPanelWidth == 0;
+    }
     int64_t tiles() const { return blocks_of(rows, kTileRows); }
     int64_t panels() const { return blocks_of(columns, kPanelWidth); }
     int64_t blocks() const { return tile_blocks * panel_blocks; }
@@ -83,7 +88,8 @@ struct GradWeightsPass {
     const int64_t tiles = blocks_of(product.tiles(), product.tile_blocks), panels = blocks_of(product.panels(), product.panel_blocks);
     most_tiles = most_tiles > tiles ? most_tiles : tiles;
     most_panels = most_panels > panels ? most_panels : panels;
-    most_sums = most_sums > tiles * panels ? most_sums : tiles * panels;
+    const int64_t sums = product.in_place() ? panels : tiles * panels;
+    most_sums = most_sums > sums ? most_sums : sums;
   }
   int64_t sum_blocks() const { return p.grad_bias_ih[0] ? blocks_of(Cell::kPre * p.H, kSumColumns) : 0; }
 
@@ -109,7 +115,7 @@ struct GradWeightsPass {
     const GradWeightsPass& pass;
     F* const gates;  // (tiles, part, kTileRows) packed gradients of gates
     F* const fed;    // (panels, part, kPanelWidth) packed rows that these were fed with
-    F* const sums;   // (tiles * kTileRows, panels * kPanelWidth)
+    F* const sums;   // (tiles * kTileRows, panels * kPanelWidth); in place: of the last tile alone, whose rows may not all be real
     F* const row;    // (tiles * kTileRows)
     const GradWeightsParams& p = pass.p;
     const int64_t part = pass.part;
@@ -134,8 +140,12 @@ struct GradWeightsPass {
       height = {tiles.begin * kTileRows, tiles.end * kTileRows < product.rows ? tiles.end * kTileRows : product.rows};
       width = {panels.begin * kPanelWidth, panels.end * kPanelWidth < product.columns ? panels.end * kPanelWidth : product.columns};
       const int64_t tile_count = tiles.end - tiles.begin, panel_count = panels.end - panels.begin;
-      const int64_t sums_row = panel_count * kPanelWidth;
-      __builtin_memset(sums, 0, tile_count * kTileRows * sums_row * sizeof(F));
+      const int64_t sums_row = panel_count * kPanelWidth;  // in place it is that of the gradient as well
+      const bool in_place = product.in_place(), cut = height.end < tiles.end * kTileRows;
+      F* const grad = reinterpret_cast<F*>(product.grad) + (in_place ? height.begin * product.columns : 0);
+      const int64_t whole_tiles = in_place ? tile_count - cut : 0;  // that are added up in place
+      __builtin_memset(grad, 0, whole_tiles * kTileRows * sums_row * sizeof(F));
+      __builtin_memset(sums, 0, (tile_count - whole_tiles) * kTileRows * sums_row * sizeof(F));
       int64_t t = 0, b = 0;
       for (Part now, coming = collect(t, b); coming.depth;) {
         now = coming;
@@ -145,13 +155,15 @@ struct GradWeightsPass {
         for (int64_t panel = 0; panel < panel_count; ++panel)
           for (int64_t i = 0; i < tile_count; ++i) {
             for (++visit; fetched < coming.depth * visit / (panel_count * tile_count); ++fetched) fetch(coming, fetched);
+            F* const to = i < whole_tiles ? grad + i * kTileRows * sums_row : sums + (i - whole_tiles) * kTileRows * sums_row;
             tile<F, kTileRows, true>(gates + i * part * kTileRows, 0, fed + panel * part * kPanelWidth, now.depth,
-                                     sums + i * kTileRows * sums_row + panel * kPanelWidth, sums_row);
+                                     to + panel * kPanelWidth, sums_row);
           }
       }
-      for (int64_t m = height.begin; m < height.end; ++m)
+      const int64_t first = height.begin + whole_tiles * kTileRows;
+      for (int64_t m = first; m < height.end; ++m)
         for (int64_t u = width.begin; u < width.end; u += kLanes)
-          store(product.grad + m * product.columns + u, load(sums + (m - height.begin) * sums_row + u - width.begin),
+          store(product.grad + m * product.columns + u, load(sums + (m - first) * sums_row + u - width.begin),
                 lanes_left<F>(u, width.end));
     }
 
