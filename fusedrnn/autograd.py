@@ -1,7 +1,7 @@
 """One layer, with its gradients: the input product, the recurrence, and what autograd needs of both.
 
-The product of the input and weight_ih, and the gradient of the input, are single matrix products of ATen's, over all rows of
-the sequence at once; all else is the operators' (`fusedrnn/ops.py`).
+The product of the input and weight_ih, the gradient of the input, and those of large weights are single matrix products of
+ATen's, over all rows of the sequence at once; all else is the operators' (`fusedrnn/ops.py`).
 """
 
 from functools import lru_cache
