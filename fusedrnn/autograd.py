@@ -64,7 +64,7 @@ def _forward(cell, batch_sizes, batch_first, input, hx, cx, weights, save):
 
 
 def _groups(tensors):
-    return [tensors[i : i + 5] for i in range(0, len(tensors), 5)]
+    return [tensors] if len(tensors) == 5 else [tensors[i : i + 5] for i in range(0, len(tensors), 5)]
 
 
 class Layer(torch.autograd.Function):
@@ -111,7 +111,10 @@ def _is_transformed(grads):
         return False
     if torch._C._are_functorch_transforms_active():
         return True
-    return any(grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad) for grad in grads)
+    for grad in grads:
+        if grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad):
+            return True
+    return False
 
 
 def _differentiable_backward(ctx, tensors, batch_sizes, grads, wanted):
