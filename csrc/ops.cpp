@@ -275,7 +275,8 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> recurrence_backward(
   Call call("fusedrnn::recurrence_backward", cell, weight_hh, weight_hr);
   const int64_t D = call.D, H = call.H, P = call.P, G = call.cell.gates;
   call.set_steps("output", output, batch_sizes, hx);
-  STD_TORCH_CHECK(call.cell.states > 1 || (!grad_cy && !need_grad_cx), call.op, ": grad_cy and need_grad_cx are for the lstm alone");
+  STD_TORCH_CHECK(call.cell.states > 1 || (!grad_cy && !need_grad_cx), call.op,
+                  ": grad_cy and need_grad_cx are for the lstm alone");
   STD_TORCH_CHECK(call.projected || !need_grad_weight_hr, call.op, ": need_grad_weight_hr is for projections alone");
   STD_TORCH_CHECK(input || !need_grad_weight_ih, call.op, ": need_grad_weight_ih needs the input");
 

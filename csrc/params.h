@@ -16,6 +16,11 @@ struct Steps {
   const int64_t* offsets;      // (T), sum of the batch sizes before t; null: padded
   int64_t rows(int64_t t) const { return batch_sizes ? batch_sizes[t] : B; }
   int64_t row_offset(int64_t t) const { return offsets ? offsets[t] : t * B; }
+  int64_t row_count() const { return row_offset(T - 1) + rows(T - 1); }
+  // Where row b of step t lies in a sequence of rows that are `row` elements apart, and `step` from step to step if padded.
+  int64_t position(int64_t t, int64_t b, int64_t step, int64_t row) const {
+    return offsets ? (offsets[t] + b) * row : t * step + b * row;
+  }
   // Where the state is that row b of step t began with in direction d: that row of the step before, or -1 at its first step.
   int64_t row_before(int64_t t, int64_t b, int64_t d) const {
     const int64_t before = d ? t + 1 : t - 1;

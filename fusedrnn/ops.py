@@ -1,8 +1,8 @@
 """The registered operators under typed names, what they give to a compiler, and the cells' traits.
 
 An operator computes the recurrence of one layer in all its directions, backward with the gradients of its weights;
-`fusedrnn/autograd.py` puts the product of the input, and its gradient, around it. Shapes: T steps, B rows of the batch, H hidden units, P projection size or H, D
-directions, G gates. With `batch_sizes` (the (T,) int64 tensor of a PackedSequence) a leading (T, B) is (rows,).
+`fusedrnn/autograd.py` puts the product of the input, and its gradient, around it. Shapes: T steps, B rows of the batch, H
+hidden units, P projection size or H, D directions, G gates. With `batch_sizes` (the (T,) int64 tensor of a PackedSequence) a leading (T, B) is (rows,).
 """
 
 import torch
@@ -49,15 +49,14 @@ def _(cell, input, weight_hh, weight_hr, hx, cx, output, saved, states, batch_si
     traits, directions, like = TRAITS[cell], len(weight_hh), weight_hh[0]
     hidden, width = like.shape[0] // traits["gates"], like.shape[1]
     rows, batch = output.shape[:-1], _batch_size(output, hx, batch_sizes)
-    gates = like.shape[0]
     grad_weights = [
         like.new_empty(*shape) if need else like.new_empty(0)
         for _ in range(directions)
         for need, shape in (
-            (need_grad_weight_ih, (gates, 0 if input is None else input.shape[-1])),
-            (need_grad_weight_hh, (gates, width)),
-            (need_grad_bias, (gates,)),
-            (need_grad_bias, (gates,)),
+            (need_grad_weight_ih, (like.shape[0], 0 if input is None else input.shape[-1])),
+            (need_grad_weight_hh, like.shape),
+            (need_grad_bias, like.shape[:1]),
+            (need_grad_bias, like.shape[:1]),
             (need_grad_weight_hr, (width, hidden)),
         )
     ]

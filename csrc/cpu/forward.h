@@ -35,8 +35,7 @@ struct ForwardPass {
   ForwardPass(const ForwardParams& p, Arena& arena)
       : p(p), projected(p.weight_hr[0]), extra(kInner + projected),
         h_row(padded_row<F>(p.P, 2 * kLanes)), unit_row(padded_row<F>(p.H, 2 * kLanes)), crew(arena, p.threads) {
-    const int64_t last = p.steps.T - 1;
-    const bool packs = last > 0 && p.steps.row_offset(last) + p.steps.rows(last) > kFewRows;
+    const bool packs = p.steps.T > 1 && p.steps.row_count() > kFewRows;
     for (int64_t d = 0; d < p.D; ++d) {
       recurrent[d] = {static_cast<const S*>(p.weight_hh[d]), p.H, p.P, nullptr};
       projection[d] = {static_cast<const S*>(p.weight_hr[d]), projected ? p.P : 0, p.H, nullptr};
@@ -203,8 +202,7 @@ struct ForwardPass {
     }
 
     const S* gates_x(int64_t t, int64_t r) const {
-      const int64_t b = rows.batch_row(r), step = p.steps.offsets ? p.steps.offsets[t] * p.gates_x_row[d] : t * p.gates_x_step[d];
-      return static_cast<const S*>(p.gates_x[d]) + step + b * p.gates_x_row[d];
+      return static_cast<const S*>(p.gates_x[d]) + p.steps.position(t, rows.batch_row(r), p.gates_x_step[d], p.gates_x_row[d]);
     }
 
     void project(int64_t block, int64_t t, int64_t count, F* h_new) const {

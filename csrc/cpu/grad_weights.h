@@ -51,7 +51,7 @@ struct GradWeightsPass {
   int64_t most_tiles = 0, most_panels = 0, most_sums = 0;  // of a block
 
   GradWeightsPass(const GradWeightsParams& p, Arena& arena)
-      : p(p), rows(p.steps.row_offset(p.steps.T - 1) + p.steps.rows(p.steps.T - 1)), part(part_of(p.steps.B, rows)) {
+      : p(p), rows(p.steps.row_count()), part(part_of(p.steps.B, rows)) {
     for (int64_t d = 0; d < p.D; ++d) {
       add(Product::kInput, d, Cell::kGates * p.H, p.I, p.grad_weight_ih[d]);
       add(Product::kRecurrent, d, Cell::kGates * p.H, p.P, p.grad_weight_hh[d]);
@@ -85,7 +85,8 @@ struct GradWeightsPass {
     product.panel_blocks = blocks_of(product.panels(), kBlockPanels);
     if (product.blocks() < threads) product.tile_blocks = product.tiles() < threads ? product.tiles() : threads;
     pieces += product.blocks();
-    const int64_t tiles = blocks_of(product.tiles(), product.tile_blocks), panels = blocks_of(product.panels(), product.panel_blocks);
+    const int64_t tiles = blocks_of(product.tiles(), product.tile_blocks);
+    const int64_t panels = blocks_of(product.panels(), product.panel_blocks);
     most_tiles = most_tiles > tiles ? most_tiles : tiles;
     most_panels = most_panels > panels ? most_panels : panels;
     const int64_t sums = product.in_place() ? panels : tiles * panels;
@@ -187,7 +188,7 @@ struct GradWeightsPass {
       if (product.kind == Product::kProjection)  // the last of the states stored: the unprojected one
         return static_cast<const S*>(p.states) + ((row * p.D + d + 1) * Cell::kStates - 1) * p.H;
       if (product.kind == Product::kInput)
-        return static_cast<const S*>(p.input) + (p.steps.offsets ? row * p.input_row : t * p.input_step + b * p.input_row);
+        return static_cast<const S*>(p.input) + p.steps.position(t, b, p.input_step, p.input_row);
       const int64_t before = p.steps.row_before(t, b, d);
       if (before >= 0) return static_cast<const S*>(p.output) + (before * p.D + d) * p.P;
       return p.hx ? static_cast<const S*>(p.hx) + (d * p.steps.B + b) * p.P : nullptr;

@@ -33,7 +33,9 @@ inline void tile(const F* a, int64_t a_row, const F* panel, int64_t depth, F* su
     for (int v = 0; v < kVectors; ++v)
 #pragma GCC unroll 4
       for (int i = 0; i < kChains; ++i) c[i][m][v] = V(F(0));
-  auto value = [&](int64_t m, int64_t k) __attribute__((always_inline)) { return V(kColumns ? a[k * kRows + m] : a[m * a_row + k]); };
+  auto value = [&](int64_t m, int64_t k) __attribute__((always_inline)) {
+    return V(kColumns ? a[k * kRows + m] : a[m * a_row + k]);
+  };
   int64_t k = 0;
   for (; k + kChains <= depth; k += kChains) {
 #pragma GCC unroll 4

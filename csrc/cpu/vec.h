@@ -178,25 +178,22 @@ struct Constant {
 
 // ------------------------------------------------------------------------------------------------- functions
 
-// a where the first is smaller (larger), else b, so that a NaN in b stays. Left to the compiler this takes two instructions.
-template <class Raw>
-FUSEDRNN_INLINE Raw smaller(Raw a, Raw b) {
+// a if it is the smaller (larger) one, else b, so that a NaN in b stays. Left to the compiler this takes two instructions.
 #if defined(__AVX__) && FUSEDRNN_VECTOR_BYTES == 32
-  if constexpr (sizeof a[0] == sizeof(float)) return __builtin_ia32_minps256(a, b);
-  else return __builtin_ia32_minpd256(a, b);
+#define FUSEDRNN_CHOICE(name, op, of_float, of_double)                     \
+  template <class Raw>                                                     \
+  FUSEDRNN_INLINE Raw name(Raw a, Raw b) {                                 \
+    if constexpr (sizeof a[0] == sizeof(float)) return of_float(a, b);     \
+    else return of_double(a, b);                                           \
+  }
 #else
-  return a < b ? a : b;
+#define FUSEDRNN_CHOICE(name, op, of_float, of_double)                     \
+  template <class Raw>                                                     \
+  FUSEDRNN_INLINE Raw name(Raw a, Raw b) { return a op b ? a : b; }
 #endif
-}
-template <class Raw>
-FUSEDRNN_INLINE Raw larger(Raw a, Raw b) {
-#if defined(__AVX__) && FUSEDRNN_VECTOR_BYTES == 32
-  if constexpr (sizeof a[0] == sizeof(float)) return __builtin_ia32_maxps256(a, b);
-  else return __builtin_ia32_maxpd256(a, b);
-#else
-  return a > b ? a : b;
-#endif
-}
+FUSEDRNN_CHOICE(smaller, <, __builtin_ia32_minps256, __builtin_ia32_minpd256)
+FUSEDRNN_CHOICE(larger, >, __builtin_ia32_maxps256, __builtin_ia32_maxpd256)
+#undef FUSEDRNN_CHOICE
 
 // NaN passes through unclamped.
 template <class F>

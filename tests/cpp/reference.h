@@ -1,6 +1,7 @@
 // The recurrence of a layer, forward and backward, as plain loops over steps, rows and units in double: slow and obvious.
 // It takes the engine's own parameter structs, with every tensor in double, and calls the same cells.
 #pragma once
+#include <utility>
 #include <vector>
 
 #include "cells/cells.h"
@@ -22,6 +23,12 @@ inline int64_t at(const LayerParams& p, int64_t t, int64_t b, int64_t d, int64_t
   return ((p.steps.row_offset(t) + b) * p.D + d) * width;
 }
 
+// The same for rows `row` numbers apart, and `step` from step to step if padded.
+inline int64_t at(const LayerParams& p, int64_t t, int64_t b, std::pair<int64_t, int64_t> step_and_row) {
+  const auto [step, row] = step_and_row;
+  return p.steps.offsets ? (p.steps.row_offset(t) + b) * row : t * step + b * row;
+}
+
 // The step before t in direction d, if row b was there; else -1.
 inline int64_t step_before(const LayerParams& p, int64_t t, int64_t b, int64_t d) {
   const int64_t before = d ? t + 1 : t - 1;
@@ -41,9 +48,7 @@ void reference_forward(const ForwardParams& p) {
       for (int64_t s = 0; s < T; ++s) {
         const int64_t t = d ? T - 1 - s : s;
         if (b >= p.steps.rows(t)) continue;
-        const int64_t row = p.steps.row_offset(t) + b;
-        const double* gates_x =
-            in(p.gates_x[d]) + (p.steps.offsets ? row * p.gates_x_row[d] : t * p.gates_x_step[d] + b * p.gates_x_row[d]);
+        const double* gates_x = in(p.gates_x[d]) + at(p, t, b, {p.gates_x_step[d], p.gates_x_row[d]});
         std::vector<double> h_new(static_cast<size_t>(H));
         for (int64_t u = 0; u < H; ++u) {
           double pre[Cell::kPre] = {}, state[Cell::kStates], new_state[Cell::kStates], saved[slots(Cell::kSaved)] = {};
@@ -130,7 +135,6 @@ void reference_backward(const BackwardParams& p) {
 template <class Cell>
 void reference_grad_weights(const GradWeightsParams& p) {
   const int64_t H = p.H, P = p.P, I = p.I, B = p.steps.B;
-  const bool projected = p.weight_hr[0];
   auto clear = [](void* p, int64_t count) {
     for (int64_t i = 0; p && i < count; ++i) out(p)[i] = 0;
   };
@@ -139,7 +143,7 @@ void reference_grad_weights(const GradWeightsParams& p) {
     clear(p.grad_bias_ih[d], Cell::kGates * H), clear(p.grad_bias_hh[d], Cell::kGates * H), clear(p.grad_weight_hr[d], P * H);
     for (int64_t t = 0; t < p.steps.T; ++t)
       for (int64_t b = 0; b < p.steps.rows(t); ++b) {
-        const double* x = in(p.input) + (p.steps.offsets ? (p.steps.row_offset(t) + b) * p.input_row : t * p.input_step + b * p.input_row);
+        const double* x = in(p.input) + at(p, t, b, {p.input_step, p.input_row});
         const int64_t before = step_before(p, t, b, d);
         const double* h = before >= 0 ? in(p.output) + at(p, before, b, d, P) : p.hx ? in(p.hx) + (d * B + b) * P : nullptr;
         const double* grad_pre = in(p.grad_pre) + at(p, t, b, d, Cell::kPre * H);
@@ -147,15 +151,16 @@ void reference_grad_weights(const GradWeightsParams& p) {
           for (int64_t u = 0; u < H; ++u) {
             const double grad_x = grad_pre[Cell::x_pre(g) * H + u], grad_h = grad_pre[Cell::h_pre(g) * H + u];
             for (int64_t k = 0; k < I && p.grad_weight_ih[d]; ++k) out(p.grad_weight_ih[d])[(g * H + u) * I + k] += grad_x * x[k];
-            for (int64_t k = 0; k < P && p.grad_weight_hh[d] && h; ++k) out(p.grad_weight_hh[d])[(g * H + u) * P + k] += grad_h * h[k];
+            for (int64_t k = 0; k < P && p.grad_weight_hh[d] && h; ++k)
+              out(p.grad_weight_hh[d])[(g * H + u) * P + k] += grad_h * h[k];
             if (p.grad_bias_ih[d]) out(p.grad_bias_ih[d])[g * H + u] += grad_x;
             if (p.grad_bias_hh[d]) out(p.grad_bias_hh[d])[g * H + u] += grad_h;
           }
-        if (!projected || !p.grad_weight_hr[d]) continue;
+        if (!p.grad_weight_hr[d]) continue;
+        const double* grad = in(p.grad_proj) + at(p, t, b, d, P);
+        const double* unprojected = in(p.states) + at(p, t, b, d, Cell::kStates * H) + (Cell::kStates - 1) * H;
         for (int64_t u = 0; u < P; ++u)
-          for (int64_t k = 0; k < H; ++k)
-            out(p.grad_weight_hr[d])[u * H + k] +=
-                in(p.grad_proj)[at(p, t, b, d, P) + u] * in(p.states)[at(p, t, b, d, Cell::kStates * H) + (Cell::kStates - 1) * H + k];
+          for (int64_t k = 0; k < H; ++k) out(p.grad_weight_hr[d])[u * H + k] += grad[u] * unprojected[k];
       }
   }
 }
