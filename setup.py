@@ -29,9 +29,10 @@ MATH = "-fopenmp -fno-math-errno -fno-trapping-math -ffp-contract=fast"
 ISA_FLAGS = {  # a file of csrc/cpu whose name ends so is compiled with these besides, and no other file is
     "baseline": "", "avx2": "-mavx2 -mfma -mf16c",
     "avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mf16c -mprefer-vector-width=512"}
+SPILLS = "-Xptxas -v,-warn-spills,-warn-lmem-usage,-Werror"  # an error; what a kernel needs of a GPU is left beside its object
 # No OpenMP library at the link: its functions are found in the runtime that torch brings, so that there is only one.
 RULES = """rule compile
-  command = $compiler -MD -MF $out.d -c $in -o $out
+  command = $compiler -MD -MF $out.d -c $in -o $out > $out.txt 2>&1; code=$$?; grep -v "ptxas info\\|bytes stack" $out.txt; exit $$code
   depfile = $out.d
   deps = gcc
   description = $in
@@ -49,22 +50,21 @@ def isa_of(source):
 def sources(machine=os.uname().machine):
     """Paths from the root: (the operators' C++, their CUDA, the Python module's C++)."""
     cpp, cuda = (sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob(pattern))
-                 for pattern in ("csrc/cpu/*.cpp", "csrc/cuda/*.cu"))
+                 for pattern in ("csrc/cpu/*.cpp", "csrc/cuda/*.c*[!h]"))
     cpp = [source for source in cpp if machine.lower() in ("x86_64", "amd64") or isa_of(source) == "baseline"]
     return ["csrc/ops.cpp", *cpp], cuda, ["csrc/module.cpp", "csrc/cpu/capability.cpp"]
 
 
-def cuda_why_not(env, torch_cuda, nvcc, kernels):
-    """Why CUDA is not built, or "": given torch.version.cuda, nvcc's path or None, and the .cu files there are."""
+def cuda_why_not(env, torch_cuda, nvcc):
+    """Why CUDA is not built, or "": given torch.version.cuda, and nvcc's path or None."""
     wanted = env.get("FUSEDRNN_CUDA", "")
     if wanted not in ("", "0", "1"):
         sys.exit(f"fusedrnn: FUSEDRNN_CUDA must be 0, 1 or unset, got {wanted!r}")
     if wanted == "1" and not nvcc:
         sys.exit("fusedrnn: FUSEDRNN_CUDA=1 needs nvcc, found neither in CUDA_HOME/bin nor on PATH; FUSEDRNN_CUDA=0 "
                  "builds for the CPU alone")
-    reasons = {"FUSEDRNN_CUDA=0": wanted == "0", "this version has no CUDA kernels": not kernels,
-               "this torch has no CUDA": not (wanted or torch_cuda), "nvcc was not found": not nvcc}
-    return next((reason for reason, holds in reasons.items() if holds), "")
+    return ("FUSEDRNN_CUDA=0" if wanted == "0" else "this torch has no CUDA" if not (wanted or torch_cuda)
+            else "" if nvcc else "nvcc was not found")
 
 
 def gencode(archs):
@@ -111,7 +111,7 @@ class NinjaBuild(build_ext):
         env, torch_dir, (cpp, kernels, module) = os.environ, Path(torch.__file__).parent, sources()
         cxx, jobs = env.get("CXX") or "g++", env.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
         nvcc = shutil.which("nvcc", path=f"{env.get('CUDA_HOME', '')}/bin{os.pathsep}{env.get('PATH', '')}")
-        why_not = cuda_why_not(env, torch.version.cuda, nvcc, kernels)
+        why_not = cuda_why_not(env, torch.version.cuda, nvcc)
         archs = "" if why_not else env.get("TORCH_CUDA_ARCH_LIST") or "8.0;9.0+PTX"
         flags = f"-O3 -fPIC -fvisibility=hidden -Wall {env.get('CXXFLAGS', '')}".strip()
         record = {"version": self.distribution.get_version(), "compiler": compiler_name(cxx),
@@ -123,14 +123,14 @@ class NinjaBuild(build_ext):
         # Beside the sources and not in the folder that pip throws away: the next build compiles only what has changed.
         out = Path("build", sysconfig.get_config_var("SOABI"))
         out.mkdir(parents=True, exist_ok=True)
-        fcntl.flock(lock := open(out / "lock", "w"), fcntl.LOCK_EX)  # two builds at once would write the same objects
+        fcntl.flock(lock := open(out / "lock", "w"), fcntl.LOCK_EX)  # two builds would write the same objects
         header, text = out / "build_record.h", f'constexpr char kBuildRecord[] = R"json({json.dumps(record)})json";\n'
         if not header.exists() or header.read_text() != text:
             header.write_text(text)
         stable = f"-isystem {shlex.quote(f'{torch_dir}/include')} {STABLE_ABI}"
         python = shlex.join(f"-I{path}" for path in (out, sysconfig.get_path("include"), pybind11.get_include()))
         compilers = {source: f"{cxx} {flags} {stable} {MATH} {ISA_FLAGS[isa_of(source)]}" for source in cpp}
-        device = f"{nvcc} -ccbin {cxx} -O3 -Xcompiler -fPIC,-fvisibility=hidden {stable} {gencode(archs)}"
+        device = f"{nvcc} -ccbin {cxx} -O3 {SPILLS} -Xcompiler -fPIC,-fvisibility=hidden {stable} {gencode(archs)}"
         compilers |= dict.fromkeys(kernels if archs else [], device)
         (out / "build.ninja").write_text(
             f"builddir = {out}\n{RULES}"

@@ -1,22 +1,6 @@
-// The operators: their schemas, every check of an argument, and the allocation of results. No arithmetic.
-//
-// An operator computes the recurrence of one layer in all its directions, backward with the gradients of its weights. The product
-// of the input and weight_ih for all steps, and the gradient of the input, are ATen's (fusedrnn/autograd.py).
-//
-// Only LibTorch's stable ABI is used here, so that one build of this library serves every torch from 2.10 on.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
-#include <optional>
-#include <string>
-#include <tuple>
-#include <vector>
-
-#include "cells/cells.h"
+// The operators of the CPU, and the schemas of all devices.
 #include "cpu/engine.h"
-#include "params.h"
+#include "operators.h"
 
 namespace fusedrnn {
 
@@ -31,332 +15,52 @@ const CpuEngine& cpu_engine(Isa isa) {
 
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using MaybeTensor = std::optional<Tensor>;
-using Sizes = std::vector<int64_t>;
+class OnCpu {
+ public:
+  OnCpu(const Call& call, bool) : call_(call), engine_(cpu_engine(selected_isa())) {}
 
-struct CellTraits {
-  int id = -1, gates = 0, pre = 0, states = 0, saved = 0;
-};
+  void forward(const ForwardParams& p) const { run(p, engine_.forward_workspace, engine_.forward); }
 
-CellTraits find_cell(const char* op, const std::string& name) {
-  CellTraits traits;
-  std::string names;
-  for_each_cell([&](int id, auto cell) {
-    using Cell = decltype(cell);
-    if (name == Cell::kName) traits = {id, Cell::kGates, Cell::kPre, Cell::kStates, Cell::kSaved};
-    names += std::string(names.empty() ? "" : ", ") + Cell::kName;
-  });
-  STD_TORCH_CHECK(traits.id >= 0, op, ": cell must be one of ", names, ", got '", name, "'");
-  return traits;
-}
+  void backward(const BackwardParams& p, const Needs&) const { run(p, engine_.backward_workspace, engine_.backward); }
 
-std::string text(const Sizes& sizes) {
-  std::string out = "(";
-  for (size_t i = 0; i < sizes.size(); ++i) out += (i ? ", " : "") + std::to_string(sizes[i]);
-  return out + (sizes.size() == 1 ? ",)" : ")");
-}
-
-Sizes sizes_of(const Tensor& tensor) { return Sizes(tensor.sizes().begin(), tensor.sizes().end()); }
-
-Tensor allocate(const Tensor& like, const Sizes& sizes, ScalarType type) {
-  Sizes strides(sizes.size());
-  int64_t stride = 1;
-  for (size_t i = sizes.size(); i-- > 0;) {
-    strides[i] = stride;
-    stride *= sizes[i] > 1 ? sizes[i] : 1;
-  }
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      int64_t(sizes.size()), sizes.data(), strides.data(), torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
-      aoti_torch_device_type_cpu(), like.get_device_index(), &handle));
-  return Tensor(handle);
-}
-Tensor allocate(const Tensor& like, const Sizes& sizes) { return allocate(like, sizes, like.scalar_type()); }
-
-// Checks the arguments of one call against its first gate weight, and keeps what must outlive the engine's work.
-struct Call {
-  const char* op;
-  CellTraits cell;
-  Tensor first;                  // gives dtype and device to all others
-  int64_t D = 0, H = 0, P = 0, T = 0, B = 0, rows = 0;
-  bool projected = false, packed = false;
-  std::vector<Tensor> held;
-  std::vector<int64_t> offsets;
-
-  Call(const char* op, const std::string& cell_name, const std::vector<Tensor>& weight_hh,
-       const std::vector<Tensor>& weight_hr)
-      : op(op), cell(find_cell(op, cell_name)) {
-    D = int64_t(weight_hh.size());
-    STD_TORCH_CHECK(D == 1 || D == kMaxDirections, op, ": weight_hh must hold 1 or 2 tensors, one a direction, got ", D);
-    first = weight_hh[0];
-    const ScalarType type = first.scalar_type();
-    STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::BFloat16 ||
-                        type == ScalarType::Half,
-                    op, ": weight_hh must be float32, float64, bfloat16 or float16, got ", name_of(type));
-    STD_TORCH_CHECK(first.dim() == 2 && first.size(0) > 0 && first.size(0) % cell.gates == 0, op,
-                    ": weight_hh must be (G*H, P) with G = ", cell.gates, " gates, got ", text(sizes_of(first)));
-    H = first.size(0) / cell.gates;
-    P = first.size(1);
-    projected = !weight_hr.empty();
-    STD_TORCH_CHECK(!projected || cell.states > 1, op, ": only the lstm takes projections (weight_hr)");
-    STD_TORCH_CHECK(projected || P == H, op, ": weight_hh must be (G*H, H) = ", text({cell.gates * H, H}), ", got ",
-                    text(sizes_of(first)));
-    STD_TORCH_CHECK(!projected || int64_t(weight_hr.size()) == D, op, ": weight_hr must hold ", D, " tensors, got ",
-                    weight_hr.size());
-  }
-
-  static const char* name_of(ScalarType type) { return torch::headeronly::toString(type); }
-
-  Dtype dtype() const {
-    switch (first.scalar_type()) {
-      case ScalarType::Double:
-        return Dtype::kFloat64;
-      case ScalarType::BFloat16:
-        return Dtype::kBFloat16;
-      case ScalarType::Half:
-        return Dtype::kFloat16;
-      default:
-        return Dtype::kFloat32;
+  std::vector<Tensor> grad_weights(GradWeightsParams& p, const Needs& needs, const GradSources&) const {
+    const int64_t rows = call_.cell.gates * call_.H;
+    std::vector<Tensor> grads;
+    auto wanted = [&](bool need, const Sizes& sizes) {
+      grads.push_back(allocate(call_.first, need ? sizes : Sizes{0}));
+      return need ? grads.back().data_ptr() : nullptr;
+    };
+    for (int64_t d = 0; d < call_.D; ++d) {
+      p.grad_weight_ih[d] = wanted(needs.grad_weight_ih, {rows, p.I});
+      p.grad_weight_hh[d] = wanted(needs.grad_weight_hh, {rows, call_.P});
+      p.grad_bias_ih[d] = wanted(needs.grad_bias, {rows});
+      p.grad_bias_hh[d] = wanted(needs.grad_bias, {rows});
+      p.grad_weight_hr[d] = wanted(needs.grad_weight_hr, {call_.P, call_.H});
     }
+    if (needs.any_weight()) run(p, engine_.grad_weights_workspace, engine_.grad_weights);
+    return grads;
   }
-
-  void check_kind(const char* name, const Tensor& tensor) const {
-    STD_TORCH_CHECK(tensor.is_cpu(), op, ": ", name, " must be on the CPU like the others, got another device");
-    STD_TORCH_CHECK(tensor.scalar_type() == first.scalar_type(), op, ": ", name, " must be ",
-                    name_of(first.scalar_type()), " like weight_hh, got ", name_of(tensor.scalar_type()));
-  }
-
-  void check_sizes(const char* name, const Tensor& tensor, const Sizes& sizes) const {
-    STD_TORCH_CHECK(sizes_of(tensor) == sizes, op, ": ", name, " must be ", text(sizes), ", got ",
-                    text(sizes_of(tensor)));
-  }
-
-  // The data of a tensor of these sizes, made dense if it is not. Copies live as long as this object.
-  const void* data(const char* name, const Tensor& tensor, const Sizes& sizes) {
-    check_kind(name, tensor);
-    check_sizes(name, tensor, sizes);
-    held.push_back(tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor));
-    return held.back().data_ptr();
-  }
-  const void* data(const char* name, const MaybeTensor& tensor, const Sizes& sizes) {
-    return tensor ? data(name, *tensor, sizes) : nullptr;
-  }
-
-  // A sequence of rows that may lie anywhere if each is dense.
-  struct Rows {
-    const void* data;
-    int64_t step, row;  // elements from step to step (padded), from row to row
-  };
-  Rows rows_of(const char* name, const Tensor& tensor, int64_t features) {
-    check_kind(name, tensor);
-    check_sizes(name, tensor, sequence_sizes({features}));
-    const int64_t last = tensor.dim() - 1;
-    held.push_back(tensor.stride(last) == 1 || features == 1 ? tensor : torch::stable::contiguous(tensor));
-    return {held.back().data_ptr(), packed ? 0 : held.back().stride(0), held.back().stride(last - 1)};
-  }
-
-  // T, B and where rows lie: from batch_sizes, or from a padded sequence's first two sizes.
-  void set_steps(const char* name, const Tensor& sequence, const MaybeTensor& batch_sizes, const MaybeTensor& hx) {
-    packed = batch_sizes.has_value();
-    const int64_t dims = packed ? 2 : 3;
-    STD_TORCH_CHECK(sequence.dim() == dims, op, ": ", name, " must have ", dims, " dimensions ",
-                    packed ? "(rows, features) with batch_sizes" : "(T, B, features)", ", got ", text(sizes_of(sequence)));
-    if (!packed) {
-      T = sequence.size(0);
-      B = sequence.size(1);
-      rows = T * B;
-      STD_TORCH_CHECK(T > 0, op, ": expected sequence length to be larger than 0, got 0");
-      return;
-    }
-    rows = sequence.size(0);
-    STD_TORCH_CHECK(batch_sizes->is_cpu() && batch_sizes->scalar_type() == ScalarType::Long && batch_sizes->dim() == 1, op,
-                    ": batch_sizes must be a one-dimensional int64 tensor on the CPU");
-    held.push_back(torch::stable::contiguous(*batch_sizes));
-    T = batch_sizes->size(0);
-    STD_TORCH_CHECK(T > 0, op, ": expected sequence length to be larger than 0, got no batch_sizes");
-    const int64_t* sizes = held.back().const_data_ptr<int64_t>();
-    int64_t sum = 0;
-    for (int64_t t = 0; t < T; ++t) {
-      STD_TORCH_CHECK(sizes[t] > 0 && (t == 0 || sizes[t] <= sizes[t - 1]), op,
-                      ": batch_sizes must be positive and never increase, got ", sizes[t], " at step ", t);
-      STD_TORCH_CHECK(sizes[t] <= rows - sum, op, ": batch_sizes must add up to the ", rows, " rows of ", name,
-                      ", got more by step ", t);
-      offsets.push_back(sum);
-      sum += sizes[t];
-    }
-    STD_TORCH_CHECK(sum == rows, op, ": batch_sizes must add up to the ", rows, " rows of ", name, ", got ", sum);
-    B = sizes[0];
-    batch_sizes_ = sizes;
-    STD_TORCH_CHECK(!hx || (hx->dim() == 3 && hx->size(1) == B), op, ": hx must be ", text({D, B, P}), ", got ",
-                    hx ? text(sizes_of(*hx)) : "");
-  }
-
-  void fill(LayerParams& p, const std::vector<Tensor>& weight_hh, const std::vector<Tensor>& weight_hr,
-            const MaybeTensor& hx, const MaybeTensor& cx) {
-    held.reserve(16);
-    p.cell = cell.id;
-    p.dtype = dtype();
-    p.steps = {T, B, packed ? batch_sizes_ : nullptr, packed ? offsets.data() : nullptr};
-    p.H = H;
-    p.P = P;
-    p.D = D;
-    p.threads = int(torch::stable::get_num_threads());
-    for (int64_t d = 0; d < D; ++d) {
-      p.weight_hh[d] = data("weight_hh", weight_hh[d], {cell.gates * H, P});
-      p.weight_hr[d] = projected ? data("weight_hr", weight_hr[d], {P, H}) : nullptr;
-    }
-    p.hx = data("hx", hx, {D, B, P});
-    STD_TORCH_CHECK(!cx || cell.states > 1, op, ": cx is for the lstm alone");
-    p.cx = data("cx", cx, {D, B, H});
-  }
-
-  Sizes sequence_sizes(const Sizes& last) const {
-    Sizes sizes = packed ? Sizes{rows} : Sizes{T, B};
-    sizes.insert(sizes.end(), last.begin(), last.end());
-    return sizes;
-  }
-  int64_t extra_states() const { return cell.states - 1 + projected; }
 
  private:
-  const int64_t* batch_sizes_ = nullptr;
+  const Call& call_;
+  const CpuEngine& engine_;
+
+  template <class Params>
+  void run(const Params& p, int64_t (*workspace_of)(const Params&), void (*engine)(const Params&, void*)) const {
+    const Tensor workspace = allocate(call_.first, {workspace_of(p)}, ScalarType::Byte);
+    engine(p, workspace.data_ptr());
+  }
 };
-
-template <class Params>
-void run(const Tensor& like, const Params& p, int64_t (*workspace_of)(const Params&), void (*engine)(const Params&, void*)) {
-  const Tensor workspace = allocate(like, {workspace_of(p)}, ScalarType::Byte);
-  engine(p, workspace.data_ptr());
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> recurrence_forward(
-    std::string cell, std::vector<Tensor> gates_x, std::vector<Tensor> weight_hh, std::vector<Tensor> bias_hh,
-    std::vector<Tensor> weight_hr, MaybeTensor hx, MaybeTensor cx, MaybeTensor batch_sizes, bool save) {
-  Call call("fusedrnn::recurrence_forward", cell, weight_hh, weight_hr);
-  const int64_t D = call.D, H = call.H, P = call.P, G = call.cell.gates;
-  STD_TORCH_CHECK(int64_t(gates_x.size()) == D, call.op, ": gates_x must hold ", D, " tensors, got ", gates_x.size());
-  STD_TORCH_CHECK(bias_hh.empty() || int64_t(bias_hh.size()) == D, call.op, ": bias_hh must hold ", D,
-                  " tensors or none, got ", bias_hh.size());
-  call.set_steps("gates_x", gates_x[0], batch_sizes, hx);
-
-  ForwardParams p{};
-  call.fill(p, weight_hh, weight_hr, hx, cx);
-  for (int64_t d = 0; d < D; ++d) {
-    const Call::Rows rows = call.rows_of("gates_x", gates_x[d], G * H);
-    p.gates_x[d] = rows.data;
-    p.gates_x_step[d] = rows.step;
-    p.gates_x_row[d] = rows.row;
-    p.bias_hh[d] = bias_hh.empty() ? nullptr : call.data("bias_hh", bias_hh[d], {G * H});
-  }
-
-  const Tensor& like = call.first;
-  Tensor output = allocate(like, call.sequence_sizes({D * P})), hy = allocate(like, {D, call.B, P});
-  Tensor cy = allocate(like, call.cell.states > 1 ? Sizes{D, call.B, H} : Sizes{0});
-  Tensor saved = allocate(like, save ? call.sequence_sizes({D, call.cell.saved, H}) : Sizes{0});
-  Tensor states = allocate(like, save ? call.sequence_sizes({D, call.extra_states(), H}) : Sizes{0});
-  if (call.rows > 0) {
-    p.output = output.data_ptr();
-    p.hy = hy.data_ptr();
-    p.cy = cy.data_ptr();
-    p.save = save;
-    p.saved = saved.data_ptr();
-    p.states = states.data_ptr();
-    const CpuEngine& engine = cpu_engine(selected_isa());
-    run(like, p, engine.forward_workspace, engine.forward);
-  }
-  return {output, hy, cy, saved, states};
-}
-
-std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> recurrence_backward(
-    std::string cell, MaybeTensor input, std::vector<Tensor> weight_hh, std::vector<Tensor> weight_hr, MaybeTensor hx,
-    MaybeTensor cx, Tensor output, Tensor saved, Tensor states, MaybeTensor batch_sizes, MaybeTensor grad_output,
-    MaybeTensor grad_hy, MaybeTensor grad_cy, bool need_grad_hx, bool need_grad_cx, bool need_grad_weight_ih,
-    bool need_grad_weight_hh, bool need_grad_bias, bool need_grad_weight_hr) {
-  Call call("fusedrnn::recurrence_backward", cell, weight_hh, weight_hr);
-  const int64_t D = call.D, H = call.H, P = call.P, G = call.cell.gates;
-  call.set_steps("output", output, batch_sizes, hx);
-  STD_TORCH_CHECK(call.cell.states > 1 || (!grad_cy && !need_grad_cx), call.op,
-                  ": grad_cy and need_grad_cx are for the lstm alone");
-  STD_TORCH_CHECK(call.projected || !need_grad_weight_hr, call.op, ": need_grad_weight_hr is for projections alone");
-  STD_TORCH_CHECK(input || !need_grad_weight_ih, call.op, ": need_grad_weight_ih needs the input");
-
-  GradWeightsParams w{};
-  call.fill(w, weight_hh, weight_hr, hx, cx);
-  if (need_grad_weight_ih) {
-    const int64_t dims = call.packed ? 2 : 3;
-    STD_TORCH_CHECK(input->dim() == dims, call.op, ": input must have ", dims, " dimensions like output, got ",
-                    text(sizes_of(*input)));
-    w.I = input->size(dims - 1);
-    const Call::Rows rows = call.rows_of("input", *input, w.I);
-    w.input = rows.data;
-    w.input_step = rows.step;
-    w.input_row = rows.row;
-  }
-  w.output = call.data("output", output, call.sequence_sizes({D * P}));
-  w.states = call.data("states", states, call.sequence_sizes({D, call.extra_states(), H}));
-
-  const Tensor& like = call.first;
-  const CpuEngine& engine = cpu_engine(selected_isa());
-  Tensor grad_pre = allocate(like, call.sequence_sizes({D, call.cell.pre, H}));
-  Tensor grad_hx = allocate(like, need_grad_hx ? Sizes{D, call.B, P} : Sizes{0});
-  Tensor grad_cx = allocate(like, need_grad_cx ? Sizes{D, call.B, H} : Sizes{0});
-  Tensor grad_proj = allocate(like, call.projected ? call.sequence_sizes({D, P}) : Sizes{0});
-  {  // what this holds is let go before there is more to hold
-    const size_t held = call.held.size();
-    BackwardParams p{};
-    static_cast<LayerParams&>(p) = w;
-    p.output = w.output;
-    p.states = w.states;
-    p.saved = call.data("saved", saved, call.sequence_sizes({D, call.cell.saved, H}));
-    p.grad_output = call.data("grad_output", grad_output, call.sequence_sizes({D * P}));
-    p.grad_hy = call.data("grad_hy", grad_hy, {D, call.B, P});
-    p.grad_cy = call.data("grad_cy", grad_cy, {D, call.B, H});
-    p.grad_pre = grad_pre.data_ptr();
-    p.grad_hx = need_grad_hx ? grad_hx.data_ptr() : nullptr;
-    p.grad_cx = need_grad_cx ? grad_cx.data_ptr() : nullptr;
-    p.grad_proj = call.projected ? grad_proj.data_ptr() : nullptr;
-    if (call.rows > 0) run(like, p, engine.backward_workspace, engine.backward);
-    call.held.erase(call.held.begin() + int64_t(held), call.held.end());
-  }
-
-  std::vector<Tensor> grad_weights;
-  auto wanted = [&](bool need, const Sizes& sizes) {
-    grad_weights.push_back(allocate(like, need ? sizes : Sizes{0}));
-    return need ? grad_weights.back().data_ptr() : nullptr;
-  };
-  for (int64_t d = 0; d < D; ++d) {
-    w.grad_weight_ih[d] = wanted(need_grad_weight_ih, {G * H, w.I});
-    w.grad_weight_hh[d] = wanted(need_grad_weight_hh, {G * H, P});
-    w.grad_bias_ih[d] = wanted(need_grad_bias, {G * H});
-    w.grad_bias_hh[d] = wanted(need_grad_bias, {G * H});
-    w.grad_weight_hr[d] = wanted(need_grad_weight_hr, {P, H});
-  }
-  w.grad_pre = grad_pre.data_ptr();
-  w.grad_proj = grad_proj.data_ptr();
-  if (need_grad_weight_ih || need_grad_weight_hh || need_grad_bias || need_grad_weight_hr)
-    run(like, w, engine.grad_weights_workspace, engine.grad_weights);
-  return {grad_pre, grad_hx, grad_cx, grad_weights};
-}
 
 }  // namespace
 }  // namespace fusedrnn
 
-// hx and cx: null for zeros. batch_sizes: null for padded sequences. The results of recurrence_forward behind cy are for
-// recurrence_backward alone and empty unless `save`; cy is empty for cells with one state. grad_weights holds, for each direction,
-// the gradients of weight_ih, weight_hh, bias_ih, bias_hh and weight_hr. What is not needed is empty.
 STABLE_TORCH_LIBRARY(fusedrnn, m) {
-  m.def(
-      "recurrence_forward(str cell, Tensor[] gates_x, Tensor[] weight_hh, Tensor[] bias_hh, Tensor[] weight_hr, Tensor? hx, "
-      "Tensor? cx, Tensor? batch_sizes, bool save) -> (Tensor output, Tensor hy, Tensor cy, Tensor saved, Tensor states)");
-  m.def(
-      "recurrence_backward(str cell, Tensor? input, Tensor[] weight_hh, Tensor[] weight_hr, Tensor? hx, Tensor? cx, "
-      "Tensor output, Tensor saved, Tensor states, Tensor? batch_sizes, Tensor? grad_output, Tensor? grad_hy, "
-      "Tensor? grad_cy, bool need_grad_hx, bool need_grad_cx, bool need_grad_weight_ih, bool need_grad_weight_hh, "
-      "bool need_grad_bias, bool need_grad_weight_hr) -> "
-      "(Tensor grad_pre, Tensor grad_hx, Tensor grad_cx, Tensor[] grad_weights)");
+  m.def(fusedrnn::kForwardSchema);
+  m.def(fusedrnn::kBackwardSchema);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fusedrnn, CPU, m) {
-  m.impl("recurrence_forward", TORCH_BOX(&fusedrnn::recurrence_forward));
-  m.impl("recurrence_backward", TORCH_BOX(&fusedrnn::recurrence_backward));
+  m.impl("recurrence_forward", TORCH_BOX(&fusedrnn::recurrence_forward<fusedrnn::OnCpu>));
+  m.impl("recurrence_backward", TORCH_BOX(&fusedrnn::recurrence_backward<fusedrnn::OnCpu>));
 }

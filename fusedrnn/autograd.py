@@ -60,7 +60,13 @@ def _forward(cell, batch_sizes, batch_first, input, hx, cx, weights, save):
         weight_hh.append(w_hh)
         if w_hr is not None:
             weight_hr.append(w_hr)
-    return recurrence_forward(cell, gates_x, weight_hh, bias_hh, weight_hr, hx, cx, batch_sizes, save)
+    return recurrence_forward(cell, gates_x, weight_hh, bias_hh, weight_hr, hx, cx, batch_sizes, save,
+                              _allows_tf32(input))
+
+
+def _allows_tf32(input):
+    """Whether torch lets cuDNN's recurrent layers round float32 numbers to TF32 before they are multiplied."""
+    return input.is_cuda and torch.backends.cudnn.rnn.fp32_precision == "tf32"
 
 
 def _groups(tensors):
@@ -148,6 +154,7 @@ def _backward(cell, batch_sizes, batch_first, input, hx, cx, weights, output, sa
     grad_pre, grad_hx, grad_cx, grad_weights = recurrence_backward(
         cell, steps_first, weight_hh, weight_hr, hx, cx, output, saved, states, batch_sizes, *grads, wanted[1], wanted[2],
         want_ih and not library_ih, want_hh and not library_hh, want_b_ih or want_b_hh, want_hr,
+        _allows_tf32(input),
     )
     for d in range(len(weights)):
         if library_ih and wanted[3 + 5 * d]:

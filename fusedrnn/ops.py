@@ -12,11 +12,11 @@ from . import _C
 #: For each cell: gates, pre (pre-activations per unit), states, saved, and the maps x_pre and h_pre from gate to pre-activation.
 TRAITS = _C.cell_traits()
 
-#: (cell, gates_x, weight_hh, bias_hh, weight_hr, hx, cx, batch_sizes, save) -> (output, hy, cy, saved, states)
+#: (cell, gates_x, weight_hh, bias_hh, weight_hr, hx, cx, batch_sizes, save, allow_tf32) -> (output, hy, cy, saved, states)
 recurrence_forward = torch.ops.fusedrnn.recurrence_forward.default
 
 #: (cell, input, weight_hh, weight_hr, hx, cx, output, saved, states, batch_sizes, grad_output, grad_hy, grad_cy,
-#: need_grad_hx, need_grad_cx, need_grad_weight_ih, need_grad_weight_hh, need_grad_bias, need_grad_weight_hr)
+#: need_grad_hx, need_grad_cx, need_grad_weight_ih, need_grad_weight_hh, need_grad_bias, need_grad_weight_hr, allow_tf32)
 #: -> (grad_pre, grad_hx, grad_cx, grad_weights). grad_weights: for each direction the gradients of weight_ih, weight_hh, bias_ih,
 #: bias_hh and weight_hr. What is not needed is empty.
 recurrence_backward = torch.ops.fusedrnn.recurrence_backward.default
@@ -29,7 +29,7 @@ def _batch_size(sequence, hx, batch_sizes):
 
 
 @torch.library.register_fake("fusedrnn::recurrence_forward")
-def _(cell, gates_x, weight_hh, bias_hh, weight_hr, hx, cx, batch_sizes, save):
+def _(cell, gates_x, weight_hh, bias_hh, weight_hr, hx, cx, batch_sizes, save, allow_tf32):
     traits, directions, like = TRAITS[cell], len(weight_hh), weight_hh[0]
     hidden, width = like.shape[0] // traits["gates"], like.shape[1]
     rows, batch = gates_x[0].shape[:-1], _batch_size(gates_x[0], hx, batch_sizes)
@@ -45,7 +45,7 @@ def _(cell, gates_x, weight_hh, bias_hh, weight_hr, hx, cx, batch_sizes, save):
 
 @torch.library.register_fake("fusedrnn::recurrence_backward")
 def _(cell, input, weight_hh, weight_hr, hx, cx, output, saved, states, batch_sizes, grad_output, grad_hy, grad_cy, need_grad_hx,
-      need_grad_cx, need_grad_weight_ih, need_grad_weight_hh, need_grad_bias, need_grad_weight_hr):
+      need_grad_cx, need_grad_weight_ih, need_grad_weight_hh, need_grad_bias, need_grad_weight_hr, allow_tf32):
     traits, directions, like = TRAITS[cell], len(weight_hh), weight_hh[0]
     hidden, width = like.shape[0] // traits["gates"], like.shape[1]
     rows, batch = output.shape[:-1], _batch_size(output, hx, batch_sizes)

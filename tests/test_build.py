@@ -69,24 +69,23 @@ def test_arch_list_refused(setup_py, archs):
     assert f"8.0, 9.0a or 9.0+PTX, got '{archs}'" in refusal(setup_py.gencode, archs)
 
 
-@pytest.mark.parametrize(("wanted", "torch_cuda", "nvcc", "kernels", "why_not"), [
-    ("", "13.0", "/bin/nvcc", ["a.cu"], ""),
-    ("1", None, "/bin/nvcc", ["a.cu"], ""),
-    ("", None, "/bin/nvcc", ["a.cu"], "this torch has no CUDA"),
-    ("", "13.0", None, ["a.cu"], "nvcc was not found"),
-    ("0", "13.0", "/bin/nvcc", ["a.cu"], "FUSEDRNN_CUDA=0"),
-    ("1", "13.0", "/bin/nvcc", [], "this version has no CUDA kernels"),
+@pytest.mark.parametrize(("wanted", "torch_cuda", "nvcc", "why_not"), [
+    ("", "13.0", "/bin/nvcc", ""),
+    ("1", None, "/bin/nvcc", ""),
+    ("", None, "/bin/nvcc", "this torch has no CUDA"),
+    ("", "13.0", None, "nvcc was not found"),
+    ("0", "13.0", "/bin/nvcc", "FUSEDRNN_CUDA=0"),
 ])  # fmt: skip
-def test_whether_cuda_is_built(setup_py, wanted, torch_cuda, nvcc, kernels, why_not):
+def test_whether_cuda_is_built(setup_py, wanted, torch_cuda, nvcc, why_not):
     env = {"FUSEDRNN_CUDA": wanted} if wanted else {}
-    assert setup_py.cuda_why_not(env, torch_cuda, nvcc, kernels) == why_not
+    assert setup_py.cuda_why_not(env, torch_cuda, nvcc) == why_not
 
 
 def test_cuda_asked_for_without_nvcc(setup_py):
-    message = refusal(setup_py.cuda_why_not, {"FUSEDRNN_CUDA": "1"}, "13.0", None, ["a.cu"])
+    message = refusal(setup_py.cuda_why_not, {"FUSEDRNN_CUDA": "1"}, "13.0", None)
     assert "FUSEDRNN_CUDA=1 needs nvcc" in message and "FUSEDRNN_CUDA=0" in message
     assert "must be 0, 1 or unset, got 'yes'" in refusal(
-        setup_py.cuda_why_not, {"FUSEDRNN_CUDA": "yes"}, None, None, [])  # fmt: skip
+        setup_py.cuda_why_not, {"FUSEDRNN_CUDA": "yes"}, None, None)  # fmt: skip
 
 
 def test_only_x86_gets_x86_engines(setup_py):
@@ -120,14 +119,14 @@ def test_record():
     record = _C.build_record()
     assert record["version"] == fusedrnn.__version__
     assert set(_C.cpu_isas()) <= set(record["isas"]) <= set(ISAS)
-    assert not record["cuda"] and record["cuda_why_not"]
+    assert record["cuda"] == (record["cuda_why_not"] == "")
     assert "TORCH_TARGET_VERSION=0x020a000000000000" in record["flags"]
 
 
 def test_info():
     facts = info.facts()
     assert facts["instruction set"] == _C.cpu_isa() and facts["cells"] == "rnn_tanh, rnn_relu, lstm, gru"
-    assert facts["built CUDA"].startswith("no: ")
+    assert facts["built CUDA"] == (_C.build_record()["cuda_archs"] or f"no: {_C.build_record()['cuda_why_not']}")
 
 
 def test_instruction_set_is_forced(monkeypatch):

@@ -25,6 +25,7 @@ setup = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(setup)
 
 ISAS = list(setup.ISA_FLAGS) if platform.machine() in ("x86_64", "AMD64") else ["baseline"]
+SHARED = ["arena.h", "params.h"]  # what the engine needs beside its folder and the cells
 DTYPES = {"f32": "kFloat32", "f64": "kFloat64", "bf16": "kBFloat16", "f16": "kFloat16"}
 WARN = "-Wall -Wextra -Wno-psabi -Wno-unknown-pragmas"
 UNDEFINED = "-g1 -O1 -fsanitize=address,undefined -fno-sanitize-recover=all"
@@ -85,7 +86,8 @@ class Workshop:
         tree = self.trees[name] = self.folder / name
         for part in ("cells", "cpu"):
             shutil.copytree(CSRC / part, tree / part)
-        shutil.copy(CSRC / "params.h", tree)
+        for header in SHARED:
+            shutil.copy(CSRC / header, tree)
         return tree
 
     def compile(self, name, source, flags, tree="csrc"):
@@ -95,7 +97,7 @@ class Workshop:
     def _compile(self, name, source, flags, tree):
         ours = (CPP / source).exists()
         digest = hashlib.sha256(f"{source} {flags} {setup.compiler_name('g++')}".encode())
-        files = [path for part in ("cells", "cpu") for path in (tree / part).iterdir()] + [tree / "params.h"]
+        files = [path for part in ("cells", "cpu") for path in (tree / part).iterdir()] + [tree / header for header in SHARED]
         for path in sorted(files) + (sorted(CPP.iterdir()) if ours else []):
             digest.update(path.name.encode() + path.read_bytes())
         out = self.store / f"{name}-{digest.hexdigest()[:16]}.o"

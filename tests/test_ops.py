@@ -48,6 +48,7 @@ def forward_arguments(cell, T=3, B=2, H=5, P=None, D=1, batch_sizes=None, states
         cx=make(D, B, H) if states and cell == "lstm" else None,
         batch_sizes=None if batch_sizes is None else torch.tensor(batch_sizes),
         save=save,
+        allow_tf32=False,
     )
 
 
@@ -73,6 +74,7 @@ def backward_arguments(cell, **options):
         need_grad_weight_hh=True,
         need_grad_bias=True,
         need_grad_weight_hr=bool(given["weight_hr"]),
+        allow_tf32=False,
     )
 
 
@@ -92,14 +94,14 @@ def flat(results):
 def test_schemas():
     assert str(forward.default._schema) == (
         "fusedrnn::recurrence_forward(str cell, Tensor[] gates_x, Tensor[] weight_hh, Tensor[] bias_hh, "
-        "Tensor[] weight_hr, Tensor? hx, Tensor? cx, Tensor? batch_sizes, bool save) -> "
+        "Tensor[] weight_hr, Tensor? hx, Tensor? cx, Tensor? batch_sizes, bool save, bool allow_tf32) -> "
         "(Tensor output, Tensor hy, Tensor cy, Tensor saved, Tensor states)"
     )
     assert str(backward.default._schema) == (
         "fusedrnn::recurrence_backward(str cell, Tensor? input, Tensor[] weight_hh, Tensor[] weight_hr, Tensor? hx, Tensor? cx, "
         "Tensor output, Tensor saved, Tensor states, Tensor? batch_sizes, Tensor? grad_output, Tensor? grad_hy, "
         "Tensor? grad_cy, bool need_grad_hx, bool need_grad_cx, bool need_grad_weight_ih, bool need_grad_weight_hh, "
-        "bool need_grad_bias, bool need_grad_weight_hr) -> "
+        "bool need_grad_bias, bool need_grad_weight_hr, bool allow_tf32) -> "
         "(Tensor grad_pre, Tensor grad_hx, Tensor grad_cx, Tensor[] grad_weights)"
     )
     for op in (forward, backward):
@@ -437,7 +439,7 @@ def test_operators_do_not_depend_on_the_number_of_threads(cell, layout, size, is
         grads = backward(
             cell, input, given["weight_hh"], given["weight_hr"], given["hx"], given["cx"], output, saved, states,
             given["batch_sizes"], torch.ones_like(output), None, None, True, cell == "lstm", True, True, True,
-            bool(given["weight_hr"]),
+            bool(given["weight_hr"]), False,
         )  # fmt: skip
         results.append([*outputs, *flat(grads)])
     for other in results[1:]:

@@ -25,7 +25,7 @@
 namespace fusedrnn {
 
 // C++ has no arrays of length zero: a cell that saves nothing is handed one unused slot.
-constexpr int slots(int count) { return count > 0 ? count : 1; }
+FUSEDRNN_CELL constexpr int slots(int count) { return count > 0 ? count : 1; }
 
 // The scalar forms. exp overflows to infinity and 1 / infinity is 0, so both ends saturate without a NaN.
 FUSEDRNN_CELL float sigmoid(float x) { return 1.0f / (1.0f + ::expf(-x)); }

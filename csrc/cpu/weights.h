@@ -1,6 +1,7 @@
 // A weight matrix as the steps of a sequence want it: cut in blocks of columns of the product, packed into panels where
 // that pays, and multiplied block by block.
 #pragma once
+#include "../arena.h"
 #include "product.h"
 #include "team.h"
 
@@ -8,18 +9,6 @@ namespace fusedrnn {
 namespace FUSEDRNN_ISA {
 
 FUSEDRNN_INLINE int64_t blocks_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
-
-// Hands out pieces of one buffer. Over a null buffer it only counts, so one layout function serves to size and to use it.
-struct Arena {
-  char* base;
-  int64_t used = 0;
-  template <class T>
-  T* take(int64_t count) {
-    char* piece = base ? base + used : nullptr;
-    used += blocks_of(count * int64_t(sizeof(T)), kCacheLine) * kCacheLine;
-    return reinterpret_cast<T*>(piece);
-  }
-};
 
 // Rows of a state are this far apart: whole vectors, and never a power of two, which would put all rows into the same
 // few sets of the first-level cache.

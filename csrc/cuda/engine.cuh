@@ -1,0 +1,52 @@
+// The body of each cuda/<cell>.cu: picks the passes for the formats of a call.
+#pragma once
+#include "../cells/cells.h"
+#include "step_backward.cuh"
+#include "step_forward.cuh"
+
+namespace fusedrnn {
+
+// Calls fn(A{}) with the arithmetic of a call.
+template <class Fn>
+void with_arithmetic(const LayerParams& p, const CudaContext& context, const Fn& fn) {
+  switch (p.dtype) {
+    case Dtype::kFloat32:
+      return context.tf32 ? fn(Tf32{}) : fn(Float32{});
+    case Dtype::kFloat64:
+      return fn(Float64{});
+    case Dtype::kBFloat16:
+      return fn(BFloat16{});
+    case Dtype::kFloat16:
+      return fn(Float16{});
+  }
+}
+
+template <class Cell, template <class, class> class Pass, class Params>
+int64_t cuda_workspace(const Params& p, const CudaContext& context) {
+  int64_t bytes = 0;
+  with_arithmetic(p, context, [&](auto arithmetic) {
+    Arena arena{nullptr};
+    Pass<Cell, decltype(arithmetic)>(p, context, arena);
+    bytes = arena.used;
+  });
+  return bytes;
+}
+
+template <class Cell, template <class, class> class Pass, class Params>
+void run_cuda(const Params& p, const CudaContext& context, void* workspace) {
+  with_arithmetic(p, context, [&](auto arithmetic) {
+    Arena arena{static_cast<char*>(workspace)};
+    Pass<Cell, decltype(arithmetic)>(p, context, arena).run();
+  });
+  end_of_launches();
+}
+
+template <class Cell>
+const CudaEngine& cuda_engine() {
+  static const CudaEngine engine = {cuda_workspace<Cell, ForwardPass, ForwardParams>, run_cuda<Cell, ForwardPass, ForwardParams>,
+                                    cuda_workspace<Cell, BackwardPass, CudaBackwardParams>,
+                                    run_cuda<Cell, BackwardPass, CudaBackwardParams>};
+  return engine;
+}
+
+}  // namespace fusedrnn

@@ -1,0 +1,123 @@
+// One call of an operator on the CUDA kernels: the recurrence is theirs, and the gradients of weights and biases, which are products
+// and sums over all rows of the sequence at once, are ATen's, by what torch itself uses and is set to.
+//
+// A Runtime says where the kernels run:
+//   Guard(device)                   while it lives, the device is the current one
+//   context(device, allow_tf32)     of a call on its current stream
+#pragma once
+#include "engine.h"
+#include "../operators.h"
+
+namespace fusedrnn {
+
+template <class Runtime>
+class OnCuda {
+ public:
+  OnCuda(const Call& call, bool allow_tf32)
+      : call_(call), guard_(call.first.get_device_index()),
+        context_(Runtime::context(call.first.get_device_index(), allow_tf32)) {
+    for_each_cell([&](int id, auto cell) {
+      if (id != call.cell.id) return;
+      using Cell = decltype(cell);
+      engine_ = &cuda_engine<Cell>();
+      for (int gate = 0; gate < Cell::kGates; ++gate) h_pre_.push_back(Cell::h_pre(gate));
+    });
+  }
+
+  void forward(const ForwardParams& p) const { run(p, engine_->forward_workspace, engine_->forward); }
+
+  void backward(const BackwardParams& params, const Needs& needs) {
+    CudaBackwardParams p{};
+    static_cast<BackwardParams&>(p) = params;
+    if (needs.grad_weight_hh) {
+      hidden_before_ = allocate(call_.first, {call_.rows, call_.D, call_.P});
+      p.hidden_before = hidden_before_->data_ptr();
+    }
+    run(p, engine_->backward_workspace, engine_->backward);
+  }
+
+  std::vector<Tensor> grad_weights(const GradWeightsParams& p, const Needs& needs, const GradSources& from) const {
+    using namespace torch::stable;
+    const int64_t rows = call_.rows, D = call_.D, H = call_.H, P = call_.P, extra = call_.extra_states();
+    const Tensor nothing = allocate(call_.first, {0});
+    std::vector<Tensor> grads;
+    for (int64_t d = 0; d < D; ++d) {
+      const Tensor pre = columns(from.grad_pre, rows, d * call_.cell.pre * H, call_.cell.pre * H);
+      const Tensor gates_x = part(pre, 1, 0, call_.cell.gates * H);  // x_pre is the identity
+      grads.push_back(needs.grad_weight_ih ? product(gates_x, reshape(*from.input, {rows, p.I})) : nothing);
+      grads.push_back(needs.grad_weight_hh && rows > 0 ? of_h_halves(pre, 1, [&](const Tensor& gates) {
+        return product(gates, columns(*hidden_before_, rows, d * P, P));
+      }) : needs.grad_weight_hh ? zeros({call_.cell.gates * H, P}) : nothing);
+      if (needs.grad_bias) {
+        const Tensor total = sum_of_rows(pre);
+        grads.push_back(clone(part(total, 0, 0, call_.cell.gates * H)));
+        grads.push_back(of_h_halves(total, 0, [](const Tensor& gates) { return clone(gates); }));
+      } else {
+        grads.insert(grads.end(), {nothing, nothing});
+      }
+      if (needs.grad_weight_hr)
+        grads.push_back(product(columns(from.grad_proj, rows, d * P, P),
+                                columns(from.states, rows, (d * extra + extra - 1) * H, H)));
+      else
+        grads.push_back(nothing);
+    }
+    return grads;
+  }
+
+ private:
+  const Call& call_;
+  typename Runtime::Guard guard_;
+  const CudaContext context_;
+  const CudaEngine* engine_ = nullptr;
+  std::vector<int> h_pre_;
+  MaybeTensor hidden_before_;  // (rows, D, P)
+
+  template <class Params>
+  void run(const Params& p, int64_t (*workspace_of)(const Params&, const CudaContext&),
+           void (*engine)(const Params&, const CudaContext&, void*)) const {
+    const Tensor workspace = allocate(call_.first, {workspace_of(p, context_)}, ScalarType::Byte);
+    engine(p, context_, workspace.data_ptr());
+  }
+
+  static Tensor part(Tensor tensor, int64_t dim, int64_t begin, int64_t count) {
+    return torch::stable::narrow(tensor, dim, begin, count);
+  }
+  // Some columns of a dense tensor seen as a matrix of so many rows.
+  static Tensor columns(const Tensor& tensor, int64_t rows, int64_t begin, int64_t count) {
+    const int64_t width = rows > 0 ? tensor.numel() / rows : begin + count;
+    return part(torch::stable::view(tensor, {rows, width}), 1, begin, count);
+  }
+  Tensor zeros(const Sizes& sizes) const {
+    Tensor tensor = allocate(call_.first, sizes);
+    return torch::stable::zero_(tensor);
+  }
+  // a^T b.
+  static Tensor product(const Tensor& a, const Tensor& b) { return torch::stable::matmul(torch::stable::transpose(a, 0, 1), b); }
+  static Tensor sum_of_rows(const Tensor& tensor) {
+    const int64_t dim = 0;
+    return torch::stable::sum(tensor, torch::headeronly::IntHeaderOnlyArrayRef(&dim, 1));
+  }
+
+  // fn of the gates' recurrent halves, which are a part of the pre-activations in dimension `dim`, gate below gate. Halves that lie
+  // side by side are taken at once: for all cells but the GRU these are all.
+  template <class Fn>
+  Tensor of_h_halves(const Tensor& pre, int64_t dim, const Fn& fn) const {
+    const int64_t H = call_.H, gates = int64_t(h_pre_.size());
+    MaybeTensor all;
+    for (int64_t gate = 0, count = 0; gate < gates; gate += count) {
+      for (count = 1; gate + count < gates && h_pre_[size_t(gate + count)] == h_pre_[size_t(gate)] + count;) ++count;
+      const Tensor found = fn(part(pre, dim, h_pre_[size_t(gate)] * H, count * H));
+      if (count == gates) return found;
+      if (!all) {
+        Sizes sizes = sizes_of(found);
+        sizes[0] = gates * H;
+        all = allocate(call_.first, sizes);
+      }
+      Tensor place = part(*all, 0, gate * H, count * H);
+      torch::stable::copy_(place, found);
+    }
+    return *all;
+  }
+};
+
+}  // namespace fusedrnn

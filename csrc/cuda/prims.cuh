@@ -1,0 +1,174 @@
+// Every device primitive that the kernels use, and how a kernel is launched: one name, two bodies. On a GPU a name stands for an
+// instruction; where FUSEDRNN_ON_HOST is defined, for its meaning on the CPU (tests/cuda_on_host), which also finds its misuse.
+// Kernels contain no inline assembly and no CUDA built-in beside blockIdx, threadIdx and the like.
+#pragma once
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#if defined(FUSEDRNN_ON_HOST)
+#include "cuda_on_host.h"
+#define FUSEDRNN_SITE , const char *file = __builtin_FILE(), int line = __builtin_LINE()
+#define FUSEDRNN_ONLY_SITE const char *file = __builtin_FILE(), int line = __builtin_LINE()
+#else
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#define FUSEDRNN_SITE
+#define FUSEDRNN_ONLY_SITE
+#endif
+
+#define FUSEDRNN_DEVICE __device__ __forceinline__
+
+namespace fusedrnn {
+namespace prims {
+
+// ---- Barriers ----
+
+// Waits for all threads of the block, and makes what they wrote visible to one another.
+FUSEDRNN_DEVICE void block_sync(FUSEDRNN_ONLY_SITE) {
+#if defined(FUSEDRNN_ON_HOST)
+  cuda_on_host::block_sync({"block_sync", file, line});
+#else
+  __syncthreads();
+#endif
+}
+
+// Waits until the grid before this one on the stream has ended, and sees all it wrote. Every thread of a grid that was launched with
+// `overlaps` calls it before it touches what that grid wrote, and before it exits. Elsewhere it does nothing.
+FUSEDRNN_DEVICE void wait_for_previous_grid(FUSEDRNN_ONLY_SITE) {
+#if defined(FUSEDRNN_ON_HOST)
+  cuda_on_host::grid_dependency_wait(file, line);
+#elif __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// The next grid's blocks may take the room that is left on the chip, from when all blocks of this one have said so.
+FUSEDRNN_DEVICE void let_next_grid_start() {
+#if defined(FUSEDRNN_ON_HOST)
+  cuda_on_host::grid_dependency_trigger();
+#elif __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// ---- Shared memory ----
+
+// Hands out the block's dynamic shared memory piece by piece, each 16-byte aligned. All threads take the same.
+struct Shared {
+#if defined(FUSEDRNN_ON_HOST)
+  template <class T>
+  T* take(int64_t count) {
+    return static_cast<T*>(cuda_on_host::shared_take(count * sizeof(T)));
+  }
+#else
+  unsigned char* next;
+  FUSEDRNN_DEVICE Shared() {
+    extern __shared__ __align__(128) unsigned char memory[];
+    next = memory;
+  }
+  template <class T>
+  FUSEDRNN_DEVICE T* take(int64_t count) {
+    T* piece = reinterpret_cast<T*>(next);
+    next += (count * int64_t(sizeof(T)) + 15) / 16 * 16;
+    return piece;
+  }
+#endif
+};
+
+// ---- The matrix units: sum (16, 8) += a (16, k) b (k, 8) by a whole warp, in the fragments of PTX's mma.sync ----
+
+// In each lane, g = lane / 4 and t = lane % 4. sum: (g, 2t), (g, 2t+1), (g+8, 2t), (g+8, 2t+1).
+// k = 16, two numbers a register, the lower k in the lower half. a: (g, 2t), (g+8, 2t), (g, 2t+8), (g+8, 2t+8). b: (2t, g), (2t+8, g).
+FUSEDRNN_DEVICE void mma(__nv_bfloat16, float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2] FUSEDRNN_SITE) {
+#if defined(FUSEDRNN_ON_HOST)
+  cuda_on_host::mma_m16n8k16_bf16(sum, a, b, file, line);
+#else
+  asm(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#endif
+}
+FUSEDRNN_DEVICE void mma(__half, float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2] FUSEDRNN_SITE) {
+#if defined(FUSEDRNN_ON_HOST)
+  cuda_on_host::mma_m16n8k16_f16(sum, a, b, file, line);
+#else
+  asm(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#endif
+}
+// k = 8, one TF32 number a register: a float whose low 13 bits are zero. a: (g, t), (g+8, t), (g, t+4), (g+8, t+4). b: (t, g), (t+4, g).
+FUSEDRNN_DEVICE void mma(float, float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2] FUSEDRNN_SITE) {
+#if defined(FUSEDRNN_ON_HOST)
+  cuda_on_host::mma_m16n8k8_tf32(sum, a, b, file, line);
+#else
+  asm(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#endif
+}
+
+}  // namespace prims
+
+// ---- Launching ----
+
+// Where a kernel runs. On the host there is one queue, and `stream` is not looked at.
+struct Queue {
+  void* stream;   // a cudaStream_t
+  bool overlaps;  // whether the chip lets a grid start before the one before it has ended (sm_90)
+};
+
+struct Grid {
+  int64_t blocks;
+  int directions, threads;
+  int64_t shared_bytes;
+  bool overlaps;  // may start before the grid before it has ended, and waits for it by itself
+};
+
+// Runs kernel(args) on the queue; blockIdx.z is the direction. Raises std::runtime_error with the kernel's name if CUDA refuses.
+template <class Args>
+void launch(const char* name, void (*kernel)(Args), const Grid& grid, const Queue& queue, const Args& args) {
+#if defined(FUSEDRNN_ON_HOST)
+  cuda_on_host::Launch launch{};
+  launch.name = name;
+  launch.grid = dim3(unsigned(grid.blocks), 1, unsigned(grid.directions));
+  launch.block = dim3(unsigned(grid.threads));
+  launch.shared_bytes = size_t(grid.shared_bytes);
+  launch.overlaps_previous = grid.overlaps && queue.overlaps;
+  cuda_on_host::launch(launch, [kernel, args] { kernel(args); });
+#else
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(unsigned(grid.blocks), 1, unsigned(grid.directions));
+  config.blockDim = dim3(unsigned(grid.threads));
+  config.dynamicSmemBytes = size_t(grid.shared_bytes);
+  config.stream = static_cast<cudaStream_t>(queue.stream);
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &attribute;
+  config.numAttrs = grid.overlaps && queue.overlaps ? 1 : 0;
+  constexpr int64_t kWithoutAsking = 48 << 10;  // bytes of shared memory that every kernel may have
+  cudaError_t error = cudaSuccess;
+  if (grid.shared_bytes > kWithoutAsking)
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(grid.shared_bytes));
+  if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, args);
+  if (error != cudaSuccess) {
+    cudaGetLastError();  // it is told here; the next call is not to find it again
+    throw std::runtime_error(std::string("fusedrnn: CUDA did not launch ") + name + ": " + cudaGetErrorString(error));
+  }
+#endif
+}
+
+// All launches of a call are made. On the host they are run now.
+inline void end_of_launches() {
+#if defined(FUSEDRNN_ON_HOST)
+  cuda_on_host::synchronize();
+#endif
+}
+
+}  // namespace fusedrnn

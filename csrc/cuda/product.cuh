@@ -1,0 +1,189 @@
+// The product of a step: packed weights times the states of all rows of the batch, by one block of threads for 16 units.
+//
+// Weights and states are packed before they are multiplied, in the order in which lanes load them (arithmetic.cuh), and padded with
+// zeros to whole blocks, so that the loop below has no bounds to check and no unaligned load, whatever H and B are.
+#pragma once
+#include "arithmetic.cuh"
+#include "plan.h"
+
+namespace fusedrnn {
+
+// Weights of one direction: (unit tiles, depth blocks, gates, 16 units by kDepth).
+template <class A, int kGates>
+FUSEDRNN_DEVICE int64_t packed_weight_at(int64_t depth_blocks, int64_t unit, int gate, int64_t k) {
+  const int64_t block = ((unit / kUnits) * depth_blocks + k / A::kDepth) * kGates + gate;
+  return block * kRows * A::kDepth + A::weight_at(int(unit % kUnits), int(k % A::kDepth));
+}
+
+// States of one direction: (tiles of 8 rows, depth blocks, 8 rows by kDepth).
+template <class A>
+FUSEDRNN_DEVICE int64_t packed_state_at(int64_t depth_blocks, int64_t row, int64_t k) {
+  const int64_t block = row / kTileRows * depth_blocks + k / A::kDepth;
+  return block * kColumns * A::kDepth + A::state_at(int(row % kTileRows), int(k % A::kDepth));
+}
+
+// ---- Grids without a plan: each thread takes every so many-th place of a matrix ----
+
+constexpr int kPlainThreads = 256;
+constexpr int64_t kPlainBlocks = 1024;  // at most; a thread then takes several. Not measured yet.
+
+inline Grid plain_grid(int64_t places, int directions) {
+  return {std::clamp<int64_t>(ceil_div(places, kPlainThreads), 1, kPlainBlocks), directions, kPlainThreads, 0, false};
+}
+
+// Calls fn(row, column) for this thread's part of a matrix. Neighbouring threads have neighbouring columns.
+template <class Fn>
+FUSEDRNN_DEVICE void for_each_place(int64_t rows, int64_t columns, const Fn& fn) {
+  for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < rows * columns; i += int64_t(gridDim.x) * blockDim.x)
+    fn(i / columns, i % columns);
+}
+
+// ---- Packing, once a call ----
+
+template <class A>
+struct PackArgs {
+  const typename A::Storage* from[kMaxDirections];  // element (gate, unit, k) at (gate * units + unit) * unit_stride + k * k_stride
+  typename A::Element* to[kMaxDirections];
+  int64_t units, depth, unit_stride, k_stride;
+  int64_t unit_tiles, depth_blocks;
+};
+
+template <class A, int kGates>
+__global__ void pack_kernel(const __grid_constant__ PackArgs<A> args) {
+  const int d = blockIdx.z;
+  const int64_t units = args.unit_tiles * kUnits, depth = args.depth_blocks * A::kDepth;
+  auto pack = [&](int64_t unit, int64_t k) {
+    const bool real = unit < args.units && k < args.depth;
+    for (int gate = 0; gate < kGates; ++gate) {
+      const int64_t at = (gate * args.units + unit) * args.unit_stride + k * args.k_stride;
+      const typename A::Sum value = real ? typename A::Sum(widen(args.from[d][at])) : typename A::Sum(0);
+      args.to[d][packed_weight_at<A, kGates>(args.depth_blocks, unit, gate, k)] = A::element(value);
+    }
+  };
+  // Neighbouring threads read neighbouring numbers, whichever way the weight lies.
+  if (args.unit_stride < args.k_stride) for_each_place(depth, units, [&](int64_t k, int64_t unit) { pack(unit, k); });
+  else for_each_place(units, depth, pack);
+}
+
+template <class A>
+int64_t packed_weight_count(const ProductPlan& plan, int gates, int64_t depth_blocks) {
+  return plan.unit_tiles * depth_blocks * gates * kRows * A::kDepth;
+}
+
+// Packs, for each direction, a weight whose element (gate, unit, k) lies at (gate * units + unit) * unit_stride + k * k_stride.
+template <class A, int kGates>
+void pack(const void* const (&from)[kMaxDirections], typename A::Element* const (&to)[kMaxDirections], int64_t units, int64_t depth,
+          int64_t unit_stride, int64_t k_stride, const ProductPlan& plan, int64_t depth_blocks, int directions, const Queue& queue) {
+  PackArgs<A> args{{}, {}, units, depth, unit_stride, k_stride, plan.unit_tiles, depth_blocks};
+  for (int d = 0; d < directions; ++d) {
+    args.from[d] = static_cast<const typename A::Storage*>(from[d]);
+    args.to[d] = to[d];
+  }
+  launch("pack", pack_kernel<A, kGates>, plain_grid(plan.unit_tiles * kUnits * depth_blocks * A::kDepth, directions), queue, args);
+}
+
+// ---- The product ----
+
+// Blocks of a product's grid: unit tiles first. Their rows and units.
+struct BlockPlace {
+  int64_t unit_tile, first_row;
+  FUSEDRNN_DEVICE BlockPlace(const ProductPlan& plan)
+      : unit_tile(int64_t(blockIdx.x) % plan.unit_tiles), first_row(int64_t(blockIdx.x) / plan.unit_tiles * plan.block_rows) {}
+};
+
+// The sums of a block, in shared memory: (split, gates, rows of the block, kColumnPitch) numbers, of which 16 to a row are in use.
+template <class A, int kGates, int kTiles>
+struct BlockSums {
+  typename A::Sum* memory;
+  const ProductPlan& plan;
+
+  FUSEDRNN_DEVICE BlockSums(const ProductPlan& plan) : plan(plan) {
+    memory = prims::Shared{}.template take<typename A::Sum>(int64_t(plan.split) * kGates * plan.block_rows * kColumnPitch);
+  }
+  FUSEDRNN_DEVICE int at(int part, int gate, int row) const {
+    return ((part * kGates + gate) * plan.block_rows + row) * kColumnPitch;
+  }
+
+  // weights: the unit tile's; states: from the block's first row on. Ends with a barrier: all sums are there.
+  FUSEDRNN_DEVICE void multiply(const typename A::Element* weights, const typename A::Element* states, int64_t depth_blocks) const {
+    constexpr int kWeights = kRows * A::kDepth, kStates = kColumns * A::kDepth;
+    const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes, part = warp % plan.split, group = warp / plan.split;
+    const typename A::Element* tile = states + int64_t(group) * kTiles * depth_blocks * kStates;
+    typename A::Sum sum[kGates][kTiles][4] = {};
+#pragma unroll 2
+    for (int64_t block = part; block < depth_blocks; block += plan.split) {
+      typename A::States state[kTiles];
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) state[n].load(tile + (n * depth_blocks + block) * kStates, lane);
+#pragma unroll
+      for (int gate = 0; gate < kGates; ++gate) {
+        typename A::Weights weight;
+        weight.load(weights + (block * kGates + gate) * kWeights, lane);
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n) A::multiply_add(sum[gate][n], weight, state[n]);
+      }
+    }
+#pragma unroll
+    for (int gate = 0; gate < kGates; ++gate)
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int row = (group * kTiles + n) * kColumns + 2 * (lane % 4) + i % 2, unit = lane / 4 + 8 * (i / 2);
+          memory[at(part, gate, row) + unit] = sum[gate][n][i];
+        }
+    prims::block_sync();
+  }
+
+  // The parts of a sum, in an order that never changes.
+  FUSEDRNN_DEVICE typename A::Sum total(int gate, int row, int unit) const {
+    typename A::Sum sum = memory[at(0, gate, row) + unit];
+    for (int part = 1; part < plan.split; ++part) sum += memory[at(part, gate, row) + unit];
+    return sum;
+  }
+};
+
+// One kernel of a step. A Step is what differs from kernel to kernel, and is its argument:
+//   Arithmetic, kGates           of its product
+//   ProductPlan plan
+//   const Element* weights(d), states(d); int64_t depth_blocks
+//   int64_t multiplied(d)        rows whose sum is wanted; others take zero
+//   int64_t visited(d)           rows that are looked at
+//   int64_t units
+//   finish(d, row, unit, sums)   what becomes of a unit's sums
+template <class Step, int kTiles>
+__global__ void __launch_bounds__(kMostWarps * kLanes, 1) step_kernel(const __grid_constant__ Step step) {
+  using A = typename Step::Arithmetic;
+  constexpr int kGates = Step::kGates;
+  const int d = blockIdx.z;
+  const BlockPlace place(step.plan);
+  prims::let_next_grid_start();  // whose threads wait for the end of this grid before they touch anything that it writes
+  prims::wait_for_previous_grid();
+  if (place.first_row >= step.visited(d)) return;
+  const BlockSums<A, kGates, kTiles> sums(step.plan);
+  const bool multiplies = place.first_row < step.multiplied(d);
+  if (multiplies) {
+    const int64_t tile = step.depth_blocks * kRows * A::kDepth * kGates;
+    sums.multiply(step.weights(d) + place.unit_tile * tile,
+                  step.states(d) + place.first_row * step.depth_blocks * A::kDepth, step.depth_blocks);
+  }
+  for (int i = threadIdx.x; i < kUnits * step.plan.block_rows; i += blockDim.x) {
+    const int64_t row = place.first_row + i / kUnits, unit = place.unit_tile * kUnits + i % kUnits;
+    if (row >= step.visited(d) || unit >= step.units) continue;
+    typename A::Sum total[kGates];
+#pragma unroll
+    for (int gate = 0; gate < kGates; ++gate)
+      total[gate] = row < step.multiplied(d) ? sums.total(gate, i / kUnits, i % kUnits) : typename A::Sum(0);
+    step.finish(d, row, unit, total);
+  }
+}
+
+// overlaps: the grid before this one is a step's too, so that this one may start early.
+template <class Step>
+void launch_step(const char* name, const Step& step, int directions, bool overlaps, const Queue& queue) {
+  const Grid grid{step.plan.blocks(), directions, step.plan.threads(), step.plan.shared_bytes, overlaps};
+  if (step.plan.tiles == kFewTiles) launch(name, step_kernel<Step, kFewTiles>, grid, queue, step);
+  else launch(name, step_kernel<Step, kManyTiles<typename Step::Sum>>, grid, queue, step);
+}
+
+}  // namespace fusedrnn

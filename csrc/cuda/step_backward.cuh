@@ -1,0 +1,268 @@
+// The backward pass of a layer, one grid a step in the opposite order: the gradient of the states, which is the product of the later
+// step's gate gradients and weight_hh, and the cell backward in one kernel. With projections two: the gradient of the projected
+// state, then that of the state before it and the cell.
+#pragma once
+#include "../arena.h"
+#include "engine.h"
+#include "product.cuh"
+
+namespace fusedrnn {
+
+// What differs between the steps of one direction. The last grid of a pass has a step of no rows: it leaves the gradients of the
+// initial states.
+struct BackwardStep {
+  int64_t first;         // row of the sequence
+  int64_t count;         // rows of the step
+  int64_t before_first;  // the step whose states this one began with: its first row,
+  int64_t before_count;  //   and its rows; the others began with hx and cx
+  int64_t multiplied;    // rows that the later step had
+  int64_t visited;       // rows of this step, or of the later one if it has more: those rows began with the later step
+};
+
+template <class A>
+struct BackwardMemory {
+  typename A::Element* weight_hh[kMaxDirections];  // packed: of units of h, over gates
+  typename A::Element* weight_hr[kMaxDirections];  // packed: of units before the projection, over projected ones
+  typename A::Element* dpre[2];                    // (D, packed states) gradients of the gates' recurrent halves, by turns
+  typename A::Element* dprojected;                 // (D, packed states) whole gradient of the projected state
+  typename A::Sum* dh;                             // (D, B, P) gradient of h that does not come through weight_hh
+  typename A::Sum* dinner;                         // (D, B, H)
+  int64_t dpre_size, dprojected_size;              // elements of one direction
+};
+
+// What both kernels of a step need.
+template <class A>
+struct BackwardBase {
+  using Arithmetic = A;
+  using Element = typename A::Element;
+  using Sum = typename A::Sum;
+  using S = typename A::Storage;
+  static constexpr int kGates = 1;
+
+  CudaBackwardParams p;
+  BackwardMemory<A> m;
+  BackwardStep step[kMaxDirections];
+  ProductPlan plan;
+  int64_t depth_blocks, units;
+  int turn;  // which of m.dpre the later step wrote
+
+  FUSEDRNN_DEVICE int64_t visited(int d) const { return step[d].visited; }
+  FUSEDRNN_DEVICE int64_t state_at(int d, int64_t b, int64_t u, int64_t width) const { return (d * p.steps.B + b) * width + u; }
+  FUSEDRNN_DEVICE int64_t output_at(int d, int64_t row, int64_t u) const { return (row * p.D + d) * p.P + u; }
+
+  // The hidden state that row b of the step began with, and leaves it for the gradient of weight_hh.
+  FUSEDRNN_DEVICE S hidden_before(int d, int64_t b, int64_t u) const {
+    const BackwardStep& step = this->step[d];
+    const S* hx = static_cast<const S*>(p.hx);
+    const S h = b < step.before_count ? static_cast<const S*>(p.output)[output_at(d, step.before_first + b, u)]
+                : hx                  ? hx[state_at(d, b, u, p.P)]
+                                      : narrow<S>(Sum(0));
+    if (p.hidden_before) static_cast<S*>(p.hidden_before)[output_at(d, step.first + b, u)] = h;
+    return h;
+  }
+
+  // The whole gradient of the hidden state after the step: through the later one, past it, and from the output.
+  FUSEDRNN_DEVICE Sum whole_dh(int d, int64_t b, int64_t u, Sum through) const {
+    Sum total = through + m.dh[state_at(d, b, u, p.P)];
+    if (p.grad_output) total += Sum(widen(static_cast<const S*>(p.grad_output)[output_at(d, step[d].first + b, u)]));
+    return total;
+  }
+
+  FUSEDRNN_DEVICE void leave_h(int d, int64_t b, int64_t u, Sum through) const {
+    const int64_t at = state_at(d, b, u, p.P);
+    if (p.grad_hx) static_cast<S*>(p.grad_hx)[at] = narrow<S>(through + m.dh[at]);
+  }
+};
+
+// The gradient of the projected state is complete: hand it to whoever needs all of it.
+template <class A>
+struct BackwardProjection : BackwardBase<A> {
+  using Base = BackwardBase<A>;
+  using typename Base::Element;
+  using typename Base::S;
+  using typename Base::Sum;
+  using Base::p, Base::m, Base::step, Base::turn;
+  int64_t dprojected_blocks;
+
+  FUSEDRNN_DEVICE const Element* weights(int d) const { return m.weight_hh[d]; }
+  FUSEDRNN_DEVICE const Element* states(int d) const { return m.dpre[turn] + d * m.dpre_size; }
+  FUSEDRNN_DEVICE int64_t multiplied(int d) const { return step[d].multiplied; }
+
+  FUSEDRNN_DEVICE void finish(int d, int64_t b, int64_t u, const Sum (&sum)[1]) const {
+    if (b >= step[d].count) return this->leave_h(d, b, u, sum[0]);
+    const Sum dh = this->whole_dh(d, b, u, sum[0]);
+    this->hidden_before(d, b, u);
+    m.dh[this->state_at(d, b, u, p.P)] = Sum(0);
+    m.dprojected[d * m.dprojected_size + packed_state_at<A>(dprojected_blocks, b, u)] = A::element(dh);
+    static_cast<S*>(p.grad_proj)[this->output_at(d, step[d].first + b, u)] = narrow<S>(dh);
+  }
+};
+
+template <class Cell, class A>
+struct BackwardCell : BackwardBase<A> {
+  using Base = BackwardBase<A>;
+  using typename Base::Element;
+  using typename Base::S;
+  using typename Base::Sum;
+  using Base::p, Base::m, Base::step, Base::turn;
+  static constexpr int kInner = Cell::kStates - 1;
+  int64_t dpre_blocks;
+
+  FUSEDRNN_DEVICE bool projected() const { return p.weight_hr[0]; }
+  FUSEDRNN_DEVICE const Element* weights(int d) const { return projected() ? m.weight_hr[d] : m.weight_hh[d]; }
+  FUSEDRNN_DEVICE const Element* states(int d) const {
+    return projected() ? m.dprojected + d * m.dprojected_size : m.dpre[turn] + d * m.dpre_size;
+  }
+  FUSEDRNN_DEVICE int64_t multiplied(int d) const { return projected() ? step[d].count : step[d].multiplied; }
+
+  FUSEDRNN_DEVICE void finish(int d, int64_t b, int64_t u, const Sum (&sum)[1]) const {
+    const BackwardStep& step = this->step[d];
+    const int64_t H = p.H, at = this->state_at(d, b, u, H), row = step.first + b;
+    if (b >= step.count) {
+      if (!projected()) this->leave_h(d, b, u, sum[0]);
+      if constexpr (kInner > 0)
+        if (p.grad_cx) static_cast<S*>(p.grad_cx)[at] = narrow<S>(m.dinner[at]);
+      return;
+    }
+    Sum saved[slots(Cell::kSaved)], state[Cell::kStates], new_state[Cell::kStates], grad_new[Cell::kStates];
+    Sum grad_pre[Cell::kPre], grad_state[Cell::kStates];
+    const S* saved_row = static_cast<const S*>(p.saved) + (row * p.D + d) * Cell::kSaved * H + u;
+#pragma unroll
+    for (int k = 0; k < Cell::kSaved; ++k) saved[k] = Sum(widen(saved_row[k * H]));
+    if (projected()) {  // a cell whose hidden state may be projected does not look at state 0 in backward
+      state[0] = new_state[0] = Sum(0);
+      grad_new[0] = sum[0];
+    } else {
+      state[0] = Sum(widen(this->hidden_before(d, b, u)));
+      new_state[0] = Sum(widen(static_cast<const S*>(p.output)[this->output_at(d, row, u)]));
+      grad_new[0] = this->whole_dh(d, b, u, sum[0]);
+    }
+    if constexpr (kInner > 0) {
+      const int extra = kInner + projected();
+      const S* states = static_cast<const S*>(p.states) + d * extra * H + u;
+      const S* cx = static_cast<const S*>(p.cx);
+      state[1] = b < step.before_count ? Sum(widen(states[(step.before_first + b) * p.D * extra * H]))
+                 : cx                  ? Sum(widen(cx[at]))
+                                       : Sum(0);
+      new_state[1] = Sum(widen(states[row * p.D * extra * H]));
+      grad_new[1] = m.dinner[at];
+    }
+
+    Cell::backward(saved, state, new_state, grad_new, grad_pre, grad_state);
+
+    S* grad_pre_row = static_cast<S*>(p.grad_pre) + (row * p.D + d) * Cell::kPre * H + u;
+#pragma unroll
+    for (int k = 0; k < Cell::kPre; ++k) grad_pre_row[k * H] = narrow<S>(grad_pre[k]);
+    Element* dpre = m.dpre[1 - turn] + d * m.dpre_size;
+#pragma unroll
+    for (int g = 0; g < Cell::kGates; ++g)
+      dpre[packed_state_at<A>(dpre_blocks, b, g * H + u)] = A::element(grad_pre[Cell::h_pre(g)]);
+    if (!projected()) m.dh[at] = grad_state[0];
+    if constexpr (kInner > 0) m.dinner[at] = grad_state[1];
+  }
+};
+
+// The gradients that come in with the final states, and zeros where nothing has been written yet.
+template <class A>
+struct EnterBackward {
+  CudaBackwardParams p;
+  BackwardMemory<A> m;
+  int64_t padded_rows, dpre_blocks, dprojected_blocks;
+};
+
+template <class A, int kStates>
+__global__ void enter_backward_kernel(const __grid_constant__ EnterBackward<A> args) {
+  using S = typename A::Storage;
+  using Sum = typename A::Sum;
+  const CudaBackwardParams& p = args.p;
+  const int d = blockIdx.z;
+  auto clear = [&](typename A::Element* states, int64_t size) {
+    for_each_place(1, size, [&](int64_t, int64_t i) { states[d * size + i] = A::element(Sum(0)); });
+  };
+  clear(args.m.dpre[0], args.m.dpre_size);
+  clear(args.m.dpre[1], args.m.dpre_size);
+  clear(args.m.dprojected, args.m.dprojected_size);
+  auto enter = [&](const void* grads, Sum* to, int64_t width) {
+    for_each_place(p.steps.B, width, [&](int64_t b, int64_t u) {
+      const int64_t at = (d * p.steps.B + b) * width + u;
+      to[at] = grads ? Sum(widen(static_cast<const S*>(grads)[at])) : Sum(0);
+    });
+  };
+  enter(p.grad_hy, args.m.dh, p.P);
+  if constexpr (kStates > 1) enter(p.grad_cy, args.m.dinner, p.H);
+}
+
+// Lays out the workspace of a call, and launches its kernels.
+template <class Cell, class A>
+struct BackwardPass {
+  using Element = typename A::Element;
+  using Sum = typename A::Sum;
+  const CudaBackwardParams& p;
+  const CudaContext& context;
+  const Queue queue;
+  const bool projected;
+  const int64_t depth, dpre_blocks, dprojected_blocks;
+  const ProductPlan hh_plan, hr_plan;  // of the products with weight_hh and weight_hr
+  const int64_t padded_rows;
+  BackwardMemory<A> m{};
+
+  BackwardPass(const CudaBackwardParams& p, const CudaContext& context, Arena& arena)
+      : p(p), context(context), queue{context.stream, context.overlaps}, projected(p.weight_hr[0]), depth(Cell::kGates * p.H),
+        dpre_blocks(ceil_div(depth, A::kDepth)), dprojected_blocks(projected ? ceil_div(p.P, A::kDepth) : 0),
+        hh_plan(plan_product(context.chip, p.P, 1, dpre_blocks, p.steps.B, p.D, sizeof(Sum))),
+        hr_plan(plan_product(context.chip, p.H, 1, ceil_div(p.P, A::kDepth), p.steps.B, p.D, sizeof(Sum))),
+        padded_rows(std::max(hh_plan.batch_tiles * hh_plan.block_rows,
+                             projected ? hr_plan.batch_tiles * hr_plan.block_rows : 0)) {
+    m.dpre_size = padded_rows * dpre_blocks * A::kDepth;
+    m.dprojected_size = padded_rows * dprojected_blocks * A::kDepth;
+    for (int64_t d = 0; d < p.D; ++d) {
+      m.weight_hh[d] = arena.take<Element>(packed_weight_count<A>(hh_plan, 1, dpre_blocks));
+      m.weight_hr[d] = arena.take<Element>(projected ? packed_weight_count<A>(hr_plan, 1, dprojected_blocks) : 0);
+    }
+    for (Element*& dpre : m.dpre) dpre = arena.take<Element>(p.D * m.dpre_size);
+    m.dprojected = arena.take<Element>(p.D * m.dprojected_size);
+    m.dh = arena.take<Sum>(p.D * p.steps.B * p.P);
+    m.dinner = arena.take<Sum>(Cell::kStates > 1 ? p.D * p.steps.B * p.H : 0);
+  }
+
+  void run() const {
+    const int D = int(p.D);
+    pack<A, 1>(p.weight_hh, m.weight_hh, p.P, depth, 1, p.P, hh_plan, dpre_blocks, D, queue);
+    if (projected) pack<A, 1>(p.weight_hr, m.weight_hr, p.H, p.P, 1, p.H, hr_plan, dprojected_blocks, D, queue);
+    const EnterBackward<A> enter{p, m, padded_rows, dpre_blocks, dprojected_blocks};
+    launch("enter_backward", enter_backward_kernel<A, Cell::kStates>, plain_grid(m.dpre_size, D), queue, enter);
+
+    BackwardCell<Cell, A> cell{};
+    fill(cell, projected ? hr_plan : hh_plan, projected ? dprojected_blocks : dpre_blocks, p.H);
+    cell.dpre_blocks = dpre_blocks;
+    BackwardProjection<A> projection{};
+    fill(projection, hh_plan, dpre_blocks, p.P);
+    projection.dprojected_blocks = dprojected_blocks;
+    for (int64_t s = 0; s <= p.steps.T; ++s) {
+      for (int64_t d = 0; d < p.D; ++d) cell.step[d] = projection.step[d] = step(s, d);
+      cell.turn = projection.turn = int(s % 2);
+      if constexpr (Cell::kStates > 1)
+        if (projected) launch_step("projection backward", projection, D, s > 0, queue);
+      launch_step(Cell::kName, cell, D, s > 0 || projected, queue);
+    }
+  }
+
+  void fill(BackwardBase<A>& step, const ProductPlan& plan, int64_t depth_blocks, int64_t units) const {
+    step.p = p;
+    step.m = m;
+    step.plan = plan;
+    step.depth_blocks = depth_blocks;
+    step.units = units;
+  }
+
+  // The s-th grid; the one behind the last step has no rows of its own.
+  BackwardStep step(int64_t s, int64_t d) const {
+    const int64_t T = p.steps.T, t = d ? s : T - 1 - s, later = d ? t - 1 : t + 1, before = d ? t + 1 : t - 1;
+    const int64_t count = s < T ? p.steps.rows(t) : 0, later_count = s > 0 ? p.steps.rows(later) : 0;
+    const bool begins = s + 1 >= T;  // no step before this one
+    return {s < T ? p.steps.row_offset(t) : 0, count, begins ? 0 : p.steps.row_offset(before),
+            begins ? 0 : std::min(p.steps.rows(before), count), later_count, std::max(count, later_count)};
+  }
+};
+
+}  // namespace fusedrnn

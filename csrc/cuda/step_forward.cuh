@@ -1,0 +1,217 @@
+// The forward pass of a layer, one grid a step: the recurrent product and the cell in one kernel, and with projections a second
+// kernel for theirs. Both directions are in one grid (blockIdx.z).
+#pragma once
+#include "../arena.h"
+#include "engine.h"
+#include "product.cuh"
+
+namespace fusedrnn {
+
+// What differs between the steps of one direction.
+struct ForwardStep {
+  const void* gates_x;   // of the step's first row
+  int64_t gates_x_row;   // elements from row to row
+  int64_t first;         // row of the sequence
+  int64_t count;         // rows of the step
+  int64_t staying;       // rows that go on to the next step; for the others this one is the last
+  int64_t multiplied;    // rows with a state to multiply: all, or none
+};
+
+// The memory of a pass, besides its tensors.
+template <class A>
+struct ForwardMemory {
+  typename A::Element* weight_hh[kMaxDirections];  // packed
+  typename A::Element* weight_hr[kMaxDirections];
+  typename A::Element* h[2];                       // (D, packed states) the hidden state before and after a step, by turns
+  typename A::Element* unprojected;                // (D, packed states)
+  typename A::Sum* state[2];                       // (D, B, H) states as the cell has them; 0 is not kept if it is projected
+  int64_t h_size, unprojected_size;                // elements of one direction
+};
+
+template <class Cell, class A>
+struct ForwardCell {
+  using Arithmetic = A;
+  using Element = typename A::Element;
+  using Sum = typename A::Sum;
+  using S = typename A::Storage;
+  static constexpr int kGates = Cell::kGates, kInner = Cell::kStates - 1;
+
+  ForwardParams p;
+  ForwardMemory<A> m;
+  ForwardStep step[kMaxDirections];
+  ProductPlan plan;
+  int64_t depth_blocks, units, unprojected_blocks;
+  int turn;  // which of m.h is before the step
+
+  FUSEDRNN_DEVICE const Element* weights(int d) const { return m.weight_hh[d]; }
+  FUSEDRNN_DEVICE const Element* states(int d) const { return m.h[turn] + d * m.h_size; }
+  FUSEDRNN_DEVICE int64_t multiplied(int d) const { return step[d].multiplied; }
+  FUSEDRNN_DEVICE int64_t visited(int d) const { return step[d].count; }
+
+  FUSEDRNN_DEVICE void finish(int d, int64_t b, int64_t u, const Sum (&sum)[kGates]) const {
+    const ForwardStep& step = this->step[d];
+    const bool projected = p.weight_hr[0];
+    const int64_t H = p.H, row = step.first + b, state_at = (d * p.steps.B + b) * H + u;
+    const S* gates_x = static_cast<const S*>(step.gates_x) + b * step.gates_x_row + u;
+    const S* bias = static_cast<const S*>(p.bias_hh[d]);
+    Sum pre[Cell::kPre] = {}, state[Cell::kStates], new_state[Cell::kStates], saved[slots(Cell::kSaved)];
+#pragma unroll
+    for (int g = 0; g < kGates; ++g) {
+      pre[Cell::x_pre(g)] += Sum(widen(gates_x[g * H]));
+      pre[Cell::h_pre(g)] += sum[g] + (bias ? Sum(widen(bias[g * H + u])) : Sum(0));
+    }
+    state[0] = projected ? Sum(0) : m.state[0][state_at];
+    if constexpr (kInner > 0) state[1] = m.state[1][state_at];
+
+    Cell::forward(pre, state, new_state, saved);
+
+    const bool last = b >= step.staying;
+    if (projected) {
+      m.unprojected[d * m.unprojected_size + packed_state_at<A>(unprojected_blocks, b, u)] = A::element(new_state[0]);
+    } else {
+      const S h = narrow<S>(new_state[0]);
+      m.state[0][state_at] = new_state[0];
+      m.h[1 - turn][d * m.h_size + packed_state_at<A>(depth_blocks, b, u)] = A::element(new_state[0]);
+      static_cast<S*>(p.output)[(row * p.D + d) * H + u] = h;
+      if (last) static_cast<S*>(p.hy)[state_at] = h;
+    }
+    if constexpr (kInner > 0) {
+      m.state[1][state_at] = new_state[1];
+      if (last) static_cast<S*>(p.cy)[state_at] = narrow<S>(new_state[1]);
+    }
+    if (!p.save) return;
+    S* saved_row = static_cast<S*>(p.saved) + (row * p.D + d) * Cell::kSaved * H + u;
+#pragma unroll
+    for (int k = 0; k < Cell::kSaved; ++k) saved_row[k * H] = narrow<S>(saved[k]);
+    S* states_row = static_cast<S*>(p.states) + (row * p.D + d) * (kInner + projected) * H + u;
+    if constexpr (kInner > 0) states_row[0] = narrow<S>(new_state[1]);
+    if (projected) states_row[kInner * H] = narrow<S>(new_state[0]);
+  }
+};
+
+// h = W_hr times the unprojected state, after ForwardCell of the same step.
+template <class A>
+struct ForwardProjection {
+  using Arithmetic = A;
+  using Element = typename A::Element;
+  using Sum = typename A::Sum;
+  using S = typename A::Storage;
+  static constexpr int kGates = 1;
+
+  ForwardParams p;
+  ForwardMemory<A> m;
+  ForwardStep step[kMaxDirections];
+  ProductPlan plan;
+  int64_t depth_blocks, units, h_blocks;
+  int turn;
+
+  FUSEDRNN_DEVICE const Element* weights(int d) const { return m.weight_hr[d]; }
+  FUSEDRNN_DEVICE const Element* states(int d) const { return m.unprojected + d * m.unprojected_size; }
+  FUSEDRNN_DEVICE int64_t multiplied(int d) const { return step[d].count; }
+  FUSEDRNN_DEVICE int64_t visited(int d) const { return step[d].count; }
+
+  FUSEDRNN_DEVICE void finish(int d, int64_t b, int64_t u, const Sum (&sum)[1]) const {
+    const ForwardStep& step = this->step[d];
+    const S h = narrow<S>(sum[0]);
+    m.h[1 - turn][d * m.h_size + packed_state_at<A>(h_blocks, b, u)] = A::element(sum[0]);
+    static_cast<S*>(p.output)[((step.first + b) * p.D + d) * p.P + u] = h;
+    if (b >= step.staying) static_cast<S*>(p.hy)[(d * p.steps.B + b) * p.P + u] = h;
+  }
+};
+
+// The states that all steps begin with, and zeros in what is only there to fill blocks.
+template <class A>
+struct EnterForward {
+  ForwardParams p;
+  ForwardMemory<A> m;
+  int64_t padded_rows, h_blocks, unprojected_blocks;
+};
+
+template <class A, int kStates>
+__global__ void enter_forward_kernel(const __grid_constant__ EnterForward<A> args) {
+  using S = typename A::Storage;
+  using Sum = typename A::Sum;
+  const ForwardParams& p = args.p;
+  const int d = blockIdx.z;
+  const bool projected = p.weight_hr[0];
+  auto initial = [&](const void* states, int64_t b, int64_t u, int64_t width) {
+    const bool real = states && b < p.steps.B && u < width;
+    return real ? Sum(widen(static_cast<const S*>(states)[(d * p.steps.B + b) * width + u])) : Sum(0);
+  };
+  for_each_place(args.padded_rows, args.h_blocks * A::kDepth, [&](int64_t b, int64_t k) {
+    const typename A::Element h = A::element(initial(p.hx, b, k, p.P));
+    const int64_t at = d * args.m.h_size + packed_state_at<A>(args.h_blocks, b, k);
+    args.m.h[0][at] = h;
+    args.m.h[1][at] = h;
+  });
+  if (projected)
+    for_each_place(args.padded_rows, args.unprojected_blocks * A::kDepth, [&](int64_t b, int64_t k) {
+      args.m.unprojected[d * args.m.unprojected_size + packed_state_at<A>(args.unprojected_blocks, b, k)] = A::element(Sum(0));
+    });
+  for_each_place(p.steps.B, p.H, [&](int64_t b, int64_t u) {
+    const int64_t at = (d * p.steps.B + b) * p.H + u;
+    if (!projected) args.m.state[0][at] = initial(p.hx, b, u, p.H);
+    if constexpr (kStates > 1) args.m.state[1][at] = initial(p.cx, b, u, p.H);
+  });
+}
+
+// Lays out the workspace of a call, and launches its kernels.
+template <class Cell, class A>
+struct ForwardPass {
+  using Element = typename A::Element;
+  using Sum = typename A::Sum;
+  const ForwardParams& p;
+  const CudaContext& context;
+  const Queue queue;
+  const bool projected;
+  const int64_t h_blocks, unprojected_blocks;
+  const ProductPlan cell_plan, projection_plan;
+  const int64_t padded_rows;
+  ForwardMemory<A> m{};
+
+  ForwardPass(const ForwardParams& p, const CudaContext& context, Arena& arena)
+      : p(p), context(context), queue{context.stream, context.overlaps}, projected(p.weight_hr[0]), h_blocks(ceil_div(p.P, A::kDepth)),
+        unprojected_blocks(projected ? ceil_div(p.H, A::kDepth) : 0),
+        cell_plan(plan_product(context.chip, p.H, Cell::kGates, h_blocks, p.steps.B, p.D, sizeof(Sum))),
+        projection_plan(plan_product(context.chip, p.P, 1, ceil_div(p.H, A::kDepth), p.steps.B, p.D, sizeof(Sum))),
+        padded_rows(std::max(cell_plan.batch_tiles * cell_plan.block_rows,
+                             projected ? projection_plan.batch_tiles * projection_plan.block_rows : 0)) {
+    m.h_size = padded_rows * h_blocks * A::kDepth;
+    m.unprojected_size = padded_rows * unprojected_blocks * A::kDepth;
+    for (int64_t d = 0; d < p.D; ++d) {
+      m.weight_hh[d] = arena.take<Element>(packed_weight_count<A>(cell_plan, Cell::kGates, h_blocks));
+      m.weight_hr[d] = arena.take<Element>(projected ? packed_weight_count<A>(projection_plan, 1, unprojected_blocks) : 0);
+    }
+    for (Element*& h : m.h) h = arena.take<Element>(p.D * m.h_size);
+    m.unprojected = arena.take<Element>(p.D * m.unprojected_size);
+    m.state[0] = arena.take<Sum>(projected ? 0 : p.D * p.steps.B * p.H);
+    m.state[1] = arena.take<Sum>(Cell::kStates > 1 ? p.D * p.steps.B * p.H : 0);
+  }
+
+  void run() const {
+    pack<A, Cell::kGates>(p.weight_hh, m.weight_hh, p.H, p.P, p.P, 1, cell_plan, h_blocks, int(p.D), queue);
+    if (projected) pack<A, 1>(p.weight_hr, m.weight_hr, p.P, p.H, p.H, 1, projection_plan, unprojected_blocks, int(p.D), queue);
+    const EnterForward<A> enter{p, m, padded_rows, h_blocks, unprojected_blocks};
+    launch("enter_forward", enter_forward_kernel<A, Cell::kStates>, plain_grid(padded_rows * h_blocks * A::kDepth, int(p.D)), queue,
+           enter);
+
+    ForwardCell<Cell, A> cell{p, m, {}, cell_plan, h_blocks, p.H, unprojected_blocks, 0};
+    ForwardProjection<A> projection{p, m, {}, projection_plan, unprojected_blocks, p.P, h_blocks, 0};
+    for (int64_t s = 0; s < p.steps.T; ++s) {
+      for (int64_t d = 0; d < p.D; ++d) cell.step[d] = projection.step[d] = step(s, d);
+      cell.turn = projection.turn = int(s % 2);
+      launch_step(Cell::kName, cell, int(p.D), s > 0, queue);
+      if constexpr (Cell::kStates > 1)
+        if (projected) launch_step("projection", projection, int(p.D), true, queue);
+    }
+  }
+
+  ForwardStep step(int64_t s, int64_t d) const {
+    const int64_t T = p.steps.T, t = d ? T - 1 - s : s, next = d ? t - 1 : t + 1, count = p.steps.rows(t);
+    const int64_t gates_x_at = p.steps.position(t, 0, p.gates_x_step[d], p.gates_x_row[d]);
+    return {static_cast<const typename A::Storage*>(p.gates_x[d]) + gates_x_at, p.gates_x_row[d], p.steps.row_offset(t), count,
+            s + 1 < T ? std::min(p.steps.rows(next), count) : 0, s > 0 || p.hx ? count : 0};
+  }
+};
+
+}  // namespace fusedrnn
