@@ -21,7 +21,7 @@ Shares shares(const Params& p, int granted) {
     if (id != p.cell) return;
     auto divide = [&](auto f) {
       using F = decltype(f);
-      Arena arena{nullptr};
+      fusedrnn::Arena arena{nullptr};
       const Pass<decltype(cell), F, F> pass(p, arena);
       const int threads = std::min({granted, p.threads, pass.divide_among(p.threads).threads()});
       const Division division = pass.divide_among(threads);
