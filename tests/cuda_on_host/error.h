@@ -20,7 +20,8 @@ struct Site {
   int line = 0;
 
   bool operator==(const Site& other) const {
-    return line == other.line && std::strcmp(operation, other.operation) == 0 && std::strcmp(file, other.file) == 0;
+    auto same = [](const char* a, const char* b) { return a == b || std::strcmp(a, b) == 0; };
+    return line == other.line && same(operation, other.operation) && same(file, other.file);
   }
 };
 

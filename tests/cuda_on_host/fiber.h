@@ -50,9 +50,12 @@ class Fiber {
     context_.uc_link = nullptr;
     makecontext(&context_, entry, 0);
 #else
+    // Stacks begin at different places within a page, lest all of them compete for the same few cache lines.
+    static unsigned count = 0;
+    char* begin = mapped_ + kPage + size_ - count++ % 32 * 128;
     // What switch_stack pops: six registers, then where to return to. entry itself finds a null return address, and a stack
     // pointer that a call would have left.
-    void** top = reinterpret_cast<void**>(mapped_ + kPage + size_);
+    void** top = reinterpret_cast<void**>(begin);
     *--top = nullptr;
     *--top = reinterpret_cast<void*>(entry);
     for (int i = 0; i < 6; ++i) *--top = nullptr;
@@ -77,9 +80,18 @@ class Fiber {
   Fiber(const Fiber&) = delete;
   Fiber& operator=(const Fiber&) = delete;
 
-  // The fiber will not run again, wherever it is. ThreadSanitizer's part of one that ends amid an emulator's function cannot
+  // The fiber will not run again, wherever it is: all it did comes before `end`. ThreadSanitizer's part of one that ends amid an emulator's function cannot
   // be destroyed (it dies of "finished with ignores enabled"), and is lost.
-  void abandon() { abandoned_ = true; }
+  void abandon(HappensBefore& end) {
+    (void)end;
+    abandoned_ = true;
+#if defined(__SANITIZE_THREAD__)
+    void* caller = __tsan_get_current_fiber();
+    __tsan_switch_to_fiber(tsan_, __tsan_switch_to_fiber_no_sync);
+    end.release();
+    __tsan_switch_to_fiber(caller, __tsan_switch_to_fiber_no_sync);
+#endif
+  }
   bool abandoned() const { return abandoned_; }
 
   // To be called by the host before it first switches.

@@ -27,9 +27,8 @@ inline void trigger(Thread& thread) {
 }
 
 inline void begin_thread() {
-  Grid& grid = *current->block->grid;
-  machine.host_before->acquire();
-  grid.before_start->acquire();
+  Quiet quiet;
+  current->block->grid->before_start->acquire();
 }
 
 inline void end_thread() {
@@ -97,7 +96,7 @@ inline void grid_dependency_wait(CUDA_ON_HOST_SITE) {
       if (running->number + 1 == grid.number) running->dependents.push_back(&me);
     wait_in({"grid_dependency_wait", file, line});
   }
-  grid.before_wait->acquire();
+  if (grid.launch.overlaps_previous) grid.before_wait->acquire();
 }
 
 // ------------------------------------------------------------------------------------------------------ threads, blocks
@@ -201,6 +200,7 @@ inline void check_launch(const Launch& launch) {
 
 // Puts a grid into the stream. Its threads call body(), which calls the kernel.
 inline void launch(const Launch& launch, std::function<void()> body) {
+  if (current) fail("launch() in a kernel");
   check_launch(launch);
   auto grid = std::make_unique<Grid>();
   grid->launch = launch;
@@ -235,7 +235,7 @@ inline void start_grid(std::shared_ptr<HappensBefore>& last_start, std::shared_p
   machine.queued.pop_front();
   Grid& grid = *machine.running.back();
   grid.previous_complete = machine.running.size() == 1;
-  if (grid.previous_complete) {  // all that ran before did so in an order that the new threads come after
+  if (!grid.launch.overlaps_previous) {  // its threads come after all that ran before
     machine.spare_threads.insert(machine.spare_threads.end(), machine.retired_threads.begin(), machine.retired_threads.end());
     machine.retired_threads.clear();
   }
@@ -281,10 +281,13 @@ inline std::string waiting_places() {
 
 // Gives up on all that runs and waits to run. The fibers stay where they are and are not used again.
 inline void abandon_all() {
+  HappensBefore end;
   for (const auto& block : machine.live_blocks) {
     release_shared(*block);
-    for (Thread* thread : block->threads) thread->fiber.abandon();
+    for (Thread* thread : block->threads) thread->fiber.abandon(end);
   }
+  for (const auto& grid : machine.running) grid->complete->acquire();
+  end.acquire();
   std::erase_if(machine.threads, [](const auto& thread) { return thread->fiber.abandoned(); });
   machine.live_blocks.clear();
   machine.running.clear();

@@ -27,7 +27,7 @@ struct Options {
 // ThreadSanitizer knows 8128 threads at most. Elsewhere the limit is the system's on mappings, of which a stack takes two.
 constexpr unsigned kMostThreads = kThreadSanitizer ? 8000 : 32000;
 // Ordinary grids have no more threads resident than this (but at least one block), so that many blocks cost no memory.
-constexpr unsigned kMostWaveThreads = kThreadSanitizer ? 2048 : 8192;
+constexpr unsigned kMostWaveThreads = 2048;
 
 // SplitMix64 (Steele, Lea and Flood, 2014).
 struct Random {
