@@ -14,10 +14,11 @@ from fusedrnn.fuzz import random_case
 
 FIRST = int(os.environ.get("FUSEDRNN_FUZZ_SEED", "0"))
 COUNT = int(os.environ.get("FUSEDRNN_FUZZ", "500"))
+REMEMBERED = {1570: "a float64 gradient of 6e-41, which float32 is too coarse to judge"}  # wrongly refused once
 
 
 @pytest.mark.filterwarnings("ignore:dropout option adds dropout")
-@pytest.mark.parametrize("seed", range(FIRST, FIRST + COUNT))
+@pytest.mark.parametrize("seed", sorted({*range(FIRST, FIRST + COUNT), *REMEMBERED}))
 def test_random_case(seed, monkeypatch):
     isas = fusedrnn._C.cpu_isas()
     monkeypatch.setenv("FUSEDRNN_CPU_ISA", isas[seed % len(isas)])

@@ -68,6 +68,24 @@ def test_nan_counts():
             compare_tensors("x", ours, stock, truth)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "scale", "least"),  # least: an error that counts beside numbers of this size, and a tenth of it does not
+    [
+        (torch.float32, 1e-38, 1e-37),
+        (torch.float32, 1e-28, 1e-34),
+        (torch.bfloat16, 1e-38, 3e-38),
+        (torch.float16, 1e-5, 3e-7),
+        (torch.float64, 1e-40, 4e-46),
+        (torch.float64, 1e-20, 4e-35),
+    ],
+    ids=str,
+)
+def test_tiny_numbers(dtype, scale, least):
+    truth = torch.full((3,), scale, dtype=torch.float64)
+    for error, passes in ((least, False), (least / 10, True)):
+        assert compare_tensors("x", (truth + error).to(dtype), truth.to(dtype), truth).passed == passes
+
+
 def test_uses_select_the_loss():
     module = nn.LSTM(2, 3)
     input = torch.randn(4, 1, 2)
