@@ -3,6 +3,8 @@
 #pragma once
 #include <algorithm>
 #include <array>
+#include <initializer_list>
+#include <utility>
 
 #include "cpu/engine.h"
 #include "engine_case.h"
@@ -15,13 +17,18 @@ namespace test {
 struct Tensor {
   Guarded memory;             // in the case's format; the engine's
   std::vector<double> exact;  // the reference's
+  std::vector<double> multiplied;  // what an engine that rounds operands takes it for in a product
   std::vector<unsigned char> before;  // the memory of an input, which nobody may change
   explicit Tensor(Dtype dtype = Dtype::kFloat32, int64_t count = 0)
       : memory(count * bytes_of(dtype)), exact(size_t(count), NAN) {}
 };
 
+// What an engine makes of a number of memory before it multiplies it.
+using Operand = double (*)(double);
+
 struct Problem {
   const Case c;
+  const Operand operand;  // null: what is multiplied is not rounded, not even to the format of memory
   const Traits traits;
   const bool projected;
   const int64_t P, G, extra;
@@ -34,8 +41,8 @@ struct Problem {
   std::array<Tensor, 2> grad_weight_ih, grad_weight_hh, grad_bias_ih, grad_bias_hh, grad_weight_hr;
   Tensor hx, cx, output, hy, cy, saved, states, grad_output, grad_hy, grad_cy, grad_pre, grad_hx, grad_cx, grad_proj;
 
-  explicit Problem(const Case& c)
-      : c(c), traits(traits_of(c.cell)), projected(c.P > 0), P(projected ? c.P : c.H), G(traits.gates),
+  explicit Problem(const Case& c, Operand operand = nullptr)
+      : c(c), operand(operand), traits(traits_of(c.cell)), projected(c.P > 0), P(projected ? c.P : c.H), G(traits.gates),
         extra(traits.states - 1 + projected), random_{c.seed + 1000000} {
     const int64_t B = c.B, H = c.H, D = c.D;
     const bool inner = traits.states > 1;
@@ -109,62 +116,98 @@ struct Problem {
     return p;
   }
   static void* engines(const Tensor& tensor) { return tensor.memory.data(); }
-  static void* references(const Tensor& tensor) {
-    return tensor.exact.empty() ? nullptr : const_cast<double*>(tensor.exact.data());
-  }
+  static void* references(const Tensor& tensor) { return pointer_to(tensor.exact); }
 
   // Runs both, compares forward, hands the engine's own results to both backwards, and compares these. Returns the largest
   // error in units of the tolerance. `spoiled` names a result whose last number is made wrong by 1 % on the way.
   double run(const fusedrnn::CpuEngine& engine, const std::string& spoiled = "") {
-    const ForwardParams forward = forward_params(engines);
-    run_guarded(engine.forward_workspace(forward), [&](void* workspace) { engine.forward(forward, workspace); });
-    fusedrnn::for_each_cell([&](int id, auto cell) {
-      if (id == c.cell) reference_forward<decltype(cell)>(forward_params(references));
-    });
-    double worst = 0;
-    for (auto [name, tensor] : {std::pair<const char*, Tensor*>{"output", &output}, {"hy", &hy}, {"cy", &cy}, {"saved", &saved},
-                                {"states", &states}}) {
-      if (spoiled == name) spoil(*tensor);
-      worst = std::max(worst, compare(name, *tensor));
+    double worst = run_forward(engine.forward_workspace, engine.forward, spoiled);
+    if (c.save) {
+      worst = std::max(worst, run_backward(engine.backward_workspace, engine.backward, spoiled));
+      worst = std::max(worst, run_grad_weights(engine, spoiled));
     }
-    if (!c.save) {
-      check_inputs();
-      return worst;
-    }
-
-    for (Tensor* tensor : {&output, &saved, &states}) freeze(*tensor);
-    const BackwardParams backward = backward_params(engines);
-    run_guarded(engine.backward_workspace(backward), [&](void* workspace) { engine.backward(backward, workspace); });
-    fusedrnn::for_each_cell([&](int id, auto cell) {
-      if (id == c.cell) reference_backward<decltype(cell)>(backward_params(references));
-    });
-    for (auto [name, tensor] : {std::pair<const char*, Tensor*>{"grad_pre", &grad_pre}, {"grad_hx", &grad_hx},
-                                {"grad_cx", &grad_cx}, {"grad_proj", &grad_proj}}) {
-      if (spoiled == name) spoil(*tensor);
-      worst = std::max(worst, compare(name, *tensor));
-    }
-
-    for (Tensor* tensor : {&grad_pre, &grad_proj}) freeze(*tensor);
-    const GradWeightsParams grad_weights = grad_weights_params(engines);
-    run_guarded(engine.grad_weights_workspace(grad_weights), [&](void* workspace) { engine.grad_weights(grad_weights, workspace); });
-    fusedrnn::for_each_cell([&](int id, auto cell) {
-      if (id == c.cell) reference_grad_weights<decltype(cell)>(grad_weights_params(references));
-    });
-    for (auto [name, tensors] : {std::pair<const char*, std::array<Tensor, 2>*>{"grad_weight_ih", &grad_weight_ih},
-                                 {"grad_weight_hh", &grad_weight_hh}, {"grad_bias_ih", &grad_bias_ih},
-                                 {"grad_bias_hh", &grad_bias_hh}, {"grad_weight_hr", &grad_weight_hr}})
-      for (Tensor& tensor : *tensors) {
-        if (spoiled == name) spoil(tensor);
-        worst = std::max(worst, compare(name, tensor));
-      }
     check_inputs();
     return worst;
   }
 
+ protected:
+  // A pass of the engine, given by the bytes of workspace that it wants and by what runs it, and of the reference.
+  template <class Bytes, class Run>
+  double run_forward(const Bytes& workspace_bytes, const Run& run, const std::string& spoiled) {
+    const ForwardParams p = forward_params(engines);
+    run_guarded(workspace_bytes(p), [&](void* workspace) { run(p, workspace); });
+    note_operands({&weight_hh[0], &weight_hh[1], &weight_hr[0], &weight_hr[1], &hx, &output, &states});
+    fusedrnn::for_each_cell([&](int id, auto cell) {
+      if (id == c.cell) reference_forward<decltype(cell)>(forward_params(references), forward_params(operands()));
+    });
+    return judge({{"output", &output}, {"hy", &hy}, {"cy", &cy}, {"saved", &saved}, {"states", &states}}, spoiled);
+  }
+
+  template <class Bytes, class Run>
+  double run_backward(const Bytes& workspace_bytes, const Run& run, const std::string& spoiled) {
+    for (Tensor* tensor : {&output, &saved, &states}) freeze(*tensor);
+    const BackwardParams p = backward_params(engines);
+    run_guarded(workspace_bytes(p), [&](void* workspace) { run(p, workspace); });
+    note_operands({&grad_pre, &grad_proj});
+    fusedrnn::for_each_cell([&](int id, auto cell) {
+      if (id == c.cell) reference_backward<decltype(cell)>(backward_params(references), backward_params(operands()));
+    });
+    return judge({{"grad_pre", &grad_pre}, {"grad_hx", &grad_hx}, {"grad_cx", &grad_cx}, {"grad_proj", &grad_proj}}, spoiled);
+  }
+
+  double run_grad_weights(const fusedrnn::CpuEngine& engine, const std::string& spoiled) {
+    for (Tensor* tensor : {&grad_pre, &grad_proj}) freeze(*tensor);
+    const GradWeightsParams p = grad_weights_params(engines);
+    run_guarded(engine.grad_weights_workspace(p), [&](void* workspace) { engine.grad_weights(p, workspace); });
+    fusedrnn::for_each_cell([&](int id, auto cell) {
+      if (id == c.cell) reference_grad_weights<decltype(cell)>(grad_weights_params(references));
+    });
+    double worst = 0;
+    for (size_t d = 0; d < 2; ++d)
+      worst = std::max(worst, judge({{"grad_weight_ih", &grad_weight_ih[d]}, {"grad_weight_hh", &grad_weight_hh[d]},
+                                     {"grad_bias_ih", &grad_bias_ih[d]}, {"grad_bias_hh", &grad_bias_hh[d]},
+                                     {"grad_weight_hr", &grad_weight_hr[d]}}, spoiled));
+    return worst;
+  }
+
+  // Compares results; returns the largest error.
+  double judge(std::initializer_list<std::pair<const char*, Tensor*>> results, const std::string& spoiled) const {
+    double worst = 0;
+    for (auto [name, tensor] : results) {
+      if (spoiled == name) spoil(*tensor);
+      worst = std::max(worst, compare(name, *tensor));
+    }
+    return worst;
+  }
+
+  void check_inputs() const {
+    for (const auto* pair : {&weight_hh, &weight_hr, &bias_hh, &gates_x})
+      for (const Tensor& tensor : *pair) CHECK(unchanged(tensor), "wrote to a weight, a bias or gates_x");
+    for (const Tensor* tensor : {&input, &hx, &cx, &grad_output, &grad_hy, &grad_cy, &grad_pre, &grad_proj})
+      CHECK(unchanged(*tensor), "wrote to the input, hx, cx or an incoming gradient");
+    for (const Tensor* tensor : {&output, &saved, &states}) CHECK(unchanged(*tensor), "backward wrote to what forward saved");
+  }
+
+  Tensor result(int64_t count) const { return Tensor(c.dtype, count); }
+
  private:
   Random random_;
 
-  Tensor result(int64_t count) const { return Tensor(c.dtype, count); }
+  static void* pointer_to(const std::vector<double>& numbers) {
+    return numbers.empty() ? nullptr : const_cast<double*>(numbers.data());
+  }
+  // What is in memory, as the engine multiplies it.
+  void note_operands(std::initializer_list<Tensor*> tensors) const {
+    if (!operand) return;
+    for (Tensor* tensor : tensors) {
+      tensor->multiplied.resize(tensor->exact.size());
+      for (size_t i = 0; i < tensor->exact.size(); ++i)
+        tensor->multiplied[i] = operand(decode(c.dtype, tensor->memory.data(), int64_t(i)));
+    }
+  }
+  auto operands() const {
+    return [exact = !operand](const Tensor& tensor) { return pointer_to(exact ? tensor.exact : tensor.multiplied); };
+  }
   // What is in memory is from here on an input, the same for the reference.
   void freeze(Tensor& tensor) const {
     for (size_t i = 0; i < tensor.exact.size(); ++i) tensor.exact[i] = decode(c.dtype, tensor.memory.data(), int64_t(i));
@@ -260,13 +303,6 @@ struct Problem {
   static bool unchanged(const Tensor& tensor) {
     return tensor.memory.intact() &&
            (tensor.before.empty() || std::memcmp(tensor.memory.data(), tensor.before.data(), tensor.before.size()) == 0);
-  }
-  void check_inputs() const {
-    for (const auto* pair : {&weight_hh, &weight_hr, &bias_hh, &gates_x})
-      for (const Tensor& tensor : *pair) CHECK(unchanged(tensor), "wrote to a weight, a bias or gates_x");
-    for (const Tensor* tensor : {&input, &hx, &cx, &grad_output, &grad_hy, &grad_cy, &grad_pre, &grad_proj})
-      CHECK(unchanged(*tensor), "wrote to the input, hx, cx or an incoming gradient");
-    for (const Tensor* tensor : {&output, &saved, &states}) CHECK(unchanged(*tensor), "backward wrote to what forward saved");
   }
 };
 

@@ -1,5 +1,9 @@
 // The recurrence of a layer, forward and backward, as plain loops over steps, rows and units in double: slow and obvious.
 // It takes the engine's own parameter structs, with every tensor in double, and calls the same cells.
+//
+// Products read their operands from parameters of their own, `multiplied`: these are the same once more, or, for an engine that
+// rounds what it multiplies, say what it has rounded the weights and its own results to. So the reference need not guess which of
+// two neighbours a number was rounded to, and what is left to tolerate is the rounding of sums.
 #pragma once
 #include <utility>
 #include <vector>
@@ -36,7 +40,7 @@ inline int64_t step_before(const LayerParams& p, int64_t t, int64_t b, int64_t d
 }
 
 template <class Cell>
-void reference_forward(const ForwardParams& p) {
+void reference_forward(const ForwardParams& p, const ForwardParams& multiplied) {
   constexpr int G = Cell::kGates, kInner = Cell::kStates - 1;
   const int64_t H = p.H, P = p.P, T = p.steps.T, B = p.steps.B;
   const bool projected = p.weight_hr[0];
@@ -46,8 +50,11 @@ void reference_forward(const ForwardParams& p) {
       for (int64_t u = 0; u < P; ++u) h[u] = p.hx ? in(p.hx)[(d * B + b) * P + u] : 0;
       for (int64_t u = 0; u < H; ++u) c[u] = p.cx ? in(p.cx)[(d * B + b) * H + u] : 0;
       for (int64_t s = 0; s < T; ++s) {
-        const int64_t t = d ? T - 1 - s : s;
+        const int64_t t = d ? T - 1 - s : s, before = step_before(p, t, b, d);
         if (b >= p.steps.rows(t)) continue;
+        const double* h_before = before >= 0 ? in(multiplied.output) + at(p, before, b, d, P)
+                                 : p.hx      ? in(multiplied.hx) + (d * B + b) * P
+                                             : nullptr;
         const double* gates_x = in(p.gates_x[d]) + at(p, t, b, {p.gates_x_step[d], p.gates_x_row[d]});
         std::vector<double> h_new(static_cast<size_t>(H));
         for (int64_t u = 0; u < H; ++u) {
@@ -55,7 +62,7 @@ void reference_forward(const ForwardParams& p) {
           for (int g = 0; g < G; ++g) {
             pre[Cell::x_pre(g)] += gates_x[g * H + u];
             double sum = p.bias_hh[d] ? in(p.bias_hh[d])[g * H + u] : 0;
-            for (int64_t k = 0; k < P; ++k) sum += in(p.weight_hh[d])[(g * H + u) * P + k] * h[k];
+            for (int64_t k = 0; k < P && h_before; ++k) sum += in(multiplied.weight_hh[d])[(g * H + u) * P + k] * h_before[k];
             pre[Cell::h_pre(g)] += sum;
           }
           state[0] = projected ? 0 : h[u];
@@ -69,10 +76,12 @@ void reference_forward(const ForwardParams& p) {
           if constexpr (kInner > 0) states[u] = new_state[1];
           if (projected) states[kInner * H + u] = new_state[0];
         }
+        const double* unprojected = h_new.data();
+        if (projected && p.save) unprojected = in(multiplied.states) + at(p, t, b, d, (kInner + 1) * H) + kInner * H;
         for (int64_t u = 0; u < P; ++u) {
           h[u] = projected ? 0 : h_new[u];
           if (projected)
-            for (int64_t k = 0; k < H; ++k) h[u] += in(p.weight_hr[d])[u * H + k] * h_new[k];
+            for (int64_t k = 0; k < H; ++k) h[u] += in(multiplied.weight_hr[d])[u * H + k] * unprojected[k];
           out(p.output)[at(p, t, b, d, P) + u] = h[u];
         }
       }
@@ -83,7 +92,7 @@ void reference_forward(const ForwardParams& p) {
 }
 
 template <class Cell>
-void reference_backward(const BackwardParams& p) {
+void reference_backward(const BackwardParams& p, const BackwardParams& multiplied) {
   constexpr int G = Cell::kGates, kInner = Cell::kStates - 1;
   const int64_t H = p.H, P = p.P, T = p.steps.T, B = p.steps.B;
   const bool projected = p.weight_hr[0];
@@ -110,7 +119,8 @@ void reference_backward(const BackwardParams& p) {
             new_state[0] = in(p.output)[at(p, t, b, d, P) + u];
             grad_new[0] = dh[u];
           } else {
-            for (int64_t k = 0; k < P; ++k) grad_new[0] += in(p.weight_hr[d])[k * H + u] * dh[k];
+            const double* grad_proj = in(multiplied.grad_proj) + at(p, t, b, d, P);
+            for (int64_t k = 0; k < P; ++k) grad_new[0] += in(multiplied.weight_hr[d])[k * H + u] * grad_proj[k];
           }
           if constexpr (kInner > 0) {
             state[1] = before >= 0 ? in(p.states)[at(p, before, b, d, extra * H) + u] : p.cx ? in(p.cx)[(d * B + b) * H + u] : 0;
@@ -121,8 +131,10 @@ void reference_backward(const BackwardParams& p) {
           for (int k = 0; k < Cell::kPre; ++k) out(p.grad_pre)[at(p, t, b, d, Cell::kPre * H) + k * H + u] = grad_pre[k];
           if (!projected) dh_before[u] += grad_state[0];
           if constexpr (kInner > 0) dc[u] = grad_state[1];
-          for (int g = 0; g < G; ++g)
-            for (int64_t k = 0; k < P; ++k) dh_before[k] += grad_pre[Cell::h_pre(g)] * in(p.weight_hh[d])[(g * H + u) * P + k];
+          for (int g = 0; g < G; ++g) {
+            const double grad_gate = in(multiplied.grad_pre)[at(p, t, b, d, Cell::kPre * H) + Cell::h_pre(g) * H + u];
+            for (int64_t k = 0; k < P; ++k) dh_before[k] += grad_gate * in(multiplied.weight_hh[d])[(g * H + u) * P + k];
+          }
         }
         dh = dh_before;
       }

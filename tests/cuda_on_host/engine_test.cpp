@@ -1,0 +1,115 @@
+// Proves the CUDA step kernels, run on the CPU: forward and backward of every cell and arithmetic against a plain reference in
+// double, at sizes that fill the kernels' tiles and that do not, packed and padded, strided, projected, with any optional tensor
+// missing, divided among many and few warps and blocks, in kind and unkind orders of threads and of grids. Results and workspace
+// are NaN beforehand, and all memory lies between guard pages.
+//
+//   --every N           only one case in N, taken by lot
+//   --lot N             which lot
+//   --arithmetics A,B   only these (f32, tf32, f64, bf16, f16)
+//   --order N           all in this order of threads (the place in test::kOrders), not each in one taken by lot
+//   --only N            only case N
+//   --most-macs N       only cases of at most N multiply-adds a step
+//   --spoil NAME        the last number of this result is wrong (this program must find out)
+#include <cstring>
+#include <stdexcept>
+
+#include "kernel_problem.h"
+
+namespace {
+
+using test::KernelCase;
+using test::KernelProblem;
+
+struct Options {
+  size_t every = 1, lot = 0;
+  long only = -1, order = -1, most_macs = 1L << 60;
+  std::string arithmetics = "f32,tf32,f64,bf16,f16", spoiled;
+};
+
+bool wanted(const Options& options, const KernelCase& c, size_t number) {
+  if (options.only >= 0) return number == size_t(options.only);
+  const long macs = long(c.B * c.H * (c.P ? c.P : c.H) * test::traits_of(c.cell).gates);
+  return test::Random{number + (options.lot << 32)}.below(int64_t(options.every)) == 0 && macs <= options.most_macs &&
+         test::engine_of(c.cell) && ("," + options.arithmetics + ",").find("," + std::string(c.arithmetic->name) + ",") != std::string::npos;
+}
+
+// Which divisions of a product the cases met.
+struct Coverage {
+  int few_rows = 0, many_rows = 0, split = 0, groups = 0, both = 0, unit_tiles = 0, batch_tiles = 0, projections = 0;
+  void add(const test::Plans& plans) {
+    for (const fusedrnn::ProductPlan& plan : {plans.hidden, plans.projection}) {
+      if (!plan.unit_tiles) continue;
+      (plan.tiles == fusedrnn::kFewTiles ? few_rows : many_rows) += 1;
+      split += plan.split > 1;
+      groups += plan.groups > 1;
+      both += plan.split > 1 && plan.groups > 1;
+      unit_tiles += plan.unit_tiles > 1;
+      batch_tiles += plan.batch_tiles > 1;
+    }
+    projections += plans.projection.unit_tiles > 0;
+  }
+  void print(const char* pass) const {
+    std::printf("%s met: %d products of few rows, %d of many, %d split, %d with groups, %d with both, %d with several tiles of units, "
+                "%d of the batch, %d projections\n", pass, few_rows, many_rows, split, groups, both, unit_tiles, batch_tiles, projections);
+  }
+};
+
+// What all cases together met.
+struct Report {
+  double worst = 0;
+  std::string worst_case;
+  Coverage forward, backward;
+  int overlapping = 0;
+};
+
+void run_case(const KernelCase& c, size_t number, const Options& options, Report& report) {
+  const std::string name = text(c, number);
+  std::snprintf(test::context, sizeof test::context, "%s", name.c_str());
+  test::schedule(c.order, c.seed);
+  KernelProblem problem(c);
+  report.forward.add(problem.plans_of_forward());
+  if (c.save) report.backward.add(problem.plans_of_backward());
+  try {
+    const double error = problem.run(*test::engine_of(c.cell), options.spoiled);
+    if (error > report.worst) report.worst = error, report.worst_case = name;
+  } catch (const std::runtime_error& error) {
+    CHECK(false, "the emulator says: %s", error.what());
+  }
+  report.overlapping += test::most_grids_at_once() > 1;
+}
+
+void run_all(const Options& options) {
+  std::vector<KernelCase> cases = test::kernel_cases();
+  Report report;
+  size_t run = 0;
+  for (size_t i = 0; i < cases.size(); ++i) {
+    if (!wanted(options, cases[i], i)) continue;
+    if (options.order >= 0) cases[i].order = int(options.order);
+    run_case(cases[i], i, options, report);
+    ++run;
+  }
+  std::printf("%zu of %zu cases; largest error %.3f of the tolerance, in %s\n", run, cases.size(), report.worst, report.worst_case.c_str());
+  report.forward.print("forward");
+  report.backward.print("backward");
+  std::printf("both met: %d calls whose grids overlapped\n", report.overlapping);
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  Options options;
+  for (int i = 1; i + 1 < count; i += 2) {
+    const std::string name = arguments[i], value = arguments[i + 1];
+    if (name == "--every") options.every = std::stoul(value);
+    else if (name == "--lot") options.lot = std::stoul(value);
+    else if (name == "--arithmetics") options.arithmetics = value;
+    else if (name == "--order") options.order = std::stol(value);
+    else if (name == "--only") options.only = std::stol(value);
+    else if (name == "--most-macs") options.most_macs = std::stol(value);
+    else if (name == "--spoil") options.spoiled = value;
+    else return 2;
+  }
+  test::print_context_at_crash();
+  run_all(options);
+  return test::conclude("engine_test");
+}

@@ -1,0 +1,130 @@
+// One call of the CUDA kernels and of the reference on the same numbers, and the calls that engine_test makes.
+#pragma once
+#include <string>
+#include <vector>
+
+#include "engine_problem.h"
+#include "kernel_probe.h"
+
+namespace test {
+
+// The kinds of arithmetic that csrc/cuda/arithmetic.cuh has, and what each makes of a number before it multiplies it.
+struct Arithmetic {
+  const char* name;
+  Dtype dtype;
+  bool tf32;
+  Operand operand;
+};
+
+// To 10 bits behind the leading one, ties away from zero.
+inline double to_tf32(double x) {
+  if (!std::isfinite(x)) return x;
+  const double step = spacing(Precision{10, -126, 127}, x), rounded = std::round(x / step) * step;
+  return std::fabs(rounded) >= 0x1p128 ? std::copysign(INFINITY, x) : rounded;
+}
+inline double as_it_is(double x) { return x; }
+
+constexpr Arithmetic kArithmetics[] = {
+    {"f32", Dtype::kFloat32, false, nullptr},      {"tf32", Dtype::kFloat32, true, to_tf32},
+    {"f64", Dtype::kFloat64, false, nullptr},      {"bf16", Dtype::kBFloat16, false, as_it_is},
+    {"f16", Dtype::kFloat16, false, as_it_is},
+};
+
+// From one on which every layer is large to one on which none is; with and without grids that overlap; and one whose blocks have so
+// little shared memory that it limits their warps.
+constexpr fusedrnn::Chip kChips[] = {
+    {1, 227 << 10, 9}, {4, 99 << 10, 8}, {16, 163 << 10, 8}, {132, 227 << 10, 9}, {1, 24 << 10, 9},
+};
+
+struct KernelCase : Case {
+  const Arithmetic* arithmetic = nullptr;
+  const fusedrnn::Chip* chip = nullptr;
+  int order = 0;  // of the threads
+
+  fusedrnn::CudaContext context() const { return {*chip, nullptr, chip->major >= 9, arithmetic->tf32}; }
+};
+
+inline std::string text(const KernelCase& c, size_t number) {
+  return std::string(c.arithmetic->name) + ", " + std::to_string(c.chip->multiprocessors) + " multiprocessors of " +
+         std::to_string(c.chip->major) + ".x with " + std::to_string(c.chip->shared_bytes >> 10) + " KiB, " + kOrders[c.order] + ", " +
+         text(static_cast<const Case&>(c), number);
+}
+
+// Every cell, arithmetic, direction count, packed or padded, with units and rows that fill tiles or do not, then larger ones: rows
+// for several warps, sums deep enough for all warps of a block. Chips and orders by lot.
+inline std::vector<KernelCase> kernel_cases() {
+  std::vector<KernelCase> cases;
+  auto add = [&](int cell, const Arithmetic& arithmetic, int64_t D, bool packed, int64_t B, int64_t H, bool project, int64_t most_steps) {
+    const uint64_t seed = cases.size();
+    Random random{seed + 2000000};
+    KernelCase c{random_case(cell, arithmetic.dtype, D, packed, B, H, project, seed)};
+    c.T = std::min(c.T, most_steps);
+    // Where operands are rounded, the reference must see what was rounded.
+    c.save = c.save || (project && arithmetic.operand);
+    c.arithmetic = &arithmetic;
+    c.chip = &kChips[random.below(std::size(kChips))];
+    c.order = int(random.below(std::size(kOrders)));
+    cases.push_back(c);
+  };
+  for (int cell = 0; traits_of(cell).gates > 0; ++cell)
+    for (const Arithmetic& arithmetic : kArithmetics) {
+      const bool projects = traits_of(cell).states > 1;
+      for (int64_t D : {1, 2})
+        for (bool packed : {false, true}) {
+          for (int64_t H : {1, 7, 16, 19, 33, 67})
+            for (int64_t B : {1, 2, 7, 8, 9, 17, 33})
+              for (bool project : {false, true})
+                if (projects || !project) add(cell, arithmetic, D, packed, B, H, project, 6);
+          for (auto [B, H] : {std::pair<int, int>{61, 33}, {125, 31}, {257, 17}, {3, 263}, {40, 131}})
+            for (bool project : {false, true})
+              if (projects || !project) add(cell, arithmetic, D, packed, B, H, project, 2);
+        }
+    }
+  return cases;
+}
+
+class KernelProblem : public Problem {
+ public:
+  explicit KernelProblem(const KernelCase& c) : Problem(c, c.arithmetic->operand), context_(c.context()) {
+    if (c.save && c.need_grad_weight_hh) hidden_before_ = result(rows * c.D * P);
+  }
+
+  // As Problem::run, but for the gradients of the weights, which are not the kernels'.
+  double run(const fusedrnn::CudaEngine& engine, const std::string& spoiled) {
+    double worst = run_forward([&](const ForwardParams& p) { return engine.forward_workspace(p, context_); },
+                               [&](const ForwardParams& p, void* workspace) { engine.forward(p, context_, workspace); }, spoiled);
+    if (c.save) {
+      worst = std::max(worst, run_backward([&](const BackwardParams& p) { return engine.backward_workspace(with_more(p), context_); },
+                                           [&](const BackwardParams& p, void* workspace) {
+                                             engine.backward(with_more(p), context_, workspace);
+                                           }, spoiled));
+      find_hidden_before();
+      worst = std::max(worst, judge({{"hidden_before", &hidden_before_}}, spoiled));
+    }
+    check_inputs();
+    return worst;
+  }
+
+  Plans plans_of_forward() const { return forward_plans(forward_params(engines), context_); }
+  Plans plans_of_backward() const { return backward_plans(with_more(backward_params(engines)), context_); }
+
+ private:
+  const fusedrnn::CudaContext context_;
+  Tensor hidden_before_;
+
+  fusedrnn::CudaBackwardParams with_more(const BackwardParams& p) const { return {p, engines(hidden_before_)}; }
+
+  void find_hidden_before() {
+    const BackwardParams p = backward_params(references);
+    for (int64_t t = 0; t < c.T; ++t)
+      for (int64_t b = 0; b < p.steps.rows(t); ++b)
+        for (int64_t d = 0; d < c.D; ++d) {
+          const int64_t before = step_before(p, t, b, d);
+          const double* h = before >= 0 ? in(p.output) + at(p, before, b, d, P) : p.hx ? in(p.hx) + (d * c.B + b) * P : nullptr;
+          for (int64_t u = 0; u < P && !hidden_before_.exact.empty(); ++u)
+            hidden_before_.exact[size_t(at(p, t, b, d, P) + u)] = h ? h[u] : 0;
+        }
+  }
+};
+
+}  // namespace test
