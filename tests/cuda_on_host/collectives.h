@@ -94,10 +94,13 @@ inline void warp_collective(unsigned mask, const Site& site, Operand& mine, Orde
   Warp& warp = *me.warp;
   if (!(mask >> me.lane() & 1)) fail(site, "warp divergence: the calling lane is not in its mask");
   if (mask & ~warp.alive) fail(site, "warp divergence: the mask names lanes that have exited or never were");
-  auto found = std::find_if(warp.open.begin(), warp.open.end(), [&](const Collective& open) { return open.mask & mask; });
+  auto found = warp.open.end();
+  for (auto open = warp.open.begin(); open != warp.open.end(); ++open) {
+    if (open->mask == mask && open->site == site) found = open;
+    else if (open->mask >> me.lane() & 1 && open->arrived & mask)  // they wait for this lane, and it for some of them
+      fail(site, "warp divergence: other lanes wait in " + text(open->site) + (open->mask != mask ? ", with another mask" : ""));
+  }
   if (found == warp.open.end()) found = warp.open.insert(found, Collective{mask, 0, site, {}});
-  else if (found->mask != mask || !(found->site == site))
-    fail(site, "warp divergence: other lanes wait in " + text(found->site) + (found->mask != mask ? ", with another mask" : ""));
   HappensBefore& before = warp.before[warp.meetings % 2];
   if (orders == Orders::kMemory) before.release();
   found->arrived |= 1u << me.lane();

@@ -104,7 +104,7 @@ inline void grid_dependency_wait(CUDA_ON_HOST_SITE) {
 inline Thread& spare_thread() {
   // ThreadSanitizer takes the next thread on a fiber to come after the last. As long as it has fibers enough, none is reused
   // for a thread that must not be thought to come after.
-  if (machine.spare_threads.empty() && !machine.retired_threads.empty() && machine.threads.size() >= kMostThreads / 2) {
+  if (machine.spare_threads.empty() && !machine.retired_threads.empty() && machine.threads.size() >= kFreshThreads) {
     machine.spare_threads.push_back(machine.retired_threads.front());
     machine.retired_threads.pop_front();
   }

@@ -80,10 +80,6 @@ inline void carry_out(const AsyncCopies::Copy& copy) {
 inline void cp_async(void* shared, const void* global, size_t bytes, size_t source_bytes, CUDA_ON_HOST_SITE) {
   const Site site{"cp.async", file, line};
   const AsyncCopies::Copy copy{shared, global, bytes, source_bytes, false};
-  // The copy can happen at any time from now on. So its accesses may collide with any made by others meanwhile, and to
-  // ThreadSanitizer it happens twice: now, and when it is waited for.
-  note_read(global, source_bytes);
-  note_write(shared, bytes);
   bool at_once = false;
   {
     Quiet quiet;
@@ -97,6 +93,10 @@ inline void cp_async(void* shared, const void* global, size_t bytes, size_t sour
     current->copies.copies.push_back(copy);
     current->copies.copies.back().done = at_once;
   }
+  // The copy can happen at any time from now on. So its accesses may collide with any made by others meanwhile, and to
+  // ThreadSanitizer it happens twice: now, and when it is waited for.
+  note_read(global, source_bytes);
+  note_write(shared, bytes);
   if (at_once) carry_out(copy);
 }
 
@@ -122,7 +122,12 @@ inline void cp_async_wait(size_t left) {
       Quiet quiet;
       copy = mine.copies[i];
     }
-    if (!copy.done) carry_out(copy);
+    if (copy.done) {
+      note_read(copy.from, copy.source_bytes);
+      note_write(copy.to, copy.bytes);
+    } else {
+      carry_out(copy);
+    }
   }
   Quiet quiet;
   if (mine.groups_waited == mine.group_ends.size() && !mine.pending()) mine.clear();
