@@ -96,9 +96,10 @@ inline void warp_collective(unsigned mask, const Site& site, Operand& mine, Orde
   if (mask & ~warp.alive) fail(site, "warp divergence: the mask names lanes that have exited or never were");
   auto found = warp.open.end();
   for (auto open = warp.open.begin(); open != warp.open.end(); ++open) {
+    const bool they_need_me = open->mask >> me.lane() & 1, i_need_them = open->arrived & mask;
     if (open->mask == mask && open->site == site) found = open;
-    else if (open->mask >> me.lane() & 1 && open->arrived & mask)  // they wait for this lane, and it for some of them
-      fail(site, "warp divergence: other lanes wait in " + text(open->site) + (open->mask != mask ? ", with another mask" : ""));
+    else if (they_need_me && i_need_them)
+      fail(site, "warp divergence: other lanes wait in " + text(open->site) + (open->mask == mask ? "" : ", other mask"));
   }
   if (found == warp.open.end()) found = warp.open.insert(found, Collective{mask, 0, site, {}});
   HappensBefore& before = warp.before[warp.meetings % 2];

@@ -168,7 +168,8 @@ inline void spin_pause(CUDA_ON_HOST_SITE) {
   Quiet quiet;
   const Site site{"spin_pause", file, line};
   const Grid& grid = *current->block->grid;
-  if (!grid.launch.cooperative && grid.blocks > 1) fail(site, "the launch is not cooperative: other blocks need not be resident");
+  if (!grid.launch.cooperative && grid.blocks > 1)
+    fail(site, "the launch is not cooperative: other blocks need not be resident");
   // In random order a thread that could go on is not picked for so long with a probability of exp(-64).
   if (++machine.spins > 64 * uint64_t(machine.threads_alive) + 20000) fail(site, "livelock: all that threads do is spin");
   give_way(site);

@@ -57,7 +57,8 @@ int run(const char* plant, int only_order, int seeds) {
       }
     }
   }
-  if (!only_case && only_order != kInOrder) CHECK(most_grids == options().resident_grids, "at most %d grids overlap", int(most_grids));
+  if (!only_case && only_order != kInOrder)
+    CHECK(most_grids == options().resident_grids, "at most %d grids overlap", int(most_grids));
   return test::conclude("cuda_on_host");
 }
 

@@ -36,7 +36,9 @@ struct Case {
 // Exactly this many elements on the heap, so that AddressSanitizer sees every access past them. Outputs begin as garbage.
 template <class T>
 struct Array {
-  explicit Array(size_t size) : size(size), data(new T[size]) { std::memset(static_cast<void*>(data), kPoison, size * sizeof(T)); }
+  explicit Array(size_t size) : size(size), data(new T[size]) {
+    std::memset(static_cast<void*>(data), kPoison, size * sizeof(T));
+  }
   ~Array() { delete[] data; }
   Array(const Array&) = delete;
   Array& operator=(const Array&) = delete;

@@ -33,8 +33,8 @@ inline void fragments(test::Random&) {
       for (int m = 0; m < (which % 3 == 0 ? 1 : which % 3 == 1 ? 2 : 4); ++m) {
         const int row = lane / 4, column = lane % 4 * 2, step = which < 3 ? 1 : 8;
         const uint32_t low = uint32_t(64 * m + (which < 3 ? 8 * row + column : 8 * column + row));
-        CHECK(got[size_t((lane * 6 + which) * 4 + m)] == (low | (low + uint32_t(step)) << 16), "lane %d, load %d, matrix %d", lane,
-              which, m);
+        const uint32_t want = low | (low + uint32_t(step)) << 16;
+        CHECK(got[size_t((lane * 6 + which) * 4 + m)] == want, "lane %d, load %d, matrix %d", lane, which, m);
       }
 }
 
@@ -80,7 +80,8 @@ __global__ void multiply(const typename Format::Element* a, const typename Forma
   constexpr int kVector = 16 / int(sizeof(Element));
   Element* a_tile = take<Element>(16 * kStride);
   Element* b_tile = take<Element>(kN * kStride);
-  const int row0 = int(blockIdx.x) * 16, column0 = int(threadIdx.y) * 8, lane = int(threadIdx.x), group = lane / 4, member = lane % 4;
+  const int row0 = int(blockIdx.x) * 16, column0 = int(threadIdx.y) * 8;
+  const int lane = int(threadIdx.x), group = lane / 4, member = lane % 4;
   const int thread = lane + 32 * int(threadIdx.y), threads = 32 * int(blockDim.y);
   for (int i = thread; i < 16 * kK / kVector; i += threads)
     cp_async(a_tile + i * kVector / kK * kStride + i * kVector % kK, a + row0 * kK + i * kVector, 16, 16);
@@ -114,7 +115,8 @@ void gemm(test::Random& random) {
   for (size_t i = 0; i < b.size; ++i) b[i] = Format::make(float(random.uniform(-1, 1)));
   for (bool by_ldmatrix : {false, true}) {
     Array<float> c(kM * kN);
-    launch(grid("multiply", kM / 16, dim3(32, kN / 8), 32 << 10), [&] { multiply<Format>(a.data, b.data, c.data, by_ldmatrix); });
+    launch(grid("multiply", kM / 16, dim3(32, kN / 8), 32 << 10),
+           [&] { multiply<Format>(a.data, b.data, c.data, by_ldmatrix); });
     synchronize();
     check_all("c", c, [&](size_t i) {
       double sum = 0;
