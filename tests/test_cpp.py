@@ -8,15 +8,13 @@ of the sources must be found.
 
 import platform
 import re
-import shutil
 from pathlib import Path
 
 import pytest
-from workshop import ROOT, THREAD, UNDEFINED, Workshop, run, run_sanitized, setup
+from workshop import CSRC, ROOT, THREAD, UNDEFINED, EngineWorkshop, edit, run, run_sanitized, setup
 
-CPP, CSRC = ROOT / "tests" / "cpp", ROOT / "csrc"
+CPP = ROOT / "tests" / "cpp"
 ISAS = list(setup.ISA_FLAGS) if platform.machine() in ("x86_64", "AMD64") else ["baseline"]
-SHARED = ["arena.h", "params.h"]  # what the engine needs beside its folder and the cells
 DTYPES = {"f32": "kFloat32", "f64": "kFloat64", "bf16": "kBFloat16", "f16": "kFloat16"}
 # On the engine, whose every access is checked by calls (inlined checks take the compiler many minutes), only those of
 # UBSan's checks that the other two do not imply.
@@ -54,42 +52,9 @@ def define_flags(isa, ours=False):
     return " ".join(f"-D{name}={value}" for name, value in macros.items() if not (ours and name == "FUSEDRNN_ISA"))
 
 
-def edit(path, pattern, replacement):
-    """Replaces all of `pattern` in a file and returns how often; it must be there at all."""
-    text, count = re.subn(pattern, replacement, path.read_text())
-    assert count, f"{path.name} no longer has {pattern}: this test must follow its source"
-    path.write_text(text)
-    return count
-
-
-class EngineWorkshop(Workshop):
-    """A workshop for tests/cpp and csrc, or for edited copies of csrc."""
-
-    def __init__(self, request, tmp_path_factory):
-        super().__init__(request, tmp_path_factory, "cpp")
-        self.trees = {"csrc": CSRC}
-
-    def copy(self, name):
-        """A copy of the engine's sources to be edited, known as tree `name`."""
-        tree = self.trees[name] = self.folder / name
-        for part in ("cells", "cpu"):
-            shutil.copytree(CSRC / part, tree / part)
-        for header in SHARED:
-            shutil.copy(CSRC / header, tree)
-        return tree
-
-    def compile(self, name, source, flags, tree="csrc"):
-        """Starts to compile `source`, a file of the tree or of tests/cpp, to the object `name`."""
-        folder = self.trees[tree]
-        ours = (CPP / source).exists()
-        files = [path for part in ("cells", "cpu") for path in (folder / part).iterdir()] + [folder / header for header in SHARED]
-        inputs = sorted(files) + (sorted(CPP.iterdir()) if ours else [])
-        super().compile(name, CPP / source if ours else folder / source, flags, f"-I{folder} -I{CPP}", inputs)
-
-
 @pytest.fixture(scope="module")
 def workshop(request, tmp_path_factory):
-    shop = EngineWorkshop(request, tmp_path_factory)
+    shop = EngineWorkshop(request, tmp_path_factory, "cpp", "cpu", [CPP])
     # In the order of the tests, what takes long first.
     shop.compile("cells_test", "cells_test.cpp", UNDEFINED)
     for isa in ISAS:

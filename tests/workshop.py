@@ -3,12 +3,14 @@
 import hashlib
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+CSRC = ROOT / "csrc"
 _spec = importlib.util.spec_from_file_location("fusedrnn_setup", ROOT / "setup.py")
 setup = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(setup)
@@ -65,6 +67,60 @@ class Workshop:
 
     def close(self):
         self.pool.shutdown(cancel_futures=True)
+
+
+class EngineWorkshop(Workshop):
+    """A workshop for one of csrc's engines and the tests of it, or for edited copies of the engine.
+
+    Args:
+        request, tmp_path_factory, name: a Workshop's
+        engine: the engine's folder in csrc
+        tests: the folders of what tests it
+        below: the headers that the engine itself includes from elsewhere
+        flags: where they are
+    """
+
+    SHARED = ["arena.h", "params.h"]  # what an engine needs beside its folder and the cells
+
+    def __init__(self, request, tmp_path_factory, name, engine, tests, below=(), flags=""):
+        super().__init__(request, tmp_path_factory, name)
+        self.parts, self.tests, self.below, self.trees = ("cells", engine), tests, list(below), {"csrc": CSRC}
+        self.includes = " ".join([*(f"-I{folder}" for folder in tests), flags])
+
+    def copy(self, name):
+        """A copy of the engine's sources to be edited, known as tree `name`."""
+        tree = self.trees[name] = self.folder / name
+        for part in self.parts:
+            shutil.copytree(CSRC / part, tree / part)
+        for header in self.SHARED:
+            shutil.copy(CSRC / header, tree)
+        return tree
+
+    def compile(self, name, source, flags, tree="csrc"):
+        """Starts to compile `source`, a file of the tree or of its tests, to the object `name`."""
+        folder = self.trees[tree]
+        ours = [tests / source for tests in self.tests if (tests / source).exists()]
+        inputs = [path for part in self.parts for path in sorted((folder / part).iterdir())]
+        inputs += [folder / header for header in self.SHARED] + self.below
+        if ours:
+            inputs += [path for tests in self.tests for path in sorted(tests.iterdir())]
+        super().compile(name, ours[0] if ours else folder / source, flags, f"-I{folder} {self.includes}", inputs)
+
+
+def edit(path, pattern, replacement):
+    """Replaces all of `pattern` in a file and returns how often; it must be there at all."""
+    text, count = re.subn(pattern, replacement, path.read_text())
+    assert count, f"{path.name} no longer has {pattern}: this test must follow its source"
+    path.write_text(text)
+    return count
+
+
+def cuda_headers():
+    """The folders of the CUDA toolkit's headers as flags, or None if there is no toolkit."""
+    nvcc = shutil.which("nvcc")
+    homes = [os.environ.get("CUDA_HOME"), nvcc and Path(nvcc).resolve().parent.parent, "/usr/local/cuda"]
+    found = [Path(home) / "include" for home in homes if home and (Path(home) / "include" / "cuda_bf16.h").exists()]
+    return f"-isystem {found[0]} -isystem {found[0]}/cccl" if found else None
 
 
 def run(command, expect=0, timeout=400, **variables):

@@ -9,6 +9,7 @@
 //   --order N           all in this order of threads (the place in test::kOrders), not each in one taken by lot
 //   --only N            only case N
 //   --most-macs N       only cases of at most N multiply-adds a step
+//   --plant N           mistake N is made, in builds that have mistakes to make (this program must find out)
 //   --spoil NAME        the last number of this result is wrong (this program must find out)
 #include <cstring>
 #include <stdexcept>
@@ -25,6 +26,7 @@ struct Options {
   long only = -1, order = -1, most_macs = 1L << 60;
   std::string arithmetics = "f32,tf32,f64,bf16,f16", spoiled;
 };
+int planted = -1;
 
 bool wanted(const Options& options, const KernelCase& c, size_t number) {
   if (options.only >= 0) return number == size_t(options.only);
@@ -96,6 +98,8 @@ void run_all(const Options& options) {
 
 }  // namespace
 
+extern "C" bool fusedrnn_test_plant(int mistake) { return mistake == planted; }
+
 int main(int count, char** arguments) {
   Options options;
   for (int i = 1; i + 1 < count; i += 2) {
@@ -106,6 +110,7 @@ int main(int count, char** arguments) {
     else if (name == "--order") options.order = std::stol(value);
     else if (name == "--only") options.only = std::stol(value);
     else if (name == "--most-macs") options.most_macs = std::stol(value);
+    else if (name == "--plant") planted = std::stoi(value);
     else if (name == "--spoil") options.spoiled = value;
     else return 2;
   }

@@ -20,3 +20,6 @@ void schedule(int order, uint64_t seed);
 int most_grids_at_once();  // since schedule()
 
 }  // namespace test
+
+// Called by builds of the kernels that have mistakes to make: whether to make this one.
+extern "C" bool fusedrnn_test_plant(int mistake);

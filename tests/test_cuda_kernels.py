@@ -1,0 +1,197 @@
+"""The CUDA step kernels, run on the CPU by the emulator of tests/cuda_on_host against the double reference of tests/cpp.
+
+engine_test's head says what it proves. It runs as it is, under AddressSanitizer and UBSan, and under ThreadSanitizer. Every
+check is checked: mistakes planted in copies of csrc/cuda must be found, in the way that stands in the table below.
+"""
+
+import re
+from typing import NamedTuple
+
+import pytest
+from workshop import CSRC, ROOT, THREAD, UNDEFINED, EngineWorkshop, cuda_headers, edit, run, run_sanitized
+
+HOSTED, CPP = ROOT / "tests" / "cuda_on_host", ROOT / "tests" / "cpp"
+CELLS = {"rnn_tanh": "RnnTanhCell", "rnn_relu": "RnnReluCell", "lstm": "LstmCell", "gru": "GruCell"}
+ARITHMETICS = {"f32": "Float32", "tf32": "Tf32", "f64": "Float64", "bf16": "BFloat16", "f16": "Float16"}
+RESULTS = ["output", "hy", "cy", "saved", "states", "grad_pre", "grad_hx", "grad_cx", "grad_proj", "hidden_before"]
+IN_ORDER, REVERSE, RANDOM, SKEWED = range(4)  # the orders of threads
+MODES = {
+    "plain": "-O1",
+    # Checks by calls, and without those of UBSan's that AddressSanitizer implies: half the time to compile.
+    "address": f"{UNDEFINED} -fno-sanitize=null,object-size,pointer-overflow,vptr "
+               "--param asan-instrumentation-with-call-threshold=0",
+    "thread": THREAD,
+}
+# Kernels that can make mistakes, which take longest to compile: the cell with projections and the one whose gates have two halves, and
+# of the arithmetics one of the ordinary units and one of the matrix units, which the others share but for their formats.
+PLANTED_CELLS = ["lstm", "gru"]
+PLANTED_ARITHMETICS = {"plain": ["f32", "tf32", "bf16"], "address": ["f32", "bf16"], "thread": ["f32", "bf16"]}
+
+
+class Plant(NamedTuple):
+    """A mistake in csrc/cuda: in `file`, `pattern` becomes `replacement`, in which MADE is whether to make it.
+
+    `found` says what engine_test prints in a mode.
+    """
+
+    file: str
+    pattern: str
+    replacement: str
+    found: dict[str, str]
+    arithmetic: str = "bf16"
+
+
+def wrong(result=r"\w+"):
+    return rf": {result}\[\d+\] is \S+, should be"
+
+
+def error(text):
+    return f"the emulator says: .*{text}"
+
+
+CRASH = "crashed in: "  # a guard page was touched
+RACE = "data race"
+WAIT = r"prims::wait_for_previous_grid\(\);"
+PLANTS = {
+    # Synchronization.
+    "no_barrier": Plant("product.cuh", r"prims::block_sync\(\);", r"if (!MADE) \g<0>", {"plain": wrong("output"), "thread": RACE}),
+    "late_wait": Plant("product.cuh", rf"({WAIT})(.*?)(  if [^\n]*) return;(.*?)(\n  for )",
+                       r"if (!MADE) \1\2\3 {\n if (MADE) \1\n return;\n }\4\n if (MADE) \1\5", {"plain": wrong("output"), "thread": RACE}),
+    "no_wait": Plant("product.cuh", WAIT, r"if (!MADE) \g<0>", {"plain": error("a thread exits without grid_dependency_wait"),
+                                                                "thread": RACE}),
+    "packing_overlaps": Plant("product.cuh", r"(kPlainThreads, 0, )false", r"\1MADE",
+                              {"plain": error("(enter|pack).*: a thread exits without grid_dependency_wait")}),
+    "one_buffer": Plant("step_forward.cuh", r"for \(Element\*& h : m\.h\) h = [^\n]*", r"\g<0> if (MADE) m.h[1] = m.h[0];",
+                        {"plain": wrong("output"), "thread": RACE}, "f32"),
+    "one_buffer_backward": Plant("step_backward.cuh", r"for \(Element\*& dpre : m\.dpre\) dpre = [^\n]*",
+                                 r"\g<0> if (MADE) m.dpre[1] = m.dpre[0];", {"plain": wrong("grad_pre"), "thread": RACE}, "f32"),
+    "same_turn": Plant("step_forward.cuh", r"m\.h\[1 - turn\]", "m.h[MADE ? turn : 1 - turn]", {"plain": wrong("output")}),
+    # Bounds.
+    "shared_bytes": Plant("plan.h", r"bytes\(plan\.split \* plan\.groups\);", "bytes((MADE ? 1 : plan.split) * plan.groups);",
+                          {"plain": error(r"shared_take: \d+ bytes of shared memory taken, \d+ given")}),
+    "shared_overrun": Plant("product.cuh", r"block_rows \* kColumnPitch\);", "block_rows * kColumnPitch - (MADE ? 8 : 0));",
+                            {"plain": error("a thread wrote behind an array of shared memory"), "address": "heap-buffer-overflow"}),
+    "row_guard": Plant("product.cuh", r"row >= step\.visited\(d\) \|\|", r"(!MADE && row >= step.visited(d)) ||",
+                       {"plain": CRASH, "address": CRASH}),
+    "unit_guard": Plant("product.cuh", r"unit >= step\.units\)", "(!MADE && unit >= step.units))", {"plain": f"{wrong()}|{CRASH}"}),
+    "pack_guard": Plant("product.cuh", r"k < args\.depth;", "(MADE || k < args.depth);", {"plain": CRASH}),
+    # Where numbers lie.
+    "weight_at": Plant("arithmetic.cuh", r"word = (row / 8) \+ 2 \* (\(within / \(4 \* kPack\)\))",
+                       r"word = MADE ? 2 * (\1) + \2 : \1 + 2 * \2", {"plain": wrong()}),
+    "state_at": Plant("arithmetic.cuh", r"word = 2 \* mma \+ (within / \(4 \* kPack\))",
+                      r"word = MADE ? mma + 2 * (\1) : 2 * mma + \1", {"plain": wrong()}, "tf32"),
+    "padding": Plant("step_forward.cuh", r"args\.padded_rows, (args\.h_blocks \* A::kDepth),", r"args.padded_rows, MADE ? p.P : \1,",
+                     {"plain": wrong("output")}),
+    "padding_backward": Plant("step_backward.cuh", r"for_each_place\(1, size,", "for_each_place(MADE ? 0 : 1, size,",
+                              {"plain": wrong("grad_pre")}),
+    "hidden_before": Plant("step_backward.cuh", r"output_at\(d, step\.before_first \+ b, u\)",
+                           "output_at(d, (MADE ? step.first : step.before_first) + b, u)", {"plain": wrong("hidden_before")}),
+    # Steps.
+    "new_rows": Plant("step_forward.cuh", r"s > 0 \|\| p\.hx \? count : 0",
+                      r"MADE && s > 0 ? std::min(count, p.steps.rows(d ? t + 1 : t - 1)) : \g<0>", {"plain": wrong("output")}),
+    "ended_rows": Plant("step_backward.cuh", r"later_count, std::max", r"MADE ? std::min(count, later_count) : \g<0>",
+                        {"plain": wrong("grad_hx")}),
+    "staying": Plant("step_forward.cuh", r"std::min\(p\.steps\.rows\(next\), count\)", r"MADE + \g<0>", {"plain": wrong("hy")}),
+    "gate_halves": Plant("step_backward.cuh", r"grad_pre\[Cell::h_pre\(g\)\]", "grad_pre[MADE ? g : Cell::h_pre(g)]",
+                         {"plain": ": gru .*" + wrong("grad_pre")}),
+    "gradient_kept": Plant("step_backward.cuh", r"m\.dh\[this->state_at\(d, b, u, p\.P\)\] = Sum\(0\);", r"if (!MADE) \g<0>",
+                           {"plain": wrong("grad_proj")}),
+    # Sums.
+    "missing_part": Plant("product.cuh", r"part < plan\.split;", "part < plan.split - MADE;", {"plain": wrong()}),
+    "missing_depth": Plant("product.cuh", r"block < depth_blocks;", "block < depth_blocks - MADE;", {"plain": wrong()}),
+    "unrounded": Plant("arithmetic.cuh", r"return round_to_tf32\(x\)", "return MADE ? x : round_to_tf32(x)", {"plain": wrong()}, "tf32"),
+}
+
+
+def keep_cells(tree, kept):
+    """Leaves only some cells in a copy of the engine."""
+    for cell in set(CELLS) - set(kept):
+        edit(tree / "cells" / "cells.h", rf"\n *fn\(\d+, {CELLS[cell]}\{{\}}\);", "")
+
+
+def keep_arithmetics(tree, kept):
+    """Leaves only some kinds of arithmetic in a copy of the engine."""
+    file = tree / "cuda" / "engine.cuh"
+    tf32, f32 = (f"fn({ARITHMETICS[name]}{{}})" for name in ("tf32", "f32"))
+    if not {"f32", "tf32"} <= set(kept):  # these two share a case
+        edit(file, r"context\.tf32 \? [^;]*", tf32 if "tf32" in kept else f32)
+    for names in (["f32", "tf32"], ["f64"], ["bf16"], ["f16"]):
+        if not set(names) & set(kept):
+            edit(file, rf"\n *case Dtype::k{ARITHMETICS[names[0]]}:\n *return [^\n]*", "")
+
+
+def plant(tree):
+    """Lets a test make each of the mistakes, by its number in the table."""
+    for number, mistake in enumerate(PLANTS.values()):
+        replacement = mistake.replacement.replace("MADE", f"fusedrnn_test_plant({number})")
+        edit(tree / "cuda" / mistake.file, f"(?s){mistake.pattern}", replacement)
+    edit(tree / "params.h", r"(#pragma once\n)", '\\1extern "C" bool fusedrnn_test_plant(int mistake);\n')
+    edit(tree / "cells" / "cells.h", r"(#pragma once\n)", '\\1#include "../params.h"\n')
+
+
+def compile_program(shop, name, cells, mode, tree):
+    """Starts to compile the kernels of some cells, and what a program must know of them."""
+    for cell in cells:
+        shop.compile(f"{name}_{cell}", f"cuda/{cell}.cu", f"-std=c++20 {MODES[mode]}", tree)
+    for part in ("kernel_probe", "kernel_engines"):
+        shop.compile(f"{name}_{part}", f"{part}.cpp", f"-std=c++20 {MODES[mode]}", tree)
+
+
+@pytest.fixture(scope="module")
+def program(request, tmp_path_factory):
+    """engine_test: program("all") is the path of that with all kernels, program(mode) of one that can make mistakes."""
+    if not cuda_headers():
+        pytest.skip("the headers of the CUDA toolkit are not here (CUDA_HOME, nvcc on PATH, /usr/local/cuda)")
+    # What the kernels include, and no header of tests.
+    emulator = [path for path in sorted(HOSTED.glob("*.h")) if not path.name.startswith(("self_test", "kernel_"))]
+    shop = EngineWorkshop(request, tmp_path_factory, "cuda_kernels", "cuda", [HOSTED, CPP], emulator,
+                          f"{cuda_headers()} -DFUSEDRNN_ON_HOST -x c++")
+    shop.compile("engine_test", "engine_test.cpp", "-std=c++20 -O1")
+    compile_program(shop, "all", CELLS, "plain", "csrc")
+    for mode, arithmetics in PLANTED_ARITHMETICS.items():
+        tree = shop.copy(mode)
+        keep_cells(tree, PLANTED_CELLS)
+        keep_arithmetics(tree, arithmetics)
+        plant(tree)
+        compile_program(shop, mode, PLANTED_CELLS, mode, mode)
+    made = {}
+
+    def linked(name):
+        if name not in made:
+            cells = CELLS if name == "all" else PLANTED_CELLS
+            objects = [*(f"{name}_{part}" for part in [*cells, "kernel_probe", "kernel_engines"]), "engine_test"]
+            made[name] = shop.link(f"engine_test_{name}", objects, MODES.get(name, ""))
+        return made[name]
+
+    yield linked
+    shop.close()
+
+
+def test_every_cell_has_its_kernels():
+    assert sorted(path.stem for path in (CSRC / "cuda").glob("*.cu")) == sorted(CELLS)
+
+
+@pytest.mark.parametrize("lot", range(2))
+def test_kernels(program, lot):
+    out = run(f"{program('all')} --every 8 --lot {lot}")
+    print(out)
+    met = [int(count) for line in re.findall(r"met: (.*)", out) for count in re.findall(r"\d+", line)]
+    assert len(met) == 17 and min(met) > 0, "the cases leave out a way of dividing the work"
+
+
+@pytest.mark.parametrize("result", RESULTS)
+def test_engine_test_finds(program, result):
+    assert re.search(wrong(result), run(f"{program('all')} --every 60 --spoil {result}", expect=1))
+
+
+@pytest.mark.parametrize("mode", ["address", "thread"])
+def test_kernels_with_sanitizer(program, mode):
+    arithmetics = ",".join(PLANTED_ARITHMETICS[mode])
+    print(run_sanitized(f"{program(mode)} --arithmetics {arithmetics} --every 12 --most-macs 100000"))
+
+
+@pytest.mark.parametrize(("name", "mode"), [(name, mode) for name in PLANTS for mode in PLANTS[name].found])
+def test_finds(program, name, mode):
+    number, (*_, found, arithmetic) = list(PLANTS).index(name), PLANTS[name]
+    out = run_sanitized(f"{program(mode)} --plant {number} --arithmetics {arithmetic} --every 8; test $? -ne 0")
+    assert re.search(found[mode], out), out[-4000:]
