@@ -6,34 +6,22 @@ vectors, and the logic of its blocks, tails and tiles runs all the same. Every c
 of the sources must be found.
 """
 
-import hashlib
-import importlib.util
-import os
 import platform
 import re
 import shutil
-import subprocess
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from workshop import ROOT, THREAD, UNDEFINED, Workshop, run, run_sanitized, setup
 
-ROOT = Path(__file__).resolve().parent.parent
 CPP, CSRC = ROOT / "tests" / "cpp", ROOT / "csrc"
-_spec = importlib.util.spec_from_file_location("fusedrnn_setup", ROOT / "setup.py")
-setup = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(setup)
-
 ISAS = list(setup.ISA_FLAGS) if platform.machine() in ("x86_64", "AMD64") else ["baseline"]
 SHARED = ["arena.h", "params.h"]  # what the engine needs beside its folder and the cells
 DTYPES = {"f32": "kFloat32", "f64": "kFloat64", "bf16": "kBFloat16", "f16": "kFloat16"}
-WARN = "-Wall -Wextra -Wno-psabi -Wno-unknown-pragmas"
-UNDEFINED = "-g1 -O1 -fsanitize=address,undefined -fno-sanitize-recover=all"
 # On the engine, whose every access is checked by calls (inlined checks take the compiler many minutes), only those of
 # UBSan's checks that the other two do not imply.
 ADDRESS = (UNDEFINED + " -fno-sanitize=null,alignment,object-size,pointer-overflow,vptr"
            " --param asan-instrumentation-with-call-threshold=0")
-THREAD = "-g1 -O1 -fsanitize=thread"
 # Compiling an engine takes a processor 10 seconds a format. All of them run as the library is compiled for this machine;
 # elsewhere only some, since the formats share their logic but for the loads and stores that vec_test covers.
 EMULATED_DTYPES = ["f32", "f16"]
@@ -74,12 +62,12 @@ def edit(path, pattern, replacement):
     return count
 
 
-class Workshop:
-    """Compiles in the background, two at a time or as many as there are cores, and keeps what has not changed since."""
+class EngineWorkshop(Workshop):
+    """A workshop for tests/cpp and csrc, or for edited copies of csrc."""
 
-    def __init__(self, folder, store):
-        self.folder, self.store, self.futures, self.trees = folder, store, {}, {"csrc": CSRC}
-        self.pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
+    def __init__(self, request, tmp_path_factory):
+        super().__init__(request, tmp_path_factory, "cpp")
+        self.trees = {"csrc": CSRC}
 
     def copy(self, name):
         """A copy of the engine's sources to be edited, known as tree `name`."""
@@ -92,51 +80,16 @@ class Workshop:
 
     def compile(self, name, source, flags, tree="csrc"):
         """Starts to compile `source`, a file of the tree or of tests/cpp, to the object `name`."""
-        self.futures[name] = self.pool.submit(self._compile, name, source, flags, self.trees[tree])
-
-    def _compile(self, name, source, flags, tree):
+        folder = self.trees[tree]
         ours = (CPP / source).exists()
-        digest = hashlib.sha256(f"{source} {flags} {setup.compiler_name('g++')}".encode())
-        files = [path for part in ("cells", "cpu") for path in (tree / part).iterdir()] + [tree / header for header in SHARED]
-        for path in sorted(files) + (sorted(CPP.iterdir()) if ours else []):
-            digest.update(path.name.encode() + path.read_bytes())
-        out = self.store / f"{name}-{digest.hexdigest()[:16]}.o"
-        if not out.exists():
-            for old in self.store.glob(f"{name}-{'?' * 16}.o"):
-                old.unlink()
-            made = self.folder / f"{name}.o"
-            path = CPP / source if ours else tree / source
-            run(f"g++ {WARN} {flags} -I{tree} -I{CPP} -c {path} -o {made}")
-            shutil.move(made, out)
-        return out
-
-    def link(self, name, objects, flags=""):
-        """The program `name` of these objects, as soon as they are there."""
-        program = self.folder / name
-        run(f"g++ {flags} {' '.join(str(self.futures[name].result()) for name in objects)} -pthread -o {program}")
-        return program
-
-
-def run(command, expect=0, timeout=400, **variables):
-    """What a command prints, once it has ended with the status `expect`."""
-    done = subprocess.run(str(command), shell=True, text=True, timeout=timeout, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                          env={**os.environ, **variables})
-    assert done.returncode == expect, f"status {done.returncode} of: {command}\n{done.stdout[-8000:]}"
-    return done.stdout
-
-
-def run_sanitized(command, expect=0):
-    """A program under a sanitizer. They map fixed addresses, which a randomly laid out process may have taken."""
-    fixed = "setarch -R " if subprocess.run("setarch -R true", shell=True, stderr=subprocess.DEVNULL).returncode == 0 else ""
-    return run(fixed + str(command), expect, ASAN_OPTIONS="detect_leaks=0", UBSAN_OPTIONS="print_stacktrace=1",
-               TSAN_OPTIONS="halt_on_error=1 exitcode=66")
+        files = [path for part in ("cells", "cpu") for path in (folder / part).iterdir()] + [folder / header for header in SHARED]
+        inputs = sorted(files) + (sorted(CPP.iterdir()) if ours else [])
+        super().compile(name, CPP / source if ours else folder / source, flags, f"-I{folder} -I{CPP}", inputs)
 
 
 @pytest.fixture(scope="module")
 def workshop(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cpp")
-    cache = getattr(request.config, "cache", None)
-    shop = Workshop(folder, cache.mkdir("fusedrnn_cpp") if cache else folder)
+    shop = EngineWorkshop(request, tmp_path_factory)
     # In the order of the tests, what takes long first.
     shop.compile("cells_test", "cells_test.cpp", UNDEFINED)
     for isa in ISAS:
@@ -165,7 +118,7 @@ def workshop(request, tmp_path_factory):
     shop.compile("probe_thread", "engine_probe.cpp", f"-fopenmp {define_flags('baseline', ours=True)}", "thread")
     shop.compile("engine_thread", "cpu/engine_baseline.cpp", f"{THREAD} {setup.MATH}", "thread")
     yield shop
-    shop.pool.shutdown(cancel_futures=True)
+    shop.close()
 
 
 def keep_dtypes(tree, dtypes):

@@ -94,10 +94,14 @@ inline void warp_collective(unsigned mask, const Site& site, Operand& mine, Orde
   Warp& warp = *me.warp;
   if (!(mask >> me.lane() & 1)) fail(site, "warp divergence: the calling lane is not in its mask");
   if (mask & ~warp.alive) fail(site, "warp divergence: the mask names lanes that have exited or never were");
-  auto found = std::find_if(warp.open.begin(), warp.open.end(), [&](const Collective& open) { return open.mask & mask; });
+  auto found = warp.open.end();
+  for (auto open = warp.open.begin(); open != warp.open.end(); ++open) {
+    const bool they_need_me = open->mask >> me.lane() & 1, i_need_them = open->arrived & mask;
+    if (open->mask == mask && open->site == site) found = open;
+    else if (they_need_me && i_need_them)
+      fail(site, "warp divergence: other lanes wait in " + text(open->site) + (open->mask == mask ? "" : ", other mask"));
+  }
   if (found == warp.open.end()) found = warp.open.insert(found, Collective{mask, 0, site, {}});
-  else if (found->mask != mask || !(found->site == site))
-    fail(site, "warp divergence: other lanes wait in " + text(found->site) + (found->mask != mask ? ", with another mask" : ""));
   HappensBefore& before = warp.before[warp.meetings % 2];
   if (orders == Orders::kMemory) before.release();
   found->arrived |= 1u << me.lane();

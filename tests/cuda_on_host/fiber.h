@@ -23,7 +23,8 @@ namespace cuda_on_host {
 #ifndef CUDA_ON_HOST_UCONTEXT
 // Saves the registers that a callee must preserve on this stack, leaves its pointer in *save, and continues on the other.
 // noipa: nothing may be concluded from its body, which the compiler believes to touch no memory.
-__attribute__((naked, noipa, no_sanitize_thread, no_sanitize_address)) inline void switch_stack(void** /*save*/, void* /*load*/) {
+__attribute__((naked, noipa, no_sanitize_thread, no_sanitize_address))
+inline void switch_stack(void** /*save*/, void* /*load*/) {
   asm volatile(
       "pushq %rbp\n pushq %rbx\n pushq %r12\n pushq %r13\n pushq %r14\n pushq %r15\n"
       "movq %rsp, (%rdi)\n movq %rsi, %rsp\n"
@@ -80,8 +81,8 @@ class Fiber {
   Fiber(const Fiber&) = delete;
   Fiber& operator=(const Fiber&) = delete;
 
-  // The fiber will not run again, wherever it is: all it did comes before `end`. ThreadSanitizer's part of one that ends amid an emulator's function cannot
-  // be destroyed (it dies of "finished with ignores enabled"), and is lost.
+  // The fiber will not run again, wherever it is: all it did comes before `end`. ThreadSanitizer's part of one that stops
+  // amid one of the emulator's functions cannot be destroyed (it dies of "finished with ignores enabled"), and is lost.
   void abandon(HappensBefore& end) {
     (void)end;
     abandoned_ = true;

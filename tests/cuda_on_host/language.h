@@ -61,7 +61,9 @@ inline void __threadfence_system() { cuda_on_host::fence(); }
 
 inline int atomicAdd(int* to, int value) { return cuda_on_host::atomic_add(to, value); }
 inline unsigned atomicAdd(unsigned* to, unsigned value) { return cuda_on_host::atomic_add(to, value); }
-inline unsigned long long atomicAdd(unsigned long long* to, unsigned long long value) { return cuda_on_host::atomic_add(to, value); }
+inline unsigned long long atomicAdd(unsigned long long* to, unsigned long long value) {
+  return cuda_on_host::atomic_add(to, value);
+}
 inline float atomicAdd(float* to, float value) { return cuda_on_host::atomic_add(to, value); }
 inline double atomicAdd(double* to, double value) { return cuda_on_host::atomic_add(to, value); }
 

@@ -44,7 +44,8 @@ inline void end_thread() {
     if (open.mask >> me.lane() & 1) fail("warp divergence: a thread exits while other lanes wait for it in " + text(open.site));
   for (const Barrier* barrier : {&block.barriers[0], &grid.barrier})
     if (!barrier->waiting.empty())
-      fail("barrier divergence: a thread exits while others (" + text(*barrier->waiting[0]) + ") wait in " + text(barrier->site));
+      fail("barrier divergence: a thread exits while others (" + text(*barrier->waiting[0]) + ") wait in " +
+           text(barrier->site));
   grid.complete->release();
   trigger(me);
   me.warp->alive &= ~(1u << me.lane());
@@ -104,7 +105,7 @@ inline void grid_dependency_wait(CUDA_ON_HOST_SITE) {
 inline Thread& spare_thread() {
   // ThreadSanitizer takes the next thread on a fiber to come after the last. As long as it has fibers enough, none is reused
   // for a thread that must not be thought to come after.
-  if (machine.spare_threads.empty() && !machine.retired_threads.empty() && machine.threads.size() >= kMostThreads / 2) {
+  if (machine.spare_threads.empty() && !machine.retired_threads.empty() && machine.threads.size() >= kFreshThreads) {
     machine.spare_threads.push_back(machine.retired_threads.front());
     machine.retired_threads.pop_front();
   }
@@ -166,7 +167,8 @@ inline void start_block(Grid& grid) {
 inline void finish_block(Block& block) {
   Grid& grid = *block.grid;
   if (!release_shared(block) && machine.error.empty())
-    machine.error = std::string(grid.launch.name) + ": a thread wrote behind an array of shared memory [block " + text(block.index) + "]";
+    machine.error = std::string(grid.launch.name) + ": a thread wrote behind an array of shared memory [block " +
+                    text(block.index) + "]";
   for (Thread* thread : block.threads) {
     if (kThreadSanitizer) machine.retired_threads.push_back(thread);
     else machine.spare_threads.push_back(thread);
@@ -302,12 +304,10 @@ inline void run_all() {
   for (;;) {
     if (machine.may_start) {
       machine.may_start = false;
-      while (!machine.running.empty() && machine.running.front()->blocks_finished == machine.running.front()->blocks) complete_grid();
-      while (!machine.queued.empty() && may_start(*machine.queued.front())) {
-        start_grid(last_start, last_complete);
-        for (Grid& grid = *machine.running.back(); grid.blocks_started < grid.resident;) start_block(grid);
-      }
-      for (auto& grid : machine.running)
+      auto& running = machine.running;
+      while (!running.empty() && running.front()->blocks_finished == running.front()->blocks) complete_grid();
+      while (!machine.queued.empty() && may_start(*machine.queued.front())) start_grid(last_start, last_complete);
+      for (auto& grid : running)
         while (grid->blocks_started < grid->blocks && grid->blocks_started - grid->blocks_finished < grid->resident)
           start_block(*grid);
     }

@@ -80,10 +80,6 @@ inline void carry_out(const AsyncCopies::Copy& copy) {
 inline void cp_async(void* shared, const void* global, size_t bytes, size_t source_bytes, CUDA_ON_HOST_SITE) {
   const Site site{"cp.async", file, line};
   const AsyncCopies::Copy copy{shared, global, bytes, source_bytes, false};
-  // The copy can happen at any time from now on. So its accesses may collide with any made by others meanwhile, and to
-  // ThreadSanitizer it happens twice: now, and when it is waited for.
-  note_read(global, source_bytes);
-  note_write(shared, bytes);
   bool at_once = false;
   {
     Quiet quiet;
@@ -97,6 +93,10 @@ inline void cp_async(void* shared, const void* global, size_t bytes, size_t sour
     current->copies.copies.push_back(copy);
     current->copies.copies.back().done = at_once;
   }
+  // The copy can happen at any time from now on. So its accesses may collide with any made by others meanwhile, and to
+  // ThreadSanitizer it happens twice: now, and when it is waited for.
+  note_read(global, source_bytes);
+  note_write(shared, bytes);
   if (at_once) carry_out(copy);
 }
 
@@ -122,7 +122,12 @@ inline void cp_async_wait(size_t left) {
       Quiet quiet;
       copy = mine.copies[i];
     }
-    if (!copy.done) carry_out(copy);
+    if (copy.done) {
+      note_read(copy.from, copy.source_bytes);
+      note_write(copy.to, copy.bytes);
+    } else {
+      carry_out(copy);
+    }
   }
   Quiet quiet;
   if (mine.groups_waited == mine.group_ends.size() && !mine.pending()) mine.clear();
@@ -163,7 +168,8 @@ inline void spin_pause(CUDA_ON_HOST_SITE) {
   Quiet quiet;
   const Site site{"spin_pause", file, line};
   const Grid& grid = *current->block->grid;
-  if (!grid.launch.cooperative && grid.blocks > 1) fail(site, "the launch is not cooperative: other blocks need not be resident");
+  if (!grid.launch.cooperative && grid.blocks > 1)
+    fail(site, "the launch is not cooperative: other blocks need not be resident");
   // In random order a thread that could go on is not picked for so long with a probability of exp(-64).
   if (++machine.spins > 64 * uint64_t(machine.threads_alive) + 20000) fail(site, "livelock: all that threads do is spin");
   give_way(site);

@@ -26,8 +26,11 @@ struct Options {
 
 // ThreadSanitizer knows 8128 threads at most. Elsewhere the limit is the system's on mappings, of which a stack takes two.
 constexpr unsigned kMostThreads = kThreadSanitizer ? 8000 : 32000;
-// Ordinary grids have no more threads resident than this (but at least one block), so that many blocks cost no memory.
-constexpr unsigned kMostWaveThreads = 2048;
+// Ordinary grids have no more threads resident than this (but at least one block): many blocks cost no memory, and the stacks
+// stay in the cache. ThreadSanitizer takes a millisecond to make a fiber and longer for everything the more there are.
+constexpr unsigned kMostWaveThreads = kThreadSanitizer ? 1024 : 2048;
+// So many are made before one is reused for a thread that need not come after; see spare_thread().
+constexpr unsigned kFreshThreads = 1024;
 
 // SplitMix64 (Steele, Lea and Flood, 2014).
 struct Random {

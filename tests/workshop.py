@@ -1,0 +1,82 @@
+"""What the tests of C++ share: a workshop that compiles and links their programs, and how to run them."""
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+_spec = importlib.util.spec_from_file_location("fusedrnn_setup", ROOT / "setup.py")
+setup = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(setup)
+
+WARN = "-Wall -Wextra -Wno-psabi -Wno-unknown-pragmas"
+UNDEFINED = "-g1 -O1 -fsanitize=address,undefined -fno-sanitize-recover=all"
+THREAD = "-g1 -O1 -fsanitize=thread"
+
+
+class Workshop:
+    """Compiles in the background, two at a time or as many as there are cores, and keeps what has not changed since.
+
+    Args:
+        request, tmp_path_factory: pytest's, of the fixture that makes the workshop
+        name: of the folder for its programs, and of that in pytest's cache for its objects
+    """
+
+    def __init__(self, request, tmp_path_factory, name):
+        cache = getattr(request.config, "cache", None)
+        self.folder = tmp_path_factory.mktemp(name)
+        self.store = cache.mkdir(f"fusedrnn_{name}") if cache else self.folder
+        self.futures = {}
+        self.pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
+
+    def compile(self, name, source, flags, includes, inputs):
+        """Starts to compile a file to the object `name`.
+
+        Args:
+            source: the file
+            flags: of the compiler, all but where it finds headers
+            includes: the folders of headers, as flags
+            inputs: the files, itself and headers, whose change must be noticed
+        """
+        self.futures[name] = self.pool.submit(self._compile, name, source, flags, includes, inputs)
+
+    def _compile(self, name, source, flags, includes, inputs):
+        digest = hashlib.sha256(f"{source.name} {flags} {setup.compiler_name('g++')}".encode())
+        for path in inputs:
+            digest.update(path.name.encode() + path.read_bytes())
+        out = self.store / f"{name}-{digest.hexdigest()[:16]}.o"
+        if not out.exists():
+            for old in self.store.glob(f"{name}-{'?' * 16}.o"):
+                old.unlink()
+            made = self.folder / f"{name}.o"
+            run(f"g++ {WARN} {flags} {includes} -c {source} -o {made}")
+            shutil.move(made, out)
+        return out
+
+    def link(self, name, objects, flags=""):
+        """The program `name` of these objects, as soon as they are there."""
+        program = self.folder / name
+        run(f"g++ {flags} {' '.join(str(self.futures[name].result()) for name in objects)} -pthread -o {program}")
+        return program
+
+    def close(self):
+        self.pool.shutdown(cancel_futures=True)
+
+
+def run(command, expect=0, timeout=400, **variables):
+    """What a command prints, once it has ended with the status `expect`."""
+    done = subprocess.run(str(command), shell=True, text=True, timeout=timeout, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          env={**os.environ, **variables})
+    assert done.returncode == expect, f"status {done.returncode} of: {command}\n{done.stdout[-8000:]}"
+    return done.stdout
+
+
+def run_sanitized(command, expect=0):
+    """A program under a sanitizer. They map fixed addresses, which a randomly laid out process may have taken."""
+    fixed = "setarch -R " if subprocess.run("setarch -R true", shell=True, stderr=subprocess.DEVNULL).returncode == 0 else ""
+    return run(fixed + str(command), expect, ASAN_OPTIONS="detect_leaks=0", UBSAN_OPTIONS="print_stacktrace=1",
+               TSAN_OPTIONS="halt_on_error=1 exitcode=66")
