@@ -85,17 +85,12 @@ class Layer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_output, grad_hy, grad_cy, _saved, _states):
-        batch_sizes, output, saved, states, *tensors = ctx.saved_tensors
         grads = (grad_output, grad_hy, grad_cy if ctx.cell == "lstm" else None)
         wanted = ctx.needs_input_grad[3:]
         if all(grad is None for grad in grads):
             return (None,) * len(ctx.needs_input_grad)
-        if _is_transformed(grads):
-            return None, None, None, *_differentiable_backward(ctx, tensors, batch_sizes, grads, wanted)
-        input, hx, cx, *weights = tensors
-        return None, None, None, *_backward(
-            ctx.cell, batch_sizes, ctx.batch_first, input, hx, cx, _groups(weights), output, saved, states, grads, wanted
-        )
+        backward = _differentiable_backward if _is_transformed(grads) else _backward
+        return None, None, None, *backward(ctx, grads, wanted)
 
 
 # Function.apply inspects the signature of forward at every call, which takes longer than a small layer does, for the sake of
@@ -117,8 +112,9 @@ def _is_transformed(grads):
     return False
 
 
-def _differentiable_backward(ctx, tensors, batch_sizes, grads, wanted):
-    """The same gradients through the reference recurrence in plain torch, which every transform can take."""
+def _differentiable_backward(ctx, grads, wanted):
+    """`_backward` through the reference recurrence in plain torch, which every transform can take."""
+    batch_sizes, _output, _saved, _states, *tensors = ctx.saved_tensors
     chosen = [i for i, want in enumerate(wanted) if want]
     given = [k for k, grad in enumerate(grads) if grad is not None]
 
@@ -135,8 +131,13 @@ def _differentiable_backward(ctx, tensors, batch_sizes, grads, wanted):
     return [next(found) if want else None for want in wanted]
 
 
-def _backward(cell, batch_sizes, batch_first, input, hx, cx, weights, output, saved, states, grads, wanted):
+def _backward(ctx, grads, wanted):
     """Gradients of (input, hx, cx, *weights), None where not wanted."""
+    cell, batch_first = ctx.cell, ctx.batch_first
+    batch_sizes, output, saved, states, input, hx, cx, *weights = ctx.saved_tensors
+    if not torch.compiler.is_compiling():
+        ctx.maybe_clear_saved_tensors()  # unless the graph is retained, so that what is deleted below is freed
+    weights = _groups(weights)
     weight_hh = [group[1] for group in weights]
     weight_hr = [group[4] for group in weights if group[4] is not None]
     steps_first = input.transpose(0, 1) if batch_first else input
@@ -149,6 +150,7 @@ def _backward(cell, batch_sizes, batch_first, input, hx, cx, weights, output, sa
         cell, steps_first, weight_hh, weight_hr, hx, cx, output, saved, states, batch_sizes, *grads, wanted[1], wanted[2],
         want_ih and not library_ih, want_hh and not library_hh, want_b_ih or want_b_hh, want_hr,
     )
+    del saved, states  # the largest tensors, and more are to be made
     for d in range(len(weights)):
         if library_ih and wanted[3 + 5 * d]:
             grad_weights[5 * d] = _grad_weight_ih(cell, d, grad_pre, steps_first)

@@ -11,6 +11,10 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.utils.checkpoint import checkpoint
 
 import fusedrnn
+from benchmarks.memory import allocator_peak
+from benchmarks.providers import provider_named
+from benchmarks.shapes import case_named
+from benchmarks.workload import Workload
 from conftest import CELLS, kind_of, make_pair, states_for
 from fusedrnn.testing import named_outputs
 from same import compare
@@ -176,6 +180,15 @@ def test_backward_twice_is_bit_equal(cell, options):
     assert all(torch.equal(a, b) for a, b in zip(first, second))
     with pytest.raises(RuntimeError, match="backward through the graph a second time"):
         torch.autograd.grad(outputs, wrt, weights)
+
+
+@pytest.mark.parametrize("name", ["rnn/training/T100-B1-I64-H64", "gru/training/T100-B1-I64-H64", "rnn/training/T1-B1-I64-H64"])
+def test_peak_memory_is_at_most_that_of_torch(name):
+    """What only the recurrence's backward needs is freed once it has run, if no one retains the graph."""
+    torch.set_num_threads(2)
+    workloads = [Workload(case_named(name), provider_named(provider)) for provider in ("fusedrnn", "torch")]
+    ours, stock = (allocator_peak(workload.call) for workload in workloads)
+    assert ours <= stock
 
 
 @cells
