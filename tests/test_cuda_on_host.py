@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from workshop import ROOT, THREAD, UNDEFINED, Workshop, run, run_sanitized
+from workshop import ROOT, THREAD, UNDEFINED, Workshop, cuda_headers, run, run_sanitized
 
 HOSTED, CPP = ROOT / "tests" / "cuda_on_host", ROOT / "tests" / "cpp"
 MODES = {
@@ -54,14 +54,6 @@ ERRORS = {
 }
 # Accesses past the end of an array, and a part of what AddressSanitizer says.
 OVERRUNS = {"shared_overrun": "in self_test::sum_and_largest", "global_overrun": "in self_test::sum_tiles"}
-
-
-def cuda_headers():
-    """The folders of the CUDA toolkit's headers as flags, or None if there is no toolkit."""
-    nvcc = shutil.which("nvcc")
-    homes = [os.environ.get("CUDA_HOME"), nvcc and Path(nvcc).resolve().parent.parent, "/usr/local/cuda"]
-    found = [Path(home) / "include" for home in homes if home and (Path(home) / "include" / "cuda_bf16.h").exists()]
-    return f"-isystem {found[0]} -isystem {found[0]}/cccl" if found else None
 
 
 @pytest.fixture(scope="module")

@@ -293,7 +293,7 @@ def poison():
 
 @pytest.mark.parametrize("shape", [(3, 2, 5), (1, 1, 1), (2, 3, 17), (1, 17, 33)], ids=str)
 @cells_and_layouts
-def test_results_are_written_whole(cell, layout, shape, isa, poison):
+def test_results_are_written_whole(cell, layout, shape, engine, poison):
     """No element of a result, and no value computed from one, is memory as it was found."""
     T, B, H = shape
     options = LAYOUTS[layout] if "packed" in layout else {**LAYOUTS[layout], "T": T, "B": B}
@@ -327,7 +327,7 @@ def compare_all_equal(one, other):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
 @cells
-def test_arguments_at_the_end_of_their_memory(cell, dtype, isa):
+def test_arguments_at_the_end_of_their_memory(cell, dtype, engine):
     """Every argument ends where mapped memory ends: one element read behind it is a fault, not a wrong number."""
     for options in (dict(T=2, B=3, H=5), dict(T=1, B=1, H=1), dict(T=3, B=2, H=17, D=2), dict(T=2, B=30, H=9),
                     dict(H=5, batch_sizes=(3, 2, 2))):  # fmt: skip
@@ -406,7 +406,7 @@ def test_offsets_beyond_32_bits(cell):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @cells
-def test_same_call_same_bits(cell, dtype, isa):
+def test_same_call_same_bits(cell, dtype, engine):
     """Run to run, and under torch.use_deterministic_algorithms, every bit is the same, weight gradients too."""
     ours, _ = make_pair(cell, 16, 65, num_layers=2, bidirectional=True, dtype=dtype)
     input, hx = torch.randn(9, 20, 16, dtype=dtype), states_for(ours, 20)
@@ -447,7 +447,7 @@ def test_operators_do_not_depend_on_the_number_of_threads(cell, layout, size, is
 
 
 @cells
-def test_a_sequence_does_not_depend_on_its_neighbours(cell, isa):
+def test_a_sequence_does_not_depend_on_its_neighbours(cell, engine):
     """A row of a batch comes out the same, to rounding, alone and among others."""
     ours, _ = make_pair(cell, 8, 33)
     input = torch.randn(6, 37, 8)

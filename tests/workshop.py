@@ -67,6 +67,14 @@ class Workshop:
         self.pool.shutdown(cancel_futures=True)
 
 
+def cuda_headers():
+    """The folders of the CUDA toolkit's headers as flags, or None if there is no toolkit."""
+    nvcc = shutil.which("nvcc")
+    homes = [os.environ.get("CUDA_HOME"), nvcc and Path(nvcc).resolve().parent.parent, "/usr/local/cuda"]
+    found = [Path(home) / "include" for home in homes if home and (Path(home) / "include" / "cuda_bf16.h").exists()]
+    return f"-isystem {found[0]} -isystem {found[0]}/cccl" if found else None
+
+
 def run(command, expect=0, timeout=400, **variables):
     """What a command prints, once it has ended with the status `expect`."""
     done = subprocess.run(str(command), shell=True, text=True, timeout=timeout, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
