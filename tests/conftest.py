@@ -23,6 +23,7 @@ CELLS = ["rnn_tanh", "rnn_relu", "lstm", "gru"]
 def pytest_configure(config):
     # A call that falls back to torch.nn would be compared with itself and prove nothing.
     config.addinivalue_line("filterwarnings", "error:.*not on the fused engine.*")
+    config.addinivalue_line("filterwarnings", "ignore:Warning only once for all operators,  other operators may also be overridden")
     # torch says once a process that oneDNN has no projections; it is of no concern here.
     config.addinivalue_line("filterwarnings", "ignore:LSTM with projections is not supported with oneDNN")
 
