@@ -33,7 +33,8 @@ class TorchProvider:
         return build(torch.nn, case, dtype)
 
     def kernel(self, module: torch.nn.Module, operators: set[str]) -> str:
-        return "onednn" if any("mkldnn_rnn" in name for name in operators) else "aten"
+        libraries = {"mkldnn_rnn": "onednn", "_cudnn_rnn": "cudnn"}
+        return next((libraries[word] for word in libraries if any(word in name for name in operators)), "aten")
 
 
 class FusedProvider:
@@ -47,10 +48,11 @@ class FusedProvider:
         return build(fusedrnn, case, dtype)
 
     def kernel(self, module: torch.nn.Module, operators: set[str]) -> str:
-        from fusedrnn import _C
+        from fusedrnn import _C, select
 
         fused = any(name.startswith("fusedrnn.") for name in operators)
-        return f"fused/{_C.cpu_isa()}" if fused else "torch"
+        on_cuda = next(module.parameters()).is_cuda
+        return f"fused/{f'cuda-{select.cuda_kernel()}' if on_cuda else _C.cpu_isa()}" if fused else "torch"
 
 
 PROVIDERS: dict[str, Callable[[], object]] = {

@@ -27,14 +27,14 @@ def test_every_shape_has_a_reason_and_a_name_of_its_own():
     for suite in shapes.SUITES:
         names = [case.name for case in shapes.cases(suite)]
         assert len(set(names)) == len(names)
-        for shape in shapes.SUITES[suite]:
+        for shape in shapes.SUITES[suite].shapes:
             assert shape.why.endswith(".") and shape.source
     assert len(shapes.cases("cpu")) == 11 * 3 * 2
     assert shapes.case_named("gru/training/T37-B7-I19-H45").shape.H == 45
 
 
 def test_packed_lengths_run_from_one_to_T():
-    shape = next(shape for shape in shapes.SUITES["cpu"] if shape.packed)
+    shape = next(shape for shape in shapes.SUITES["cpu"].shapes if shape.packed)
     assert (shape.lengths[0], shape.lengths[-1], len(shape.lengths)) == (100, 1, 32)
     assert shape.lengths == sorted(shape.lengths, reverse=True)
 
@@ -55,7 +55,7 @@ def test_work_is_counted_for_all_layers_and_directions():
 def test_calls_take_turns():
     order = []
     calls = [lambda: order.append("A"), lambda: order.append("B")]
-    original, timing._repeats = timing._repeats, lambda call: 1
+    original, timing._repeats = timing._repeats, lambda call, block: 1
     try:
         samples = timing.interleave(calls, seconds=0, least=4)
     finally:
