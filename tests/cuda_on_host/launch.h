@@ -318,6 +318,7 @@ inline void run_all() {
     Thread& next = machine.ready.take();
     ++machine.statistics.switches;
     current = &next;
+    machine.polls = 0;
     machine.host.switch_to(next.fiber);
     current = nullptr;
     if (!machine.error.empty()) break;
