@@ -91,10 +91,10 @@ inline void mma_m16n8k16(float* c, const uint32_t* a, const uint32_t* b, const S
     Row b_elements[16];
     for (int lane = 0; lane < 32; ++lane) {
       const int group = lane / 4, member = lane % 4;
-      auto half = [](const uint32_t* registers, int i) { return uint16_t(registers[i / 2] >> i % 2 * 16); };
+      auto element = [](const uint32_t* registers, int i) { return uint16_t(registers[i / 2] >> i % 2 * 16); };
       for (int i = 0; i < 8; ++i)  // registers alternate between rows group and group + 8; the last two are of k + 8
-        a_elements[group + i / 2 % 2 * 8][2 * member + i % 2 + i / 4 * 8] = value(half(lanes[lane]->a, i));
-      for (int i = 0; i < 4; ++i) b_elements[2 * member + i % 2 + i / 2 * 8][group] = value(half(lanes[lane]->b, i));
+        a_elements[group + i / 2 % 2 * 8][2 * member + i % 2 + i / 4 * 8] = value(element(lanes[lane]->a, i));
+      for (int i = 0; i < 4; ++i) b_elements[2 * member + i % 2 + i / 2 * 8][group] = value(element(lanes[lane]->b, i));
     }
     multiply_add<16>(lanes, a_elements, b_elements);
   });

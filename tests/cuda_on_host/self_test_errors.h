@@ -73,7 +73,9 @@ inline void errors(test::Random&) {
   launch(grid("fails", 1, 32), [] { named_sync(1, 48); });
   launch(grid("follows", 1, 1), [&] { ++runs; });
   CHECK(!message(grid("follows", 1, 1), [&] { ++runs; }).empty() && runs == 0, "ran after an error");
-  CHECK(message(grid("follows", 1, 1), [&] { ++runs; }).empty() && runs == 1, "must run again");
+  launch(grid("queued", 1, 1), [&] { ++runs; });
+  expect(message(grid("much", 1, 1025), nothing), {"cannot be launched"});
+  CHECK(message(grid("follows", 1, 1), [&] { ++runs; }).empty() && runs == 1, "must run again, and alone");
 }
 
 }  // namespace self_test
