@@ -3,6 +3,7 @@
 // Ordinary grids run in waves of resident blocks, since their blocks do not need each other. A grid starts when the one before
 // it has completed or, if its launch says that it overlaps, when all blocks of the one before have triggered.
 #pragma once
+#include <algorithm>
 #include <functional>
 #include <map>
 #include <memory>
