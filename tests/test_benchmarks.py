@@ -11,7 +11,7 @@ import types
 import pytest
 import torch
 
-from benchmarks import compare, gate, machine, memory, plot, providers, report, rows, run, shapes, table, timing
+from benchmarks import compare, gate, gpu, machine, memory, plot, providers, report, rows, run, shapes, table, timing
 from benchmarks.progress import Progress
 from benchmarks.workload import Workload
 
@@ -359,3 +359,19 @@ def test_readme_of_this_project_is_up_to_date():
     if not readme.exists():
         pytest.skip("no README in this tree")
     assert report.main(["--check"]) == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*float16|ignore:.*bfloat16")
+def test_what_the_sanitizers_watch_runs(engine, capsys, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", torch.backends.cudnn.rnn.fp32_precision)
+    gpu.small(torch.get_default_device().type)
+    assert capsys.readouterr().out == "every kernel ran\n"
+
+
+def test_parts_of_a_gpu_run_are_kept_in_time(tmp_path):
+    parts = gpu.parts("python", tmp_path)
+    assert [name for name, _, _ in parts] == ["build", "tests", "memcheck", "racecheck", "synccheck", "speed"]
+    assert gpu.run("a", "echo said; exit 3", 5, tmp_path / "a.txt")[0] == "FAILED"
+    assert gpu.run("b", "echo said", 5, tmp_path / "b.txt")[0] == "ok" and (tmp_path / "b.txt").read_text() == "said\n"
+    assert gpu.run("c", "echo said; sleep 60", 0.3, tmp_path / "c.txt")[0] == "out of time"
+    assert (tmp_path / "c.txt").read_text() == "said\n"
