@@ -361,7 +361,6 @@ def test_readme_of_this_project_is_up_to_date():
     assert report.main(["--check"]) == 0
 
 
-@pytest.mark.filterwarnings("ignore:.*float16|ignore:.*bfloat16")
 def test_what_the_sanitizers_watch_runs(engine, capsys, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", torch.backends.cudnn.rnn.fp32_precision)
     gpu.small(torch.get_default_device().type)
