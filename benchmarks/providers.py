@@ -23,6 +23,30 @@ def build(namespace, case: Case, dtype: torch.dtype) -> torch.nn.Module:
     return module.train(case.mode == "training")
 
 
+def cudnn_algorithm(case: Case, multiprocessors: int = 132) -> str:
+    """Which of cuDNN's algorithms torch asks for, on compute capability 8.0 or newer: persist-small, persist or standard.
+
+    Source: get_algo and its conditions in aten/src/ATen/native/cudnn/RNN.cpp. Where forward and backward differ, a training step
+    has both, as "forward+backward".
+    """
+    shape, plain = case.shape, case.cell == "rnn"
+
+    def algorithm(forward: bool) -> str:
+        if shape.packed:
+            return "standard"
+        largest = (384 if forward else 256) if plain else (192 if forward else 128)
+        if case.dtype != "float64" and shape.H <= largest:
+            return "persist-small"
+        one = shape.layers == shape.directions == 1 and shape.H <= 1024 and shape.H % 128 == shape.I % 128 == 0
+        if case.dtype == "float16" and one and case.cell != "gru" and multiprocessors >= 98:
+            if shape.B % 8 == 0 and shape.B <= 128 and (not plain or shape.B < 96 or shape.H < 896):
+                return "persist"
+        return "standard"
+
+    found = [algorithm(True)] + [algorithm(False)] * (case.mode == "training")
+    return "+".join(dict.fromkeys(found))
+
+
 class TorchProvider:
     """torch.nn: oneDNN for a padded LSTM on a CPU, a loop of small operators for all else."""
 
@@ -30,11 +54,13 @@ class TorchProvider:
         self.name = name
 
     def module(self, case: Case, dtype: torch.dtype) -> torch.nn.Module:
+        self.case = case
         return build(torch.nn, case, dtype)
 
     def kernel(self, module: torch.nn.Module, operators: set[str]) -> str:
-        libraries = {"mkldnn_rnn": "onednn", "_cudnn_rnn": "cudnn"}
-        return next((libraries[word] for word in libraries if any(word in name for name in operators)), "aten")
+        if any("_cudnn_rnn" in name for name in operators):
+            return f"cudnn/{cudnn_algorithm(self.case)}"
+        return "onednn" if any("mkldnn_rnn" in name for name in operators) else "aten"
 
 
 class FusedProvider:

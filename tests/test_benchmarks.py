@@ -374,3 +374,20 @@ def test_parts_of_a_gpu_run_are_kept_in_time(tmp_path):
     assert gpu.run("b", "echo said", 5, tmp_path / "b.txt")[0] == "ok" and (tmp_path / "b.txt").read_text() == "said\n"
     assert gpu.run("c", "echo said; sleep 60", 0.3, tmp_path / "c.txt")[0] == "out of time"
     assert (tmp_path / "c.txt").read_text() == "said\n"
+
+
+@pytest.mark.parametrize("cell, mode, dtype, changes, algorithm", [
+    ("lstm", "inference", "float16", {}, "persist"),
+    ("lstm", "training", "float16", {}, "persist"),
+    ("lstm", "training", "bfloat16", {}, "standard"),
+    ("gru", "training", "float16", {}, "standard"),
+    ("lstm", "training", "float16", {"B": 12}, "standard"),
+    ("lstm", "training", "float16", {"layers": 2}, "standard"),
+    ("lstm", "training", "float32", {"H": 160}, "persist-small+standard"),
+    ("rnn", "inference", "float32", {"H": 384}, "persist-small"),
+    ("gru", "training", "float32", {"H": 128}, "persist-small"),
+    ("gru", "training", "float32", {"H": 128, "packed": True}, "standard"),
+])  # fmt: skip
+def test_cudnn_algorithm(cell, mode, dtype, changes, algorithm):
+    sizes = {"T": 9, "B": 64, "I": 512, "H": 512} | changes
+    assert providers.cudnn_algorithm(shapes.Case(shapes.Shape(**sizes, why=".", source="-"), cell, mode, dtype)) == algorithm

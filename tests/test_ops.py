@@ -7,7 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fusedrnn
-from conftest import CELLS, make_pair, states_for
+from conftest import CELLS, ON_GPU, make_pair, states_for
 from fusedrnn.testing import run_module
 
 forward = torch.ops.fusedrnn.recurrence_forward
@@ -46,7 +46,7 @@ def forward_arguments(cell, T=3, B=2, H=5, P=None, D=1, batch_sizes=None, states
         weight_hr=[make(P, H) for _ in range(D)] if P else [],
         hx=make(D, B, width) if states else None,
         cx=make(D, B, H) if states and cell == "lstm" else None,
-        batch_sizes=None if batch_sizes is None else torch.tensor(batch_sizes),
+        batch_sizes=None if batch_sizes is None else torch.tensor(batch_sizes, device="cpu"),
         save=save,
         allow_tf32=False,
     )
@@ -363,7 +363,7 @@ def at_the_end(value):
 
 
 @cells_and_layouts
-def test_gradients_of_weights_on_demand(cell, layout):
+def test_gradients_of_weights_on_demand(cell, layout, engine):
     """Each gradient is there if it is needed, empty if not, and the same bits whatever else is; an empty batch gives zeros."""
     given = backward_arguments(cell, **LAYOUTS[layout])
     everything = backward(*given.values())
@@ -384,11 +384,15 @@ def test_gradients_of_weights_on_demand(cell, layout):
 
 
 @cells
-def test_offsets_beyond_32_bits(cell):
+def test_offsets_beyond_32_bits(cell, engine):
     """gates_x whose steps lie more than 2^31 elements apart: pages never touched cost nothing."""
     given = forward_arguments(cell, T=3, B=2, H=5, dtype=torch.float16)
     expected = forward(*given.values())[0]
     far = 2**31 + 7
+    if engine == ON_GPU:
+        wide = torch.empty(2 * far + 1000, dtype=torch.float16).as_strided(given["gates_x"][0].shape, (far, 100, 1))
+        assert torch.equal(forward(*{**given, "gates_x": [wide.copy_(given["gates_x"][0])]}.values())[0], expected)
+        return
     try:
         no_reserve = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Python has the name from 3.13 on
         area = mmap.mmap(-1, (2 * far + 1000) * 2, flags=mmap.MAP_PRIVATE | no_reserve)
@@ -397,6 +401,24 @@ def test_offsets_beyond_32_bits(cell):
     wide = torch.frombuffer(area, dtype=torch.float16).as_strided(given["gates_x"][0].shape, (far, 100, 1))
     wide.copy_(given["gates_x"][0])
     assert torch.equal(forward(*{**given, "gates_x": [wide]}.values())[0], expected)
+
+
+def test_many_steps(engine):
+    """More steps than a dimension of a grid of CUDA blocks may have."""
+    T = 65536 + 3
+    given = forward_arguments("gru", T=T, B=1, H=2)
+    for packed in (False, True):
+        if packed:
+            given["gates_x"] = [gates.flatten(0, 1) for gates in given["gates_x"]]
+            given["batch_sizes"] = torch.ones(T, dtype=torch.int64, device="cpu")
+        output, hy, _, _, _ = forward(*given.values())
+        begin = {**given, "gates_x": [given["gates_x"][0][: T - 5]], "save": False}
+        end = {**given, "gates_x": [given["gates_x"][0][T - 5 :]], "save": False}
+        if packed:
+            begin["batch_sizes"], end["batch_sizes"] = given["batch_sizes"][: T - 5], given["batch_sizes"][T - 5 :]
+        end["hx"] = forward(*begin.values())[1]
+        last = forward(*end.values())
+        assert torch.equal(last[0].flatten(), output[T - 5 :].flatten()) and torch.equal(last[1], hy)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
