@@ -18,13 +18,14 @@ else
   READY := $(VENV)/installed
 endif
 
-.PHONY: help build demo test bench info clean distclean
+.PHONY: help build demo test bench gpu info clean distclean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo    train a digit classifier with torch.nn.LSTM and with fusedrnn.LSTM, and compare them"
 	@echo "make test    run the tests"
 	@echo "make bench   measure against torch.nn on this machine's CPU"
+	@echo "make gpu     on a machine with a GPU: build, test, sanitize and measure the CUDA kernels, in 9 minutes"
 	@echo "make info    say what was built and what this machine can do"
 	@echo "make build   compile what has changed"
 	@echo "make clean   remove what was built; make distclean removes $(VENV) too"
@@ -41,6 +42,9 @@ test: build
 
 bench: build
 	$(RUN) -m benchmarks.run --suite cpu $(ARGS)
+
+gpu: $(READY)
+	$(RUN) -m benchmarks.gpu $(ARGS)
 
 info: build
 	$(RUN) -m fusedrnn.info

@@ -36,8 +36,10 @@ def isa() -> str:
     return torch.backends.cpu.get_cpu_capability().lower().replace(" ", "")
 
 
-def machine_name() -> str:
-    """A folder name for this kind of machine, e.g. amd-epyc-2c-avx2."""
+def machine_name(device: str = "cpu") -> str:
+    """A folder name for this kind of machine, e.g. amd-epyc-2c-avx2, or nvidia-h100-80gb-hbm3 if the GPU is measured."""
+    if device == "cuda":
+        return "-".join(re.findall(r"[a-z0-9]+", torch.cuda.get_device_name().lower()))
     model = re.sub(r"\((r|tm)\)|@.*|\bcpu\b|\bprocessor\b|\d+-core\b", " ", cpu_model().lower())
     return "-".join([*re.findall(r"[a-z0-9]+", model), f"{cores()}c", isa()])
 
@@ -62,13 +64,17 @@ def commit() -> str | None:
 def versions() -> dict[str, str | None]:
     """Versions of torch, Python and fusedrnn (None if it is not imported)."""
     fused = getattr(sys.modules.get("fusedrnn"), "__version__", None)
-    return {"torch": torch.__version__, "python": platform.python_version(), "fusedrnn": fused}
+    found = {"torch": torch.__version__, "python": platform.python_version(), "fusedrnn": fused}
+    if torch.cuda.is_available():
+        found |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+    return found
 
 
-def describe() -> dict:
+def describe(device: str = "cpu") -> dict:
     """The part of a row that is the same for every case of a run."""
     return {
-        "machine": machine_name(),
+        "machine": machine_name(device),
+        "device": device,
         "cpu": cpu_model(),
         "cores": cores(),
         "isa": isa(),
@@ -79,11 +85,17 @@ def describe() -> dict:
     }
 
 
-def gemm_peak(seconds: float = 1.5, size: int = 1024) -> float:
-    """flop/s of torch.mm on square float32 matrices: the best half's median, the machine's arithmetic in practice."""
-    a, b = torch.rand(size, size), torch.rand(size, size)
-    out = torch.empty(size, size)
-    return 2.0 * size**3 / _fast_half(lambda: torch.mm(a, b, out=out), seconds, least=5)
+def gemm_peak(seconds: float = 1.5, size: int = 1024, device: str = "cpu", dtype: str = "float32") -> float:
+    """flop/s of torch.mm on square matrices: the best half's median, the machine's arithmetic in practice."""
+    a, b = (torch.rand(size, size).to(device, getattr(torch, dtype)) for _ in range(2))
+    out = torch.empty_like(a)
+
+    def multiply():
+        torch.mm(a, b, out=out)
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    return 2.0 * size**3 / _fast_half(multiply, seconds, least=5)
 
 
 def matvec_bandwidth(rows: int, columns: int, seconds: float = 0.1) -> float:

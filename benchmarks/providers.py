@@ -23,6 +23,30 @@ def build(namespace, case: Case, dtype: torch.dtype) -> torch.nn.Module:
     return module.train(case.mode == "training")
 
 
+def cudnn_algorithm(case: Case, multiprocessors: int = 132) -> str:
+    """Which of cuDNN's algorithms torch asks for, on compute capability 8.0 or newer: persist-small, persist or standard.
+
+    Source: get_algo and its conditions in aten/src/ATen/native/cudnn/RNN.cpp. Where forward and backward differ, a training step
+    has both, as "forward+backward".
+    """
+    shape, plain = case.shape, case.cell == "rnn"
+
+    def algorithm(forward: bool) -> str:
+        if shape.packed:
+            return "standard"
+        largest = (384 if forward else 256) if plain else (192 if forward else 128)
+        if case.dtype != "float64" and shape.H <= largest:
+            return "persist-small"
+        one = shape.layers == shape.directions == 1 and shape.H <= 1024 and shape.H % 128 == shape.I % 128 == 0
+        if case.dtype == "float16" and one and case.cell != "gru" and multiprocessors >= 98:
+            if shape.B % 8 == 0 and shape.B <= 128 and (not plain or shape.B < 96 or shape.H < 896):
+                return "persist"
+        return "standard"
+
+    found = [algorithm(True)] + [algorithm(False)] * (case.mode == "training")
+    return "+".join(dict.fromkeys(found))
+
+
 class TorchProvider:
     """torch.nn: oneDNN for a padded LSTM on a CPU, a loop of small operators for all else."""
 
@@ -30,9 +54,12 @@ class TorchProvider:
         self.name = name
 
     def module(self, case: Case, dtype: torch.dtype) -> torch.nn.Module:
+        self.case = case
         return build(torch.nn, case, dtype)
 
     def kernel(self, module: torch.nn.Module, operators: set[str]) -> str:
+        if any("_cudnn_rnn" in name for name in operators):
+            return f"cudnn/{cudnn_algorithm(self.case)}"
         return "onednn" if any("mkldnn_rnn" in name for name in operators) else "aten"
 
 
@@ -47,10 +74,11 @@ class FusedProvider:
         return build(fusedrnn, case, dtype)
 
     def kernel(self, module: torch.nn.Module, operators: set[str]) -> str:
-        from fusedrnn import _C
+        from fusedrnn import _C, select
 
         fused = any(name.startswith("fusedrnn.") for name in operators)
-        return f"fused/{_C.cpu_isa()}" if fused else "torch"
+        on_cuda = next(module.parameters()).is_cuda
+        return f"fused/{f'cuda-{select.cuda_kernel()}' if on_cuda else _C.cpu_isa()}" if fused else "torch"
 
 
 PROVIDERS: dict[str, Callable[[], object]] = {

@@ -50,20 +50,21 @@ class Run:
 
     def __init__(self, suite: str, providers: list, effort: Effort, meter: Meter | None = None):
         self.suite, self.providers, self.effort, self.meter = suite, providers, effort, meter
-        self.about = machine.describe() | {"date": datetime.date.today().isoformat(), "quick": effort is QUICK}
+        self.device = SUITES[suite].device
+        self.about = machine.describe(self.device) | {"date": datetime.date.today().isoformat(), "quick": effort is QUICK}
         self.gemm_peak = 0.0  # flop/s, the highest met so far
         self.bandwidth = functools.cache(machine.matvec_bandwidth)
 
     def measure(self, case: Case) -> list[dict]:
         """The rows of a case, one for each provider."""
         workloads = [Workload(case, provider) for provider in self.providers]
-        verdicts = [gate.judge(workload, Workload(case, TorchProvider())) for workload in workloads]
+        verdicts = [self._judge(case, workload) for workload in workloads]
         measured = [self._row(case, workload, verdict) for workload, verdict in zip(workloads, verdicts)]
         if not all(verdict.passed for verdict in verdicts):
             return measured  # a wrong result has no speed, and there is nothing to hold the others against
-        before = machine.gemm_peak(self.effort.peak_seconds)
-        samples = timing.interleave([w.call for w in workloads], self.effort.seconds, self.effort.least_rounds)
-        peak = max(before, machine.gemm_peak(self.effort.peak_seconds))  # beside the case: machines have slow spells
+        before = self._gemm_peak(case)
+        samples = timing.interleave([w.call for w in workloads], self.effort.seconds, self.effort.least_rounds, device=self.device)
+        peak = max(before, self._gemm_peak(case))  # beside the case: machines have slow spells
         self.gemm_peak = max(self.gemm_peak, peak)
         for row, times in zip(measured, samples):
             row |= self._speed(case, times, peak)
@@ -74,7 +75,19 @@ class Run:
             peaks = self.meter.measure(case)
             for row in measured:
                 row |= peaks.get(row["provider"], {})
+        if self.device == "cuda" and case.mode == "training":
+            for row, workload in zip(measured, workloads):
+                row["peak_bytes"] = cuda_peak(workload.call)
         return measured
+
+    def _judge(self, case: Case, workload: Workload) -> gate.Verdict:
+        if self.device == "cpu":
+            return gate.judge(workload, Workload(case, TorchProvider()))
+        short = case.shortened()
+        return gate.judge(Workload(short, workload.provider), Workload(short, TorchProvider()))
+
+    def _gemm_peak(self, case: Case) -> float:
+        return machine.gemm_peak(self.effort.peak_seconds, *([4096, self.device, case.dtype] if self.device == "cuda" else []))
 
     def _row(self, case: Case, workload: Workload, verdict: gate.Verdict) -> dict:
         """A row with everything but speed and memory."""
@@ -109,16 +122,26 @@ class Run:
             "gemm_peak_gflops": round(gemm_peak / 1e9, 1),
             "fraction_of_gemm_peak": round(speed / gemm_peak, 4),
         }
-        if case.shape.B == 1 and case.shape.T > 1:  # one stream: reading the weights is the bound
+        if self.device == "cpu" and case.shape.B == 1 and case.shape.T > 1:  # one stream: reading the weights is the bound
             rate = case.weight_bytes / quantiles["p50"]
             reachable = self.bandwidth(CELLS[case.cell] * case.shape.H, case.shape.H)
             found |= {"weight_gbs": round(rate / 1e9, 3), "fraction_of_bandwidth": round(rate / reachable, 4)}
         return found
 
 
+def cuda_peak(step) -> int:
+    """Bytes of torch's CUDA allocator that `step` holds at most, beyond what there was before; its result counts."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
 def weight(case: Case, effort: Effort) -> float:
     """Roughly the seconds a case takes, for the time left."""
-    once = case.flops / 4e10  # torch and ours together, in the middle
+    once = case.flops / (2e13 if case.device == "cuda" else 4e10)  # torch and ours together, in the middle
     return effort.seconds + 2 * effort.peak_seconds + 0.3 + (2 * effort.least_rounds + 6) * once
 
 
@@ -143,15 +166,17 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     unknown = [name for name in options.providers.split(",") if name not in PROVIDERS]
     if unknown:
         parser.error(f"no provider is called {unknown[0]!r}; there are {names}")
+    if SUITES[options.suite].device == "cuda" and not torch.cuda.is_available():
+        parser.error(f"suite {options.suite} needs a GPU that torch sees")
     if options.threads is not None and options.threads < 1:
         parser.error(f"--threads must be at least 1, got {options.threads}")
     if options.out is None and not (options.quick or options.only or options.providers != "torch,fusedrnn"):
-        options.out = machine.RESULTS / machine.machine_name() / f"{options.suite}.jsonl"
+        options.out = machine.RESULTS / machine.machine_name(SUITES[options.suite].device) / f"{options.suite}.jsonl"
     return options
 
 
 def print_shapes(suite: str) -> None:
-    for shape in SUITES[suite]:
+    for shape in SUITES[suite].shapes:
         print(f"{shape.name:<32} {shape.why}\n{'':<32} {shape.source}")
 
 
@@ -188,7 +213,7 @@ def main(arguments: list[str] | None = None) -> int:
             partial = options.out.with_name(options.out.name + ".partial")
             file = stack.enter_context(partial.open("w"))
             write = lambda row: print(json.dumps(row), file=file, flush=True)  # noqa: E731
-        training = any(case.mode == "training" for case in chosen) and not options.no_memory
+        training = any(case.mode == "training" and case.device == "cpu" for case in chosen) and not options.no_memory
         meter = stack.enter_context(Meter(names, torch.get_num_threads())) if training else None
         run = Run(options.suite, [provider_named(name) for name in names], QUICK if options.quick else FULL, meter)
         try:

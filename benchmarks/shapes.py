@@ -73,10 +73,15 @@ class Case:
     cell: str
     mode: str
     dtype: str = "float32"
+    device: str = "cpu"
 
     @property
     def name(self) -> str:
-        return f"{self.cell}/{self.mode}/{self.shape.name}"
+        return f"{self.cell}/{self.mode}/{self.shape.name}" + f"/{self.dtype}" * (self.dtype != "float32")
+
+    def shortened(self, steps: int = 64) -> Case:
+        """The case with a sequence that is short enough to be computed in float64 beside it."""
+        return dataclasses.replace(self, shape=dataclasses.replace(self.shape, T=min(self.shape.T, steps)))
 
     @property
     def flops(self) -> float:
@@ -152,7 +157,54 @@ CPU_SHAPES = (
     ),
 )
 
-SUITES: dict[str, tuple[Shape, ...]] = {"cpu": CPU_SHAPES}
+GPU_SHAPES = (
+    Shape(
+        *(1024, 16, 768, 768),
+        why="A language model's layer at the batch that a GPU is left idle by.",
+        source="FlashRNN's grid: batch 16, 1024 steps",
+    ),
+    Shape(
+        *(256, 2048, 128, 128),
+        why="Many environments, a small memory each: no step fills the chip by its depth.",
+        source="reinforcement learning, cf. TorchRL's LSTM benchmark",
+    ),
+    Shape(
+        *(500, 32, 512, 512),
+        why="A speech encoder: two layers, both directions.",
+        source="BiLSTM acoustic models",
+        layers=2,
+        bidirectional=True,
+    ),
+    Shape(
+        *(1500, 32, 1024, 1024),
+        why="Speech at full length: weights of 8 to 16 MiB, read at every step.",
+        source="DeepBench, speech recognition, hidden 1024, batch 32",
+    ),
+    Shape(
+        *(1000, 1, 64, 64),
+        why="One stream through a small model: the cost of a step is all there is.",
+        source="keyword spotting and control policies",
+    ),
+    Shape(
+        *(500, 32, 512, 512),
+        why="Sentences of 1 to 500 steps, packed.",
+        source="the speech encoder's layer on PackedSequence",
+        packed=True,
+        group="packed",
+    ),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Suite:
+    """Shapes, each measured for every cell and mode in every dtype, on one device."""
+
+    shapes: tuple[Shape, ...]
+    dtypes: tuple[str, ...] = ("float32",)
+    device: str = "cpu"
+
+
+SUITES = {"cpu": Suite(CPU_SHAPES), "gpu": Suite(GPU_SHAPES, ("float32", "bfloat16", "float16"), "cuda")}
 
 # Geometric mean of torch time / fusedrnn time to reach; the packed group has one target for all cells and modes.
 TARGETS = {
@@ -168,7 +220,11 @@ TARGETS = {
 
 def cases(suite: str, only: str | None = None) -> list[Case]:
     """Every case of a suite, or those whose name (``lstm/training/T100-B1-I64-H64``) matches the pattern `only`."""
-    every = [Case(shape, cell, mode) for shape in SUITES[suite] for cell in CELLS for mode in MODES]
+    chosen = SUITES[suite]
+    every = [
+        Case(shape, cell, mode, dtype, chosen.device)
+        for shape in chosen.shapes for dtype in chosen.dtypes for cell in CELLS for mode in MODES
+    ]  # fmt: skip
     return [case for case in every if only is None or re.search(only, case.name)]
 
 

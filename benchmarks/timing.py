@@ -21,13 +21,16 @@ RESAMPLES = 2000
 LEVEL = 0.95
 
 
-def interleave(calls: list[Callable], seconds: float, least: int, most: int = 400) -> list[list[float]]:
+def interleave(calls: list[Callable], seconds: float, least: int, most: int = 400, device: str = "cpu") -> list[list[float]]:
     """Time `calls` in alternating order for about `seconds` in all, `least` to `most` rounds.
 
+    Args:
+        device: on "cuda" a block is timed by the GPU's own clock, from before its first kernel to after its last.
     Returns:
         a list for each call with one sample (seconds a call) for each round; equal indices were taken side by side.
     """
-    repeats = [_repeats(call) for call in calls]
+    block = _block_on_cuda if device == "cuda" else _block
+    repeats = [_repeats(call, block) for call in calls]
     samples: list[list[float]] = [[] for _ in calls]
     collecting = gc.isenabled()
     gc.disable()
@@ -38,7 +41,7 @@ def interleave(calls: list[Callable], seconds: float, least: int, most: int = 40
                 break
             order = range(len(calls)) if turn % 2 == 0 else reversed(range(len(calls)))
             for i in order:
-                samples[i].append(_block(calls[i], repeats[i]))
+                samples[i].append(block(calls[i], repeats[i]))
             gc.collect(0)
     finally:
         if collecting:
@@ -53,13 +56,23 @@ def _block(call: Callable, repeats: int) -> float:
     return (time.perf_counter() - start) / repeats
 
 
-def _repeats(call: Callable) -> int:
+def _block_on_cuda(call: Callable, repeats: int) -> float:
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    for _ in range(repeats):
+        call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3 / repeats
+
+
+def _repeats(call: Callable, block: Callable = _block) -> int:
     """Calls in a block; finding out warms the call up as well."""
-    once = _block(call, 1)
+    once = block(call, 1)
     if once < WARM_SECONDS:
-        once = min(once, _block(call, 1))
+        once = min(once, block(call, 1))
     if once < BLOCK_SECONDS:
-        once = _block(call, max(1, min(200, int(BLOCK_SECONDS / once))))
+        once = block(call, max(1, min(200, int(BLOCK_SECONDS / once))))
     return max(1, math.ceil(BLOCK_SECONDS / once))
 
 

@@ -27,9 +27,10 @@ class Workload:
         weights = TorchProvider().module(case, torch.float32).state_dict()
         self.module = provider.module(case, dtype)
         self.module.load_state_dict(weights)
+        self.module.to(case.device)
         shape = case.shape
         generator = torch.Generator().manual_seed(SEED)
-        draw = lambda *sizes: torch.randn(*sizes, generator=generator).to(dtype)  # noqa: E731
+        draw = lambda *sizes: torch.randn(*sizes, generator=generator).to(case.device, dtype)  # noqa: E731
         padded = draw(shape.T, shape.B, shape.I)
         packed = pack_padded_sequence(padded, torch.tensor(shape.lengths)) if shape.packed else None
         self.data = (packed.data if packed else padded).requires_grad_(case.mode == "training")

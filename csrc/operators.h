@@ -10,6 +10,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -44,15 +45,19 @@ struct CellTraits {
   int id = -1, gates = 0, pre = 0, states = 0, saved = 0;
 };
 
+inline std::string cell_names() {
+  std::string names;
+  for_each_cell([&](int, auto cell) { names += (names.empty() ? "" : ", ") + std::string(decltype(cell)::kName); });
+  return names;
+}
+
 inline CellTraits find_cell(const char* op, const std::string& name) {
   CellTraits traits;
-  std::string names;
   for_each_cell([&](int id, auto cell) {
     using Cell = decltype(cell);
     if (name == Cell::kName) traits = {id, Cell::kGates, Cell::kPre, Cell::kStates, Cell::kSaved};
-    names += std::string(names.empty() ? "" : ", ") + Cell::kName;
   });
-  STD_TORCH_CHECK(traits.id >= 0, op, ": cell must be one of ", names, ", got '", name, "'");
+  STD_TORCH_CHECK(traits.id >= 0, op, ": cell must be one of ", cell_names(), ", got '", name, "'");
   return traits;
 }
 
@@ -137,8 +142,9 @@ struct Call {
   }
 
   void check_sizes(const char* name, const Tensor& tensor, const Sizes& sizes) const {
-    STD_TORCH_CHECK(sizes_of(tensor) == sizes, op, ": ", name, " must be ", text(sizes), ", got ",
-                    text(sizes_of(tensor)));
+    const auto found = tensor.sizes();
+    STD_TORCH_CHECK(std::equal(found.begin(), found.end(), sizes.begin(), sizes.end()), op, ": ", name, " must be ",
+                    text(sizes), ", got ", text(sizes_of(tensor)));
   }
 
   // The data of a tensor of these sizes, made dense if it is not. Copies live as long as this object.
@@ -245,8 +251,8 @@ struct Needs {
 
 // The tensors that the gradients of the weights are made of.
 struct GradSources {
-  const MaybeTensor& input;
-  const Tensor &states, &grad_pre, &grad_proj;
+  const MaybeTensor &input, &grad_proj;
+  const Tensor &states, &grad_pre;
 };
 
 template <class Engine>
@@ -322,7 +328,8 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> recurrence_backward(
   Tensor grad_pre = allocate(like, call.sequence_sizes({D, call.cell.pre, H}));
   Tensor grad_hx = allocate(like, need_grad_hx ? Sizes{D, call.B, P} : Sizes{0});
   Tensor grad_cx = allocate(like, need_grad_cx ? Sizes{D, call.B, H} : Sizes{0});
-  Tensor grad_proj = allocate(like, call.projected ? call.sequence_sizes({D, P}) : Sizes{0});
+  MaybeTensor grad_proj;
+  if (call.projected) grad_proj = allocate(like, call.sequence_sizes({D, P}));
   {  // what this holds is let go before there is more to hold
     const size_t held = call.held.size();
     BackwardParams p{};
@@ -336,14 +343,13 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> recurrence_backward(
     p.grad_pre = grad_pre.data_ptr();
     p.grad_hx = need_grad_hx ? grad_hx.data_ptr() : nullptr;
     p.grad_cx = need_grad_cx ? grad_cx.data_ptr() : nullptr;
-    p.grad_proj = call.projected ? grad_proj.data_ptr() : nullptr;
+    w.grad_proj = p.grad_proj = grad_proj ? grad_proj->data_ptr() : nullptr;
     if (call.rows > 0) engine.backward(p, needs);
     call.held.erase(call.held.begin() + int64_t(held), call.held.end());
   }
 
   w.grad_pre = grad_pre.data_ptr();
-  w.grad_proj = grad_proj.data_ptr();
-  return {grad_pre, grad_hx, grad_cx, engine.grad_weights(w, needs, {input, states, grad_pre, grad_proj})};
+  return {grad_pre, grad_hx, grad_cx, engine.grad_weights(w, needs, {input, grad_proj, states, grad_pre})};
 }
 
 }  // namespace fusedrnn

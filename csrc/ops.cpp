@@ -1,4 +1,6 @@
 // The operators of the CPU, and the schemas of all devices.
+#include <cstring>
+
 #include "cpu/engine.h"
 #include "operators.h"
 
@@ -45,18 +47,16 @@ class OnCpu {
   const Call& call_;
   const CpuEngine& engine_;
 
+  // Runs an engine in memory of its own. A small one lies on the stack and costs no allocation. It is filled with NaN, as torch can
+  // be asked to fill what it allocates (torch.utils.deterministic), so that a number read before it is written shows.
   template <class Params>
   void run(const Params& p, int64_t (*workspace_of)(const Params&), void (*engine)(const Params&, void*)) const {
-    // On the stack it costs no allocation, beside which the smallest calls are short. Half of a small thread's stack (musl).
-    constexpr int64_t kOnStack = 64 << 10;
+    constexpr int64_t kOnStack = 64 << 10;  // half of the smallest stack that a thread commonly has (musl)
     const int64_t bytes = workspace_of(p);
-    if (bytes <= kOnStack) {
-      alignas(64) char workspace[kOnStack];
-      engine(p, workspace);
-    } else {
-      const Tensor workspace = allocate(call_.first, {bytes}, ScalarType::Byte);
-      engine(p, workspace.data_ptr());
-    }
+    if (bytes > kOnStack) return engine(p, allocate(call_.first, {bytes}, ScalarType::Byte).data_ptr());
+    alignas(64) unsigned char workspace[kOnStack];
+    std::memset(workspace, 0xff, size_t(bytes));
+    engine(p, workspace);
   }
 };
 

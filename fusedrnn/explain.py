@@ -37,8 +37,11 @@ def explain(module: nn.Module, input: Tensor | PackedSequence, hx=None) -> str:
         raise TypeError(f"fusedrnn.explain: module must be a recurrent layer or cell, got {type(module).__name__}")
 
     kernels = {f"torch.nn.{stock.__name__}": None if reason else "the fused engine takes the call"}
+    elsewhere = f"the input is on {data.device}"
+    on_cuda = data.device.type == "cuda"
+    kernels["fused CUDA kernels, step"] = reason if on_cuda else elsewhere
     for isa in INSTRUCTION_SETS:
-        kernels[f"fused engine, {isa}"] = reason or _reason_against(isa)
+        kernels[f"fused engine, {isa}"] = elsewhere if on_cuda else reason or _reason_against(isa)
     packed = "packed " if data is not input else ""
     dtype = str(data.dtype).removeprefix("torch.")
     lines = [f"{package}.{module}, {packed}input {tuple(data.shape)} {dtype} on {data.device}"]

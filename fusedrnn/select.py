@@ -4,6 +4,7 @@
 Shapes are no matter of this file: a call whose shapes do not fit goes to torch to be refused in torch's words.
 """
 
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -21,8 +22,14 @@ from torch.nn import Parameter
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
+from . import _C
+from ._load import BUILD
+
 DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
-DEVICES = frozenset({"cpu", "meta"})
+DEVICES = frozenset({"cpu", "meta", "cuda"})
+#: What the environment variable FUSEDRNN_KERNEL may name for tensors on CUDA; unset, the best one runs.
+CUDA_KERNELS = ("step", "torch")
+HAS_CUDA = _C.build_record()["cuda"]
 
 MISFIT = "torch has to judge arguments of this form"
 # Here the user plainly asked for a graph of torch's own ops: nothing to warn of.
@@ -32,7 +39,7 @@ SILENT = frozenset({TRACING, EXPORTING})
 
 
 def is_ordinary(input: Any, states: Sequence[Any], weights: Sequence[Any]) -> bool:
-    """True: plain CPU tensors of one dtype that the engine has, and no context that changes what a call means.
+    """True: plain tensors of one device and one dtype that an engine has, and no context that changes what a call means.
 
     False: the functions below have to look. This is the hot path of every call, hence the flat form.
     """
@@ -45,11 +52,13 @@ def is_ordinary(input: Any, states: Sequence[Any], weights: Sequence[Any]) -> bo
         or is_exporting()
     ):
         return False
-    if type(input) is not Tensor and type(input) is not Parameter or not input.is_cpu or input.is_nested:
+    if type(input) is not Tensor and type(input) is not Parameter or input.is_nested:
         return False
     dtype = input.dtype
     if dtype not in DTYPES:
         return False
+    if not input.is_cpu:
+        return input.is_cuda and reason_against_cuda() is None and _all_like(input, states) and _all_like(input, weights)
     for tensor in states:
         if type(tensor) is not Tensor and type(tensor) is not Parameter or tensor.dtype != dtype or not tensor.is_cpu:
             return False
@@ -57,6 +66,33 @@ def is_ordinary(input: Any, states: Sequence[Any], weights: Sequence[Any]) -> bo
         if type(tensor) is not Parameter and type(tensor) is not Tensor or tensor.dtype != dtype or not tensor.is_cpu:
             return False
     return True
+
+
+def _all_like(input: Tensor, tensors: Sequence[Any]) -> bool:
+    return all(
+        (type(tensor) is Tensor or type(tensor) is Parameter) and tensor.dtype == input.dtype and tensor.device == input.device
+        for tensor in tensors
+    )
+
+
+def cuda_kernel() -> str:
+    """The kernel that tensors on CUDA are given to: the one that the environment variable FUSEDRNN_KERNEL names, or the best.
+
+    Raises:
+        RuntimeError: there is none of that name.
+    """
+    wanted = os.environ.get("FUSEDRNN_KERNEL") or CUDA_KERNELS[0]
+    if wanted not in CUDA_KERNELS:
+        raise RuntimeError(f"fusedrnn: FUSEDRNN_KERNEL must be one of {', '.join(CUDA_KERNELS)}, got '{wanted}'")
+    return wanted
+
+
+def reason_against_cuda() -> str | None:
+    """Why no kernel of ours takes tensors on CUDA; None if one does."""
+    if not HAS_CUDA:
+        why_not = _C.build_record()["cuda_why_not"]
+        return f"it was built without CUDA ({why_not}); FUSEDRNN_CUDA=1 {BUILD} where nvcc is mends that"
+    return "FUSEDRNN_KERNEL=torch asks for torch's own" if cuda_kernel() == "torch" else None
 
 
 def reason_for_fallback(input: Any, states: Sequence[Any], weights: Sequence[Any]) -> str | None:
@@ -103,6 +139,8 @@ def _reason_in_tensors(tensors: Sequence[Tensor]) -> str | None:
         return MISFIT
     if input.device.type not in DEVICES:
         return f"the engine has no kernel for the device {input.device.type}"
+    if input.is_cuda and (reason := reason_against_cuda()) is not None:
+        return reason
     dtypes = {tensor.dtype for tensor in tensors}
     if not dtypes <= DTYPES:
         return f"the engine has no kernel for {_names(dtypes - DTYPES)}"

@@ -253,7 +253,7 @@ class _Rounding:
         generator = torch.Generator().manual_seed(self.k)
         # A float64 call learns torch's error from float32, so its neighbours are float32's.
         eps = max(torch.finfo(tensor.dtype).eps, torch.finfo(torch.float32).eps)
-        steps = torch.randint(-1, 2, tensor.shape, generator=generator)
+        steps = torch.randint(-1, 2, tensor.shape, generator=generator, device="cpu")
         return (tensor.double() * (1 + eps * steps.to(tensor.device))).to(tensor.dtype)
 
 
@@ -274,5 +274,5 @@ def _cotangent(like: Tensor, generator: torch.Generator, kind: str) -> Tensor:
         return torch.full((), 0.75, dtype=like.dtype, device=like.device).expand(like.shape)
     backwards = list(range(like.dim()))[::-1]
     shape = like.shape[::-1] if kind == "transposed" else like.shape
-    values = torch.randint(-127, 128, shape, generator=generator) / 64
+    values = torch.randint(-127, 128, shape, generator=generator, device="cpu") / 64
     return (values.permute(backwards) if kind == "transposed" else values).to(like.device, like.dtype)

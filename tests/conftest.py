@@ -1,4 +1,7 @@
-"""What every test shares: devices, instruction sets, seeds, and the promise that the fused engine is what is tested."""
+"""What every test shares: the engines, seeds, and the promise that the fused engine is what is tested."""
+
+import zlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -6,26 +9,27 @@ from torch import nn
 
 import fusedrnn
 from fusedrnn import select
+from workshop import ROOT, Workshop, cuda_headers, setup
 
-DEVICES = ["cpu"]
 ISAS = fusedrnn._C.cpu_isas()  # what this processor and this build have
+# Everything that runs the operators: the CPU's engine in each instruction set, the CUDA kernels compiled for the CPU if the toolkit's
+# headers are here (torch.ops.fusedrnn_on_host), and the CUDA kernels on a GPU if there is one.
+ON_HOST, ON_GPU = "cuda_on_host", "cuda"
+HAS_GPU = fusedrnn._C.build_record()["cuda"] and torch.cuda.is_available()
+ENGINES = ISAS + [ON_HOST] * bool(cuda_headers()) + [ON_GPU] * HAS_GPU
 CELLS = ["rnn_tanh", "rnn_relu", "lstm", "gru"]
 
 
 def pytest_configure(config):
     # A call that falls back to torch.nn would be compared with itself and prove nothing.
     config.addinivalue_line("filterwarnings", "error:.*not on the fused engine.*")
+    config.addinivalue_line("filterwarnings", "ignore:Warning only once for all operators,  other operators may also be overridden")
     # torch says once a process that oneDNN has no projections; it is of no concern here.
     config.addinivalue_line("filterwarnings", "ignore:LSTM with projections is not supported with oneDNN")
 
 
-@pytest.fixture(params=DEVICES)
-def device(request):
-    return request.param
-
-
 def pytest_report_header(config):
-    return f"fusedrnn: every test of the engine runs under {', '.join(ISAS)}"
+    return f"fusedrnn: every test of the engine runs under {', '.join(ENGINES)}"
 
 
 @pytest.fixture(params=ISAS)
@@ -33,6 +37,52 @@ def isa(request, monkeypatch):
     """Runs the test under each instruction set; the engine reads the variable at every call."""
     monkeypatch.setenv("FUSEDRNN_CPU_ISA", request.param)
     return request.param
+
+
+@pytest.fixture(scope="session")
+def hosted_kernels(request, tmp_path_factory):
+    """torch.ops.fusedrnn_on_host, built."""
+    shop = Workshop(request, tmp_path_factory, "kernels_on_host")
+    hosted, csrc, torch_folder = ROOT / "tests" / "cuda_on_host", ROOT / "csrc", Path(torch.__file__).parent
+    includes = f"-I{hosted} -I{csrc} -isystem {torch_folder}/include {cuda_headers()}"
+    flags = f"-std=c++20 -O1 -g1 -fPIC -fvisibility=hidden -DFUSEDRNN_ON_HOST {setup.STABLE_ABI} -x c++"
+    inputs = sorted(path for folder in (hosted, csrc) for path in folder.rglob("*.*"))
+    sources = [*sorted((csrc / "cuda").glob("*.cu")), hosted / "ops.cpp"]
+    for source in sources:
+        shop.compile(source.stem, source, flags, includes, inputs)
+    library = shop.link("on_host.so", [source.stem for source in sources],
+                        f"-shared -Wl,--no-as-needed -L{torch_folder}/lib -ltorch_cpu -lc10")
+    torch.ops.load_library(library)
+    shop.close()
+    return torch.ops.fusedrnn_on_host
+
+
+@pytest.fixture(params=ISAS)
+def isa(request, monkeypatch):
+    """Runs the test under each instruction set of the CPU; the engine reads the variable at every call."""
+    monkeypatch.setenv("FUSEDRNN_CPU_ISA", request.param)
+    return request.param
+
+
+@pytest.fixture(params=ENGINES)
+def engine(request, monkeypatch):
+    """Runs the test on each engine. The order of the threads of hosted kernels and their chip differ from test to test."""
+    if request.param == ON_GPU:
+        torch.set_default_device("cuda")
+        yield request.param
+        torch.set_default_device(None)
+    elif request.param == ON_HOST:
+        hosted = request.getfixturevalue("hosted_kernels")
+        lot = zlib.crc32(request.node.nodeid.encode())
+        hosted.configure(lot % 4, lot, (1, 4, 132)[lot // 4 % 3], (8, 9)[lot // 12 % 2])
+        override = torch.library.Library("fusedrnn", "IMPL")
+        for name in ("recurrence_forward", "recurrence_backward"):
+            override.impl(name, getattr(hosted, name).default, "CPU", allow_override=True)
+        yield request.param
+        override._destroy()
+    else:
+        monkeypatch.setenv("FUSEDRNN_CPU_ISA", request.param)
+        yield request.param
 
 
 @pytest.fixture(autouse=True)

@@ -31,9 +31,9 @@ shapes = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str
 @shapes
 @dtypes
 @cells
-def test_one_layer(cell, dtype, shape, isa, device):
+def test_one_layer(cell, dtype, shape, engine):
     T, B, I, H = shape
-    ours, stock = make_pair(cell, I, H, dtype=dtype, device=device)
+    ours, stock = make_pair(cell, I, H, dtype=dtype)
     compare_modules(ours, stock, torch.randn(T, B, I, dtype=dtype), states_for(stock, B))
 
 
@@ -55,7 +55,7 @@ CELLS_AND_OPTIONS = [(cell, o) for cell in CELLS for o in OPTIONS if cell == "ls
     "cell, options", CELLS_AND_OPTIONS, ids=lambda o: o if o in CELLS else ",".join(f"{k}={v}" for k, v in o.items())
 )
 @dtypes
-def test_options(cell, dtype, options, given, isa):
+def test_options(cell, dtype, options, given, engine):
     ours, stock = make_pair(cell, 6, 17, dtype=dtype, **options)
     input = torch.randn(5, 4, 6, dtype=dtype)
     B = 5 if options.get("batch_first") else 4
@@ -69,7 +69,7 @@ PACKED = {"sorted": [7, 5, 5, 2, 1], "equal": [4, 4, 4], "unsorted": [2, 7, 1, 5
 @pytest.mark.parametrize("bidirectional", [False, True], ids=["forward", "both"])
 @dtypes
 @cells
-def test_packed(cell, dtype, bidirectional, lengths, isa):
+def test_packed(cell, dtype, bidirectional, lengths, engine):
     ours, stock = make_pair(cell, 3, 19, num_layers=2, bidirectional=bidirectional, dtype=dtype)
     padded = torch.randn(max(lengths), len(lengths), 3, dtype=dtype)
     packed = pack_padded_sequence(padded, torch.tensor(lengths), enforce_sorted=False)
@@ -78,7 +78,7 @@ def test_packed(cell, dtype, bidirectional, lengths, isa):
 
 
 @dtypes
-def test_packed_with_projections(dtype, isa):
+def test_packed_with_projections(dtype, engine):
     ours, stock = make_pair("lstm", 3, 19, num_layers=2, bidirectional=True, proj_size=4, dtype=dtype)
     packed = pack_padded_sequence(torch.randn(6, 5, 3, dtype=dtype), torch.tensor([6, 6, 3, 2, 1]))
     compare_modules(ours, stock, packed, states_for(stock, 5))
@@ -90,7 +90,7 @@ CELLS_AND_LOSSES += [("lstm", uses, {"proj_size": 3}) for uses in LOSSES]
 
 
 @pytest.mark.parametrize("cell, uses, options", CELLS_AND_LOSSES, ids=str)
-def test_loss_of_some_outputs(cell, uses, options, isa):
+def test_loss_of_some_outputs(cell, uses, options, engine):
     ours, stock = make_pair(cell, 4, 9, bidirectional=True, **options)
     for cotangent in ("normal", "expanded", "transposed"):
         compare_modules(ours, stock, torch.randn(5, 3, 4), states_for(stock, 3), uses=uses, cotangent=cotangent)
@@ -100,11 +100,11 @@ def test_loss_of_some_outputs(cell, uses, options, isa):
 @pytest.mark.parametrize("shape", [(1, 1, 1), (5, 3, 17), (33, 16, 64), (2, 7, 65)], ids=str)
 @dtypes
 @cells
-def test_cell_modules(cell, dtype, shape, bias, isa, device):
+def test_cell_modules(cell, dtype, shape, bias, engine):
     B, I, H = shape
     extra = {"nonlinearity": cell.split("_")[1]} if cell.startswith("rnn") else {}
-    stock = getattr(torch.nn, kind_of(cell) + "Cell")(I, H, bias, **extra, dtype=dtype, device=device)
-    ours = getattr(fusedrnn, kind_of(cell) + "Cell")(I, H, bias, **extra, dtype=dtype, device=device)
+    stock = getattr(torch.nn, kind_of(cell) + "Cell")(I, H, bias, **extra, dtype=dtype)
+    ours = getattr(fusedrnn, kind_of(cell) + "Cell")(I, H, bias, **extra, dtype=dtype)
     ours.load_state_dict(stock.state_dict())
     h = torch.randn(B, H, dtype=dtype)
     hx = (h, torch.randn(B, H, dtype=dtype)) if cell == "lstm" else h
@@ -116,7 +116,7 @@ def test_cell_modules(cell, dtype, shape, bias, isa, device):
 
 @dtypes
 @cells
-def test_large_numbers(cell, dtype, isa):
+def test_large_numbers(cell, dtype, engine):
     """Gates deep in saturation, where a hand-written exp or tanh goes wrong first."""
     ours, stock = make_pair(cell, 4, 11, dtype=dtype)
     scale = 0.5 if cell == "rnn_relu" else 8.0
@@ -129,7 +129,7 @@ def test_large_numbers(cell, dtype, isa):
 
 @dtypes
 @cells
-def test_small_numbers(cell, dtype, isa):
+def test_small_numbers(cell, dtype, engine):
     """Near 0, tanh(x) = x to the last place: an absolute error of one ulp of 1 would show here."""
     ours, stock = make_pair(cell, 4, 11, dtype=dtype, bias=False)
     tiny = {torch.float16: 2**-6, torch.bfloat16: 2**-20, torch.float32: 2**-20, torch.float64: 2**-50}[dtype]

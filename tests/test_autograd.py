@@ -64,7 +64,7 @@ def arguments(module, T=3, B=2, batch_sizes=None):
 
 
 @cells_and_layouts
-def test_gradcheck(cell, options):
+def test_gradcheck(cell, options, engine):
     ours, _ = double_pair(cell, **options)
     assert gradcheck(as_function(ours), arguments(ours), fast_mode="num_layers" in options)
 
@@ -72,7 +72,7 @@ def test_gradcheck(cell, options):
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("proj_size", [0, 2])
 @cells
-def test_gradcheck_packed(cell, bidirectional, proj_size):
+def test_gradcheck_packed(cell, bidirectional, proj_size, engine):
     options = {"proj_size": proj_size} if proj_size and cell == "lstm" else {}
     ours, _ = double_pair(cell, bidirectional=bidirectional, **options)
     batch_sizes = torch.tensor([3, 2, 2, 1])

@@ -11,7 +11,7 @@ import types
 import pytest
 import torch
 
-from benchmarks import compare, gate, machine, memory, plot, providers, report, rows, run, shapes, table, timing
+from benchmarks import compare, gate, gpu, machine, memory, plot, providers, report, rows, run, shapes, table, timing
 from benchmarks.progress import Progress
 from benchmarks.workload import Workload
 
@@ -27,14 +27,14 @@ def test_every_shape_has_a_reason_and_a_name_of_its_own():
     for suite in shapes.SUITES:
         names = [case.name for case in shapes.cases(suite)]
         assert len(set(names)) == len(names)
-        for shape in shapes.SUITES[suite]:
+        for shape in shapes.SUITES[suite].shapes:
             assert shape.why.endswith(".") and shape.source
     assert len(shapes.cases("cpu")) == 11 * 3 * 2
     assert shapes.case_named("gru/training/T37-B7-I19-H45").shape.H == 45
 
 
 def test_packed_lengths_run_from_one_to_T():
-    shape = next(shape for shape in shapes.SUITES["cpu"] if shape.packed)
+    shape = next(shape for shape in shapes.SUITES["cpu"].shapes if shape.packed)
     assert (shape.lengths[0], shape.lengths[-1], len(shape.lengths)) == (100, 1, 32)
     assert shape.lengths == sorted(shape.lengths, reverse=True)
 
@@ -55,7 +55,7 @@ def test_work_is_counted_for_all_layers_and_directions():
 def test_calls_take_turns():
     order = []
     calls = [lambda: order.append("A"), lambda: order.append("B")]
-    original, timing._repeats = timing._repeats, lambda call: 1
+    original, timing._repeats = timing._repeats, lambda call, block: 1
     try:
         samples = timing.interleave(calls, seconds=0, least=4)
     finally:
@@ -359,3 +359,35 @@ def test_readme_of_this_project_is_up_to_date():
     if not readme.exists():
         pytest.skip("no README in this tree")
     assert report.main(["--check"]) == 0
+
+
+def test_what_the_sanitizers_watch_runs(engine, capsys, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", torch.backends.cudnn.rnn.fp32_precision)
+    gpu.small(torch.get_default_device().type)
+    assert capsys.readouterr().out == "every kernel ran\n"
+
+
+def test_parts_of_a_gpu_run_are_kept_in_time(tmp_path):
+    parts = gpu.parts("python", tmp_path)
+    assert [name for name, _, _ in parts] == ["build", "tests", "memcheck", "racecheck", "synccheck", "speed"]
+    assert gpu.run("a", "echo said; exit 3", 5, tmp_path / "a.txt")[0] == "FAILED"
+    assert gpu.run("b", "echo said", 5, tmp_path / "b.txt")[0] == "ok" and (tmp_path / "b.txt").read_text() == "said\n"
+    assert gpu.run("c", "echo said; sleep 60", 0.3, tmp_path / "c.txt")[0] == "out of time"
+    assert (tmp_path / "c.txt").read_text() == "said\n"
+
+
+@pytest.mark.parametrize("cell, mode, dtype, changes, algorithm", [
+    ("lstm", "inference", "float16", {}, "persist"),
+    ("lstm", "training", "float16", {}, "persist"),
+    ("lstm", "training", "bfloat16", {}, "standard"),
+    ("gru", "training", "float16", {}, "standard"),
+    ("lstm", "training", "float16", {"B": 12}, "standard"),
+    ("lstm", "training", "float16", {"layers": 2}, "standard"),
+    ("lstm", "training", "float32", {"H": 160}, "persist-small+standard"),
+    ("rnn", "inference", "float32", {"H": 384}, "persist-small"),
+    ("gru", "training", "float32", {"H": 128}, "persist-small"),
+    ("gru", "training", "float32", {"H": 128, "packed": True}, "standard"),
+])  # fmt: skip
+def test_cudnn_algorithm(cell, mode, dtype, changes, algorithm):
+    sizes = {"T": 9, "B": 64, "I": 512, "H": 512} | changes
+    assert providers.cudnn_algorithm(shapes.Case(shapes.Shape(**sizes, why=".", source="-"), cell, mode, dtype)) == algorithm

@@ -14,7 +14,7 @@ HOSTED, CPP = ROOT / "tests" / "cuda_on_host", ROOT / "tests" / "cpp"
 CELLS = {"rnn_tanh": "RnnTanhCell", "rnn_relu": "RnnReluCell", "lstm": "LstmCell", "gru": "GruCell"}
 ARITHMETICS = {"f32": "Float32", "tf32": "Tf32", "f64": "Float64", "bf16": "BFloat16", "f16": "Float16"}
 RESULTS = ["output", "hy", "cy", "saved", "states", "grad_pre", "grad_hx", "grad_cx", "grad_proj", "hidden_before"]
-IN_ORDER, REVERSE, RANDOM, SKEWED = range(4)  # the orders of threads
+ON_HOST = "-std=c++20 -x c++ -DFUSEDRNN_ON_HOST"
 MODES = {
     "plain": "-O1",
     # Checks by calls, and without those of UBSan's that AddressSanitizer implies: half the time to compile.
@@ -129,12 +129,11 @@ def plant(tree):
     edit(tree / "cells" / "cells.h", r"(#pragma once\n)", '\\1#include "../params.h"\n')
 
 
-def compile_program(shop, name, cells, mode, tree):
-    """Starts to compile the kernels of some cells, and what a program must know of them."""
+def compile_kernels(shop, name, cells, mode, tree):
+    """Starts to compile the kernels of some cells, and what depends on which they are."""
     for cell in cells:
-        shop.compile(f"{name}_{cell}", f"cuda/{cell}.cu", f"-std=c++20 {MODES[mode]}", tree)
-    for part in ("kernel_probe", "kernel_engines"):
-        shop.compile(f"{name}_{part}", f"{part}.cpp", f"-std=c++20 {MODES[mode]}", tree)
+        shop.compile(f"{name}_{cell}", f"cuda/{cell}.cu", f"{ON_HOST} {MODES[mode]}", tree)
+    shop.compile(f"{name}_probe", "kernel_probe.cpp", f"{ON_HOST} {MODES[mode]}", tree)
 
 
 @pytest.fixture(scope="module")
@@ -145,21 +144,22 @@ def program(request, tmp_path_factory):
     # What the kernels include, and no header of tests.
     emulator = [path for path in sorted(HOSTED.glob("*.h")) if not path.name.startswith(("self_test", "kernel_"))]
     shop = EngineWorkshop(request, tmp_path_factory, "cuda_kernels", "cuda", [HOSTED, CPP], emulator,
-                          f"{cuda_headers()} -DFUSEDRNN_ON_HOST -x c++")
+                          cuda_headers())
     shop.compile("engine_test", "engine_test.cpp", "-std=c++20 -O1")
-    compile_program(shop, "all", CELLS, "plain", "csrc")
+    compile_kernels(shop, "all", CELLS, "plain", "csrc")
     for mode, arithmetics in PLANTED_ARITHMETICS.items():
         tree = shop.copy(mode)
         keep_cells(tree, PLANTED_CELLS)
         keep_arithmetics(tree, arithmetics)
         plant(tree)
-        compile_program(shop, mode, PLANTED_CELLS, mode, mode)
+        compile_kernels(shop, mode, PLANTED_CELLS, mode, mode)
     made = {}
 
     def linked(name):
         if name not in made:
             cells = CELLS if name == "all" else PLANTED_CELLS
-            objects = [*(f"{name}_{part}" for part in [*cells, "kernel_probe", "kernel_engines"]), "engine_test"]
+            # The kernels first: of a function that others have too, such as the plan's, the linker takes theirs.
+            objects = [*(f"{name}_{part}" for part in [*cells, "probe"]), "engine_test"]
             made[name] = shop.link(f"engine_test_{name}", objects, MODES.get(name, ""))
         return made[name]
 

@@ -13,7 +13,7 @@ dtypes = pytest.mark.parametrize("dtype", HUGE, ids=lambda dtype: str(dtype).rem
 
 @dtypes
 @pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "gru"])  # a ReLU does not saturate
-def test_saturation(cell, dtype, isa):
+def test_saturation(cell, dtype, engine):
     """Inputs of 1e30 give no NaN, forward or backward, and torch.nn's numbers."""
     ours, stock = make_pair(cell, 4, 9, dtype=dtype)
     input = HUGE[dtype] * torch.tensor([1.0, -1.0, 0.5, 0.0], dtype=dtype) * torch.ones(3, 2, 4, dtype=dtype)
@@ -27,7 +27,7 @@ def test_saturation(cell, dtype, isa):
 
 @dtypes
 @cells
-def test_infinity_and_nan_pass_as_in_torch(cell, dtype, isa):
+def test_infinity_and_nan_pass_as_in_torch(cell, dtype, engine):
     """One bad number in, the same pattern of NaN and infinity out, in values and gradients; other sequences untouched."""
     for bad in (float("nan"), float("inf"), -float("inf")):
         ours, stock = make_pair(cell, 4, 9, dtype=dtype)
@@ -48,7 +48,7 @@ def test_infinity_and_nan_pass_as_in_torch(cell, dtype, isa):
 
 
 @cells
-def test_nan_in_a_state_or_weight(cell, isa):
+def test_nan_in_a_state_or_weight(cell, engine):
     ours, stock = make_pair(cell, 4, 9)
     hx = states_for(stock, 3)
     (hx[0] if cell == "lstm" else hx)[0, 1, 5] = float("nan")
@@ -64,7 +64,7 @@ def test_nan_in_a_state_or_weight(cell, isa):
 
 @dtypes
 @cells
-def test_denormals(cell, dtype, isa):
+def test_denormals(cell, dtype, engine):
     """Numbers below the smallest normal are kept, as torch keeps them (unless the process flushes them)."""
     ours, stock = make_pair(cell, 4, 9, dtype=dtype, bias=False)
     tiny = torch.finfo(dtype).smallest_normal / 4

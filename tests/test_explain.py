@@ -5,10 +5,11 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fusedrnn
-from fusedrnn import explain
+from fusedrnn import explain, select
 from same import FALLBACK
 
 KINDS = ["RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell"]
@@ -144,3 +145,67 @@ def test_plain_calls_never_fall_back(kind):
                 module(input_for(kind, dtype))
         with torch.device("cpu"):
             module(input_for(kind, dtype))
+
+
+# ---- CUDA tensors, without a GPU: fake ones, which have a device and no memory
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch):
+    """fake_cuda(kind, built) -> (module, input) on a CUDA device, for a library built with CUDA or without."""
+
+    def make(kind, built):
+        monkeypatch.setattr(select, "HAS_CUDA", built)
+        module = getattr(fusedrnn, kind)(4, 5, device="meta")
+        for name, weight in module._parameters.items():
+            module._parameters[name] = nn.Parameter(torch.empty(weight.shape, device="cuda"))
+        return module, torch.empty((2, 4) if "Cell" in kind else (3, 2, 4), device="cuda")
+
+    with FakeTensorMode(), torch.no_grad():
+        yield make
+
+
+def first(result):
+    return first(result[0]) if isinstance(result, tuple) else result
+
+
+@kinds
+def test_cuda(kind, fake_cuda):
+    module, input = fake_cuda(kind, built=True)
+    text = explain(module, input)
+    assert runs(text) == "fused CUDA kernels, step"
+    assert text.count("the input is on cuda") == 3
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        output = first(module(input))
+    assert output.is_cuda and output.shape == (*input.shape[:-1], 5)
+
+
+@kinds
+@pytest.mark.filterwarnings("ignore:.*not on the fused engine", "ignore:PyTorch was compiled without cuDNN")
+def test_cuda_that_was_not_built(kind, fake_cuda):
+    module, input = fake_cuda(kind, built=False)
+    why = fusedrnn._C.build_record()["cuda_why_not"]
+    text = explain(module, input)
+    assert runs(text) == f"torch.nn.{kind}"
+    assert f"it was built without CUDA ({why}); FUSEDRNN_CUDA=1 pip install" in text
+    if "GRU" in kind:  # torch cannot say what its GRU on CUDA would return without running it
+        return
+    with pytest.warns(UserWarning, match=f"fusedrnn.{kind}: .*{FALLBACK}, because it was built without CUDA"):
+        module(input)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        module(input)
+
+
+@kinds
+@pytest.mark.filterwarnings("ignore:.*not on the fused engine")
+def test_cuda_kernel_by_name(kind, fake_cuda, monkeypatch):
+    module, input = fake_cuda(kind, built=True)
+    monkeypatch.setenv("FUSEDRNN_KERNEL", "step")
+    assert runs(explain(module, input)) == "fused CUDA kernels, step"
+    monkeypatch.setenv("FUSEDRNN_KERNEL", "torch")
+    assert runs(explain(module, input)) == f"torch.nn.{kind}" and "FUSEDRNN_KERNEL=torch" in explain(module, input)
+    monkeypatch.setenv("FUSEDRNN_KERNEL", "persistent")
+    with pytest.raises(RuntimeError, match="FUSEDRNN_KERNEL must be one of step, torch, got 'persistent'"):
+        module(input)

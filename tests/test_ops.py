@@ -7,7 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fusedrnn
-from conftest import CELLS, make_pair, states_for
+from conftest import CELLS, ON_GPU, make_pair, states_for
 from fusedrnn.testing import run_module
 
 forward = torch.ops.fusedrnn.recurrence_forward
@@ -46,7 +46,7 @@ def forward_arguments(cell, T=3, B=2, H=5, P=None, D=1, batch_sizes=None, states
         weight_hr=[make(P, H) for _ in range(D)] if P else [],
         hx=make(D, B, width) if states else None,
         cx=make(D, B, H) if states and cell == "lstm" else None,
-        batch_sizes=None if batch_sizes is None else torch.tensor(batch_sizes),
+        batch_sizes=None if batch_sizes is None else torch.tensor(batch_sizes, device="cpu"),
         save=save,
         allow_tf32=False,
     )
@@ -293,7 +293,7 @@ def poison():
 
 @pytest.mark.parametrize("shape", [(3, 2, 5), (1, 1, 1), (2, 3, 17), (1, 17, 33)], ids=str)
 @cells_and_layouts
-def test_results_are_written_whole(cell, layout, shape, isa, poison):
+def test_results_are_written_whole(cell, layout, shape, engine, poison):
     """No element of a result, and no value computed from one, is memory as it was found."""
     T, B, H = shape
     options = LAYOUTS[layout] if "packed" in layout else {**LAYOUTS[layout], "T": T, "B": B}
@@ -327,7 +327,7 @@ def compare_all_equal(one, other):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
 @cells
-def test_arguments_at_the_end_of_their_memory(cell, dtype, isa):
+def test_arguments_at_the_end_of_their_memory(cell, dtype, engine):
     """Every argument ends where mapped memory ends: one element read behind it is a fault, not a wrong number."""
     for options in (dict(T=2, B=3, H=5), dict(T=1, B=1, H=1), dict(T=3, B=2, H=17, D=2), dict(T=2, B=30, H=9),
                     dict(H=5, batch_sizes=(3, 2, 2))):  # fmt: skip
@@ -363,7 +363,7 @@ def at_the_end(value):
 
 
 @cells_and_layouts
-def test_gradients_of_weights_on_demand(cell, layout):
+def test_gradients_of_weights_on_demand(cell, layout, engine):
     """Each gradient is there if it is needed, empty if not, and the same bits whatever else is; an empty batch gives zeros."""
     given = backward_arguments(cell, **LAYOUTS[layout])
     everything = backward(*given.values())
@@ -384,11 +384,15 @@ def test_gradients_of_weights_on_demand(cell, layout):
 
 
 @cells
-def test_offsets_beyond_32_bits(cell):
+def test_offsets_beyond_32_bits(cell, engine):
     """gates_x whose steps lie more than 2^31 elements apart: pages never touched cost nothing."""
     given = forward_arguments(cell, T=3, B=2, H=5, dtype=torch.float16)
     expected = forward(*given.values())[0]
     far = 2**31 + 7
+    if engine == ON_GPU:
+        wide = torch.empty(2 * far + 1000, dtype=torch.float16).as_strided(given["gates_x"][0].shape, (far, 100, 1))
+        assert torch.equal(forward(*{**given, "gates_x": [wide.copy_(given["gates_x"][0])]}.values())[0], expected)
+        return
     try:
         no_reserve = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Python has the name from 3.13 on
         area = mmap.mmap(-1, (2 * far + 1000) * 2, flags=mmap.MAP_PRIVATE | no_reserve)
@@ -399,6 +403,24 @@ def test_offsets_beyond_32_bits(cell):
     assert torch.equal(forward(*{**given, "gates_x": [wide]}.values())[0], expected)
 
 
+def test_many_steps(engine):
+    """More steps than a dimension of a grid of CUDA blocks may have."""
+    T = 65536 + 3
+    given = forward_arguments("gru", T=T, B=1, H=2)
+    for packed in (False, True):
+        if packed:
+            given["gates_x"] = [gates.flatten(0, 1) for gates in given["gates_x"]]
+            given["batch_sizes"] = torch.ones(T, dtype=torch.int64, device="cpu")
+        output, hy, _, _, _ = forward(*given.values())
+        begin = {**given, "gates_x": [given["gates_x"][0][: T - 5]], "save": False}
+        end = {**given, "gates_x": [given["gates_x"][0][T - 5 :]], "save": False}
+        if packed:
+            begin["batch_sizes"], end["batch_sizes"] = given["batch_sizes"][: T - 5], given["batch_sizes"][T - 5 :]
+        end["hx"] = forward(*begin.values())[1]
+        last = forward(*end.values())
+        assert torch.equal(last[0].flatten(), output[T - 5 :].flatten()) and torch.equal(last[1], hy)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Determinism
 # ---------------------------------------------------------------------------------------------------------------------
@@ -406,7 +428,7 @@ def test_offsets_beyond_32_bits(cell):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @cells
-def test_same_call_same_bits(cell, dtype, isa):
+def test_same_call_same_bits(cell, dtype, engine):
     """Run to run, and under torch.use_deterministic_algorithms, every bit is the same, weight gradients too."""
     ours, _ = make_pair(cell, 16, 65, num_layers=2, bidirectional=True, dtype=dtype)
     input, hx = torch.randn(9, 20, 16, dtype=dtype), states_for(ours, 20)
@@ -447,7 +469,7 @@ def test_operators_do_not_depend_on_the_number_of_threads(cell, layout, size, is
 
 
 @cells
-def test_a_sequence_does_not_depend_on_its_neighbours(cell, isa):
+def test_a_sequence_does_not_depend_on_its_neighbours(cell, engine):
     """A row of a batch comes out the same, to rounding, alone and among others."""
     ours, _ = make_pair(cell, 8, 33)
     input = torch.randn(6, 37, 8)

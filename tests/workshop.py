@@ -40,9 +40,9 @@ class Workshop:
 
         Args:
             source: the file
-            flags: of the compiler, all but where it finds headers
-            includes: the folders of headers, as flags
-            inputs: the files, itself and headers, whose change must be noticed
+            flags: all but those of `includes`
+            includes: the folders of headers, as flags; they may be others the next time
+            inputs: the files, source and headers, whose change must be noticed
         """
         self.futures[name] = self.pool.submit(self._compile, name, source, flags, includes, inputs)
 
@@ -125,8 +125,8 @@ def cuda_headers():
 
 def run(command, expect=0, timeout=400, **variables):
     """What a command prints, once it has ended with the status `expect`."""
-    done = subprocess.run(str(command), shell=True, text=True, timeout=timeout, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                          env={**os.environ, **variables})
+    done = subprocess.run(str(command), shell=True, text=True, timeout=timeout, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, env={**os.environ, **variables})
     assert done.returncode == expect, f"status {done.returncode} of: {command}\n{done.stdout[-8000:]}"
     return done.stdout
 

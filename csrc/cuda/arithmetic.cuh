@@ -59,7 +59,7 @@ struct FmaArithmetic {
   using Storage = F;
   using Element = F;
   using Sum = F;
-  static constexpr int kDepth = int(sizeof(Sixteen) / sizeof(F));
+  static constexpr int kDepth = int(sizeof(Sixteen) / sizeof(F));  // as block_depth says in plan.h
   static FUSEDRNN_DEVICE int weight_at(int row, int k) { return row * kDepth + k; }
   static FUSEDRNN_DEVICE int state_at(int column, int k) { return column * kDepth + k; }
   static FUSEDRNN_DEVICE Element element(Sum x) { return x; }

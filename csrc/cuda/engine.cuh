@@ -6,6 +6,12 @@
 
 namespace fusedrnn {
 
+static_assert(Float32::kDepth == block_depth(Dtype::kFloat32, false) && Tf32::kDepth == block_depth(Dtype::kFloat32, true) &&
+                  Float64::kDepth == block_depth(Dtype::kFloat64, false) &&
+                  BFloat16::kDepth == block_depth(Dtype::kBFloat16, false) &&
+                  Float16::kDepth == block_depth(Dtype::kFloat16, false),
+              "the plan and the kernels must mean the same blocks");
+
 // Calls fn(A{}) with the arithmetic of a call.
 template <class Fn>
 void with_arithmetic(const LayerParams& p, const CudaContext& context, const Fn& fn) {

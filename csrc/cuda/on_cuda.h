@@ -56,7 +56,7 @@ class OnCuda {
         grads.insert(grads.end(), {nothing, nothing});
       }
       if (needs.grad_weight_hr)
-        grads.push_back(product(columns(from.grad_proj, rows, d * P, P),
+        grads.push_back(product(columns(*from.grad_proj, rows, d * P, P),
                                 columns(from.states, rows, (d * extra + extra - 1) * H, H)));
       else
         grads.push_back(nothing);

@@ -1,7 +1,6 @@
 // How a layer is laid out on a chip: which kernels run it, and how their blocks divide the work. Plain C++ and no CUDA, so that
 // what it decides for any chip can be asked, and tested, anywhere.
 #pragma once
-#include <algorithm>
 #include <cstdint>
 
 #include "../params.h"
@@ -26,42 +25,64 @@ constexpr int kManyTiles = sizeof(Sum) == 8 ? 2 : 4;  // Not measured yet.
 // One kernel of a step: out (units, gates) of a product of depth K, for each row of the batch.
 struct ProductPlan {
   int64_t unit_tiles, batch_tiles;  // blocks of the grid: one direction's are their product
+  int64_t depth_blocks;             // steps of a sum, of block_depth() numbers each
   int tiles;                        // of the batch, to a warp
   int split, groups;                // warps of a block: `split` share a sum by its depth, `groups` the rows of the batch
   int block_rows;                   // of the batch, to a block
   int64_t shared_bytes;
   int64_t blocks() const { return unit_tiles * batch_tiles; }
   int threads() const { return kWarp * split * groups; }
+  int64_t padded_rows() const { return batch_tiles * block_rows; }
 };
 
 inline int64_t ceil_div(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
+constexpr bool goes_by_matrix_units(Dtype dtype, bool tf32) {
+  return dtype == Dtype::kBFloat16 || dtype == Dtype::kFloat16 || (dtype == Dtype::kFloat32 && tf32);
+}
+// How many numbers of a sum a warp takes at once: what 16 bytes a lane hold (arithmetic.cuh).
+constexpr int block_depth(Dtype dtype, bool tf32) {
+  if (goes_by_matrix_units(dtype, tf32)) return dtype == Dtype::kFloat32 ? 16 : 32;
+  return dtype == Dtype::kFloat32 ? 4 : 2;
+}
+
 // Every sum of a step is short where H is, and steps follow each other: what counts is that each step's work is spread over the
 // whole chip. So warps first share the depth of their sums, and only where there are blocks for all multiprocessors without that do
 // they take more rows of the batch instead, which loads the weights fewer times.
-//
-// depth: blocks of kDepth in a sum. sum_bytes: 4, or 8 for float64.
-inline ProductPlan plan_product(const Chip& chip, int64_t units, int gates, int64_t depth, int64_t B, int64_t D, int sum_bytes) {
+inline ProductPlan plan_product(const Chip& chip, const LayerParams& p, bool tf32, int64_t units, int gates, int64_t depth) {
   constexpr int kBlocksEach = 2;  // a multiprocessor, with which it counts as busy. Not measured yet.
+  const int sum_bytes = p.dtype == Dtype::kFloat64 ? 8 : 4;
   ProductPlan plan{};
+  plan.depth_blocks = ceil_div(depth, block_depth(p.dtype, tf32));
   plan.unit_tiles = ceil_div(units, kUnits);
-  const int64_t tiles = ceil_div(B, kTileRows);
-  plan.tiles = tiles == 1 ? kFewTiles : sum_bytes == 8 ? kManyTiles<double> : kManyTiles<float>;
+  const int64_t tiles = ceil_div(p.steps.B, kTileRows);
+  plan.tiles = tiles == 1 ? kFewTiles : p.dtype == Dtype::kFloat64 ? kManyTiles<double> : kManyTiles<float>;
   auto bytes = [&](int warps) {  // every warp leaves its sums in shared memory
     return int64_t(warps) * gates * plan.tiles * kTileRows * kColumnPitch * sum_bytes;
   };
   plan.groups = 1;
-  while (plan.groups < kMostWarps && bytes(2 * plan.groups) <= chip.shared_bytes && 2 * plan.groups * plan.tiles <= tiles &&
-         plan.unit_tiles * ceil_div(tiles, 2 * plan.groups * plan.tiles) * D >= int64_t(kBlocksEach) * chip.multiprocessors)
+  while (2 * plan.groups <= kMostWarps && bytes(2 * plan.groups) <= chip.shared_bytes && 2 * plan.groups * plan.tiles <= tiles &&
+         plan.unit_tiles * ceil_div(tiles, 2 * plan.groups * plan.tiles) * p.D >= int64_t(kBlocksEach) * chip.multiprocessors)
     plan.groups *= 2;
   plan.split = 1;
-  while (2 * plan.split * plan.groups <= kMostWarps && 2 * plan.split <= depth &&
+  while (2 * plan.split * plan.groups <= kMostWarps && 2 * plan.split <= plan.depth_blocks &&
          bytes(2 * plan.split * plan.groups) <= chip.shared_bytes)
     plan.split *= 2;
   plan.block_rows = kTileRows * plan.tiles * plan.groups;
   plan.batch_tiles = ceil_div(tiles, plan.tiles * plan.groups);
   plan.shared_bytes = bytes(plan.split * plan.groups);
   return plan;
+}
+
+// The kernels of a layer's steps: forward the cell and the projection, backward the gradient of the state that is multiplied by
+// weight_hh, and of the one that is multiplied by weight_hr. Without projections the second of each is not launched.
+struct StepPlan {
+  ProductPlan cell, projection, dh, dunprojected;
+};
+
+inline StepPlan plan_step(const Chip& chip, const LayerParams& p, int gates, bool tf32) {
+  return {plan_product(chip, p, tf32, p.H, gates, p.P), plan_product(chip, p, tf32, p.P, 1, p.H),
+          plan_product(chip, p, tf32, p.P, 1, gates * p.H), plan_product(chip, p, tf32, p.H, 1, p.P)};
 }
 
 }  // namespace fusedrnn

@@ -3,6 +3,8 @@
 // Weights and states are packed before they are multiplied, in the order in which lanes load them (arithmetic.cuh), and padded with
 // zeros to whole blocks, so that the loop below has no bounds to check and no unaligned load, whatever H and B are.
 #pragma once
+#include <algorithm>
+
 #include "arithmetic.cuh"
 #include "plan.h"
 
@@ -66,20 +68,20 @@ __global__ void pack_kernel(const __grid_constant__ PackArgs<A> args) {
 }
 
 template <class A>
-int64_t packed_weight_count(const ProductPlan& plan, int gates, int64_t depth_blocks) {
-  return plan.unit_tiles * depth_blocks * gates * kRows * A::kDepth;
+int64_t packed_weight_count(const ProductPlan& plan, int gates) {
+  return plan.unit_tiles * plan.depth_blocks * gates * kRows * A::kDepth;
 }
 
 // Packs, for each direction, a weight whose element (gate, unit, k) lies at (gate * units + unit) * unit_stride + k * k_stride.
 template <class A, int kGates>
 void pack(const void* const (&from)[kMaxDirections], typename A::Element* const (&to)[kMaxDirections], int64_t units, int64_t depth,
-          int64_t unit_stride, int64_t k_stride, const ProductPlan& plan, int64_t depth_blocks, int directions, const Queue& queue) {
-  PackArgs<A> args{{}, {}, units, depth, unit_stride, k_stride, plan.unit_tiles, depth_blocks};
+          int64_t unit_stride, int64_t k_stride, const ProductPlan& plan, int directions, const Queue& queue) {
+  PackArgs<A> args{{}, {}, units, depth, unit_stride, k_stride, plan.unit_tiles, plan.depth_blocks};
   for (int d = 0; d < directions; ++d) {
     args.from[d] = static_cast<const typename A::Storage*>(from[d]);
     args.to[d] = to[d];
   }
-  launch("pack", pack_kernel<A, kGates>, plain_grid(plan.unit_tiles * kUnits * depth_blocks * A::kDepth, directions), queue, args);
+  launch("pack", pack_kernel<A, kGates>, plain_grid(plan.unit_tiles * kUnits * plan.depth_blocks * A::kDepth, directions), queue, args);
 }
 
 // ---- The product ----
@@ -146,7 +148,7 @@ struct BlockSums {
 // One kernel of a step. A Step is what differs from kernel to kernel, and is its argument:
 //   Arithmetic, kGates           of its product
 //   ProductPlan plan
-//   const Element* weights(d), states(d); int64_t depth_blocks
+//   const Element* weights(d), states(d)
 //   int64_t multiplied(d)        rows whose sum is wanted; others take zero
 //   int64_t visited(d)           rows that are looked at
 //   int64_t units
@@ -163,9 +165,9 @@ __global__ void __launch_bounds__(kMostWarps * kLanes, 1) step_kernel(const __gr
   const BlockSums<A, kGates, kTiles> sums(step.plan);
   const bool multiplies = place.first_row < step.multiplied(d);
   if (multiplies) {
-    const int64_t tile = step.depth_blocks * kRows * A::kDepth * kGates;
+    const int64_t tile = step.plan.depth_blocks * kRows * A::kDepth * kGates;
     sums.multiply(step.weights(d) + place.unit_tile * tile,
-                  step.states(d) + place.first_row * step.depth_blocks * A::kDepth, step.depth_blocks);
+                  step.states(d) + place.first_row * step.plan.depth_blocks * A::kDepth, step.plan.depth_blocks);
   }
   for (int i = threadIdx.x; i < kUnits * step.plan.block_rows; i += blockDim.x) {
     const int64_t row = place.first_row + i / kUnits, unit = place.unit_tile * kUnits + i % kUnits;

@@ -43,7 +43,7 @@ struct BackwardBase {
   BackwardMemory<A> m;
   BackwardStep step[kMaxDirections];
   ProductPlan plan;
-  int64_t depth_blocks, units;
+  int64_t units;
   int turn;  // which of m.dpre the later step wrote
 
   FUSEDRNN_DEVICE int64_t visited(int d) const { return step[d].visited; }
@@ -198,26 +198,22 @@ struct BackwardPass {
   using Element = typename A::Element;
   using Sum = typename A::Sum;
   const CudaBackwardParams& p;
-  const CudaContext& context;
   const Queue queue;
   const bool projected;
-  const int64_t depth, dpre_blocks, dprojected_blocks;
-  const ProductPlan hh_plan, hr_plan;  // of the products with weight_hh and weight_hr
-  const int64_t padded_rows;
+  const StepPlan plan;
+  const int64_t dpre_blocks, dprojected_blocks, padded_rows;
   BackwardMemory<A> m{};
 
   BackwardPass(const CudaBackwardParams& p, const CudaContext& context, Arena& arena)
-      : p(p), context(context), queue{context.stream, context.overlaps}, projected(p.weight_hr[0]), depth(Cell::kGates * p.H),
-        dpre_blocks(ceil_div(depth, A::kDepth)), dprojected_blocks(projected ? ceil_div(p.P, A::kDepth) : 0),
-        hh_plan(plan_product(context.chip, p.P, 1, dpre_blocks, p.steps.B, p.D, sizeof(Sum))),
-        hr_plan(plan_product(context.chip, p.H, 1, ceil_div(p.P, A::kDepth), p.steps.B, p.D, sizeof(Sum))),
-        padded_rows(std::max(hh_plan.batch_tiles * hh_plan.block_rows,
-                             projected ? hr_plan.batch_tiles * hr_plan.block_rows : 0)) {
+      : p(p), queue{context.stream, context.overlaps}, projected(p.weight_hr[0]),
+        plan(plan_step(context.chip, p, Cell::kGates, context.tf32)), dpre_blocks(plan.dh.depth_blocks),
+        dprojected_blocks(projected ? plan.dunprojected.depth_blocks : 0),
+        padded_rows(std::max(plan.dh.padded_rows(), projected ? plan.dunprojected.padded_rows() : 0)) {
     m.dpre_size = padded_rows * dpre_blocks * A::kDepth;
     m.dprojected_size = padded_rows * dprojected_blocks * A::kDepth;
     for (int64_t d = 0; d < p.D; ++d) {
-      m.weight_hh[d] = arena.take<Element>(packed_weight_count<A>(hh_plan, 1, dpre_blocks));
-      m.weight_hr[d] = arena.take<Element>(projected ? packed_weight_count<A>(hr_plan, 1, dprojected_blocks) : 0);
+      m.weight_hh[d] = arena.take<Element>(packed_weight_count<A>(plan.dh, 1));
+      m.weight_hr[d] = arena.take<Element>(projected ? packed_weight_count<A>(plan.dunprojected, 1) : 0);
     }
     for (Element*& dpre : m.dpre) dpre = arena.take<Element>(p.D * m.dpre_size);
     m.dprojected = arena.take<Element>(p.D * m.dprojected_size);
@@ -227,16 +223,16 @@ struct BackwardPass {
 
   void run() const {
     const int D = int(p.D);
-    pack<A, 1>(p.weight_hh, m.weight_hh, p.P, depth, 1, p.P, hh_plan, dpre_blocks, D, queue);
-    if (projected) pack<A, 1>(p.weight_hr, m.weight_hr, p.H, p.P, 1, p.H, hr_plan, dprojected_blocks, D, queue);
+    pack<A, 1>(p.weight_hh, m.weight_hh, p.P, Cell::kGates * p.H, 1, p.P, plan.dh, D, queue);
+    if (projected) pack<A, 1>(p.weight_hr, m.weight_hr, p.H, p.P, 1, p.H, plan.dunprojected, D, queue);
     const EnterBackward<A> enter{p, m, padded_rows, dpre_blocks, dprojected_blocks};
     launch("enter_backward", enter_backward_kernel<A, Cell::kStates>, plain_grid(m.dpre_size, D), queue, enter);
 
     BackwardCell<Cell, A> cell{};
-    fill(cell, projected ? hr_plan : hh_plan, projected ? dprojected_blocks : dpre_blocks, p.H);
+    fill(cell, projected ? plan.dunprojected : plan.dh, p.H);
     cell.dpre_blocks = dpre_blocks;
     BackwardProjection<A> projection{};
-    fill(projection, hh_plan, dpre_blocks, p.P);
+    fill(projection, plan.dh, p.P);
     projection.dprojected_blocks = dprojected_blocks;
     for (int64_t s = 0; s <= p.steps.T; ++s) {
       for (int64_t d = 0; d < p.D; ++d) cell.step[d] = projection.step[d] = step(s, d);
@@ -247,11 +243,10 @@ struct BackwardPass {
     }
   }
 
-  void fill(BackwardBase<A>& step, const ProductPlan& plan, int64_t depth_blocks, int64_t units) const {
+  void fill(BackwardBase<A>& step, const ProductPlan& plan, int64_t units) const {
     step.p = p;
     step.m = m;
     step.plan = plan;
-    step.depth_blocks = depth_blocks;
     step.units = units;
   }
 

@@ -40,7 +40,7 @@ struct ForwardCell {
   ForwardMemory<A> m;
   ForwardStep step[kMaxDirections];
   ProductPlan plan;
-  int64_t depth_blocks, units, unprojected_blocks;
+  int64_t units, unprojected_blocks;
   int turn;  // which of m.h is before the step
 
   FUSEDRNN_DEVICE const Element* weights(int d) const { return m.weight_hh[d]; }
@@ -71,7 +71,7 @@ struct ForwardCell {
     } else {
       const S h = narrow<S>(new_state[0]);
       m.state[0][state_at] = new_state[0];
-      m.h[1 - turn][d * m.h_size + packed_state_at<A>(depth_blocks, b, u)] = A::element(new_state[0]);
+      m.h[1 - turn][d * m.h_size + packed_state_at<A>(plan.depth_blocks, b, u)] = A::element(new_state[0]);
       static_cast<S*>(p.output)[(row * p.D + d) * H + u] = h;
       if (last) static_cast<S*>(p.hy)[state_at] = h;
     }
@@ -102,7 +102,7 @@ struct ForwardProjection {
   ForwardMemory<A> m;
   ForwardStep step[kMaxDirections];
   ProductPlan plan;
-  int64_t depth_blocks, units, h_blocks;
+  int64_t units, h_blocks;
   int turn;
 
   FUSEDRNN_DEVICE const Element* weights(int d) const { return m.weight_hr[d]; }
@@ -161,26 +161,22 @@ struct ForwardPass {
   using Element = typename A::Element;
   using Sum = typename A::Sum;
   const ForwardParams& p;
-  const CudaContext& context;
   const Queue queue;
   const bool projected;
-  const int64_t h_blocks, unprojected_blocks;
-  const ProductPlan cell_plan, projection_plan;
-  const int64_t padded_rows;
+  const StepPlan plan;
+  const int64_t h_blocks, unprojected_blocks, padded_rows;
   ForwardMemory<A> m{};
 
   ForwardPass(const ForwardParams& p, const CudaContext& context, Arena& arena)
-      : p(p), context(context), queue{context.stream, context.overlaps}, projected(p.weight_hr[0]), h_blocks(ceil_div(p.P, A::kDepth)),
-        unprojected_blocks(projected ? ceil_div(p.H, A::kDepth) : 0),
-        cell_plan(plan_product(context.chip, p.H, Cell::kGates, h_blocks, p.steps.B, p.D, sizeof(Sum))),
-        projection_plan(plan_product(context.chip, p.P, 1, ceil_div(p.H, A::kDepth), p.steps.B, p.D, sizeof(Sum))),
-        padded_rows(std::max(cell_plan.batch_tiles * cell_plan.block_rows,
-                             projected ? projection_plan.batch_tiles * projection_plan.block_rows : 0)) {
+      : p(p), queue{context.stream, context.overlaps}, projected(p.weight_hr[0]),
+        plan(plan_step(context.chip, p, Cell::kGates, context.tf32)), h_blocks(plan.cell.depth_blocks),
+        unprojected_blocks(projected ? plan.projection.depth_blocks : 0),
+        padded_rows(std::max(plan.cell.padded_rows(), projected ? plan.projection.padded_rows() : 0)) {
     m.h_size = padded_rows * h_blocks * A::kDepth;
     m.unprojected_size = padded_rows * unprojected_blocks * A::kDepth;
     for (int64_t d = 0; d < p.D; ++d) {
-      m.weight_hh[d] = arena.take<Element>(packed_weight_count<A>(cell_plan, Cell::kGates, h_blocks));
-      m.weight_hr[d] = arena.take<Element>(projected ? packed_weight_count<A>(projection_plan, 1, unprojected_blocks) : 0);
+      m.weight_hh[d] = arena.take<Element>(packed_weight_count<A>(plan.cell, Cell::kGates));
+      m.weight_hr[d] = arena.take<Element>(projected ? packed_weight_count<A>(plan.projection, 1) : 0);
     }
     for (Element*& h : m.h) h = arena.take<Element>(p.D * m.h_size);
     m.unprojected = arena.take<Element>(p.D * m.unprojected_size);
@@ -189,14 +185,14 @@ struct ForwardPass {
   }
 
   void run() const {
-    pack<A, Cell::kGates>(p.weight_hh, m.weight_hh, p.H, p.P, p.P, 1, cell_plan, h_blocks, int(p.D), queue);
-    if (projected) pack<A, 1>(p.weight_hr, m.weight_hr, p.P, p.H, p.H, 1, projection_plan, unprojected_blocks, int(p.D), queue);
+    pack<A, Cell::kGates>(p.weight_hh, m.weight_hh, p.H, p.P, p.P, 1, plan.cell, int(p.D), queue);
+    if (projected) pack<A, 1>(p.weight_hr, m.weight_hr, p.P, p.H, p.H, 1, plan.projection, int(p.D), queue);
     const EnterForward<A> enter{p, m, padded_rows, h_blocks, unprojected_blocks};
     launch("enter_forward", enter_forward_kernel<A, Cell::kStates>, plain_grid(padded_rows * h_blocks * A::kDepth, int(p.D)), queue,
            enter);
 
-    ForwardCell<Cell, A> cell{p, m, {}, cell_plan, h_blocks, p.H, unprojected_blocks, 0};
-    ForwardProjection<A> projection{p, m, {}, projection_plan, unprojected_blocks, p.P, h_blocks, 0};
+    ForwardCell<Cell, A> cell{p, m, {}, plan.cell, p.H, unprojected_blocks, 0};
+    ForwardProjection<A> projection{p, m, {}, plan.projection, p.P, h_blocks, 0};
     for (int64_t s = 0; s < p.steps.T; ++s) {
       for (int64_t d = 0; d < p.D; ++d) cell.step[d] = projection.step[d] = step(s, d);
       cell.turn = projection.turn = int(s % 2);

@@ -38,17 +38,17 @@ bool wanted(const Options& options, const KernelCase& c, size_t number) {
 // Which divisions of a product the cases met.
 struct Coverage {
   int few_rows = 0, many_rows = 0, split = 0, groups = 0, both = 0, unit_tiles = 0, batch_tiles = 0, projections = 0;
-  void add(const test::Plans& plans) {
-    for (const fusedrnn::ProductPlan& plan : {plans.hidden, plans.projection}) {
-      if (!plan.unit_tiles) continue;
-      (plan.tiles == fusedrnn::kFewTiles ? few_rows : many_rows) += 1;
-      split += plan.split > 1;
-      groups += plan.groups > 1;
-      both += plan.split > 1 && plan.groups > 1;
-      unit_tiles += plan.unit_tiles > 1;
-      batch_tiles += plan.batch_tiles > 1;
-    }
-    projections += plans.projection.unit_tiles > 0;
+  // `more` is of the second kernel of a step with projections.
+  void add(const fusedrnn::ProductPlan& plan, const fusedrnn::ProductPlan* more = nullptr) {
+    (plan.tiles == fusedrnn::kFewTiles ? few_rows : many_rows) += 1;
+    split += plan.split > 1;
+    groups += plan.groups > 1;
+    both += plan.split > 1 && plan.groups > 1;
+    unit_tiles += plan.unit_tiles > 1;
+    batch_tiles += plan.batch_tiles > 1;
+    if (!more) return;
+    add(*more);
+    ++projections;
   }
   void print(const char* pass) const {
     std::printf("%s met: %d products of few rows, %d of many, %d split, %d with groups, %d with both, %d with several tiles of units, "
@@ -69,8 +69,9 @@ void run_case(const KernelCase& c, size_t number, const Options& options, Report
   std::snprintf(test::context, sizeof test::context, "%s", name.c_str());
   test::schedule(c.order, c.seed);
   KernelProblem problem(c);
-  report.forward.add(problem.plans_of_forward());
-  if (c.save) report.backward.add(problem.plans_of_backward());
+  const fusedrnn::StepPlan plan = problem.plan();
+  report.forward.add(plan.cell, c.P ? &plan.projection : nullptr);
+  if (c.save) report.backward.add(plan.dh, c.P ? &plan.dunprojected : nullptr);
   try {
     const double error = problem.run(*test::engine_of(c.cell), options.spoiled);
     if (error > report.worst) report.worst = error, report.worst_case = name;

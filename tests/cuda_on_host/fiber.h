@@ -23,7 +23,7 @@ namespace cuda_on_host {
 #ifndef CUDA_ON_HOST_UCONTEXT
 // Saves the registers that a callee must preserve on this stack, leaves its pointer in *save, and continues on the other.
 // noipa: nothing may be concluded from its body, which the compiler believes to touch no memory.
-__attribute__((naked, noipa, no_sanitize_thread, no_sanitize_address))
+__attribute__((naked, noipa, no_stack_protector, no_sanitize_thread, no_sanitize_address))
 inline void switch_stack(void** /*save*/, void* /*load*/) {
   asm volatile(
       "pushq %rbp\n pushq %rbx\n pushq %r12\n pushq %r13\n pushq %r14\n pushq %r15\n"

@@ -1,4 +1,4 @@
-// What engine_test wants to know of the kernels it is linked with, and of the emulator that they run on.
+// What engine_test wants of the kernels that it is linked with, and of the emulator that they run on.
 #pragma once
 #include "cuda/engine.h"
 
@@ -6,13 +6,6 @@ namespace test {
 
 // Null where a build leaves the cell out.
 const fusedrnn::CudaEngine* engine_of(int cell);
-
-// How the two products of a pass are divided; the second one's plan has no units without a projection.
-struct Plans {
-  fusedrnn::ProductPlan hidden{}, projection{};
-};
-Plans forward_plans(const fusedrnn::ForwardParams& p, const fusedrnn::CudaContext& context);
-Plans backward_plans(const fusedrnn::CudaBackwardParams& p, const fusedrnn::CudaContext& context);
 
 // The schedules of cuda_on_host::Order by name.
 constexpr const char* kOrders[] = {"in order", "reverse", "random", "skewed"};

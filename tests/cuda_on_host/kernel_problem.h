@@ -105,8 +105,7 @@ class KernelProblem : public Problem {
     return worst;
   }
 
-  Plans plans_of_forward() const { return forward_plans(forward_params(engines), context_); }
-  Plans plans_of_backward() const { return backward_plans(with_more(backward_params(engines)), context_); }
+  fusedrnn::StepPlan plan() const { return plan_step(context_.chip, forward_params(engines), int(G), context_.tf32); }
 
  private:
   const fusedrnn::CudaContext context_;

@@ -3,6 +3,7 @@
 // Ordinary grids run in waves of resident blocks, since their blocks do not need each other. A grid starts when the one before
 // it has completed or, if its launch says that it overlaps, when all blocks of the one before have triggered.
 #pragma once
+#include <algorithm>
 #include <functional>
 #include <map>
 #include <memory>
@@ -200,10 +201,16 @@ inline void check_launch(const Launch& launch) {
                                                               " threads cannot be resident here");
 }
 
-// Puts a grid into the stream. Its threads call body(), which calls the kernel.
+// Puts a grid into the stream. Its threads call body(), which calls the kernel. If it cannot be launched, throws Error, and what
+// was queued before is forgotten: the caller, who unwinds now, may own what it refers to.
 inline void launch(const Launch& launch, std::function<void()> body) {
   if (current) fail("launch() in a kernel");
-  check_launch(launch);
+  try {
+    check_launch(launch);
+  } catch (const Error&) {
+    machine.queued.clear();
+    throw;
+  }
   auto grid = std::make_unique<Grid>();
   grid->launch = launch;
   grid->body = std::move(body);
@@ -318,6 +325,7 @@ inline void run_all() {
     Thread& next = machine.ready.take();
     ++machine.statistics.switches;
     current = &next;
+    machine.polls = 0;
     machine.host.switch_to(next.fiber);
     current = nullptr;
     if (!machine.error.empty()) break;
@@ -338,7 +346,11 @@ inline void synchronize() {
     machine.host_before->release();
     machine.ready.reset(machine.options.order, &machine.random);
     machine.spins = 0;
-    run_all();
+    try {
+      run_all();
+    } catch (const Error& none_left) {  // of the memory for stacks
+      machine.error = none_left.what();
+    }
     error = std::exchange(machine.error, {});
     if (!error.empty()) abandon_all();
   }

@@ -23,7 +23,7 @@ struct Statistics {
 
 struct Machine {
   Options options;
-  Random random;
+  Random random{options.seed};
   Statistics statistics;
   std::deque<std::unique_ptr<Grid>> queued;   // launched, not started
   std::deque<std::unique_ptr<Grid>> running;  // started, not complete; in stream order
@@ -33,6 +33,7 @@ struct Machine {
   uint64_t grids_launched = 0;
   unsigned threads_alive = 0;
   uint64_t spins = 0;           // times that threads spun since one did anything else
+  unsigned polls = 0;           // times that a thread called ld_acquire since it was continued
   bool may_start = false;       // something happened that can let a block or a grid start
   // Things that are reused:
   std::vector<std::unique_ptr<Block>> live_blocks, spare_blocks;

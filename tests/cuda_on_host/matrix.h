@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <string>
 
 #include "collectives.h"
 #include "memory.h"
@@ -69,30 +70,32 @@ struct MmaLane {
   const uint32_t *a, *b;
 };
 
+using Row = double __attribute__((vector_size(64)));  // 8 columns; GCC makes of it what the processor has
+
 // C += A B, where A is 16 x kDepth and B kDepth x 8, both given by element.
 template <int kDepth>
-inline void multiply_add(MmaLane** lanes, const double (&a)[16][kDepth], const double (&b)[kDepth][8]) {
+inline void multiply_add(MmaLane** lanes, const double (&a)[16][kDepth], const Row (&b)[kDepth]) {
   for (int row = 0; row < 16; ++row) {
-    double sums[8];
+    Row sums;
     auto c = [&](int column) -> float& { return lanes[row % 8 * 4 + column / 2]->c[row / 8 * 2 + column % 2]; };
     for (int column = 0; column < 8; ++column) sums[column] = c(column);
-    for (int k = 0; k < kDepth; ++k)
-      for (int column = 0; column < 8; ++column) sums[column] += a[row][k] * b[k][column];
+    for (int k = 0; k < kDepth; ++k) sums += a[row][k] * b[k];
     for (int column = 0; column < 8; ++column) c(column) = float(sums[column]);
   }
 }
 
-template <class Value>
-inline void mma_m16n8k16(float* c, const uint32_t* a, const uint32_t* b, const Site& site, const Value& value) {
+template <double (*value)(uint16_t)>
+inline void mma_m16n8k16(float* c, const uint32_t* a, const uint32_t* b, const Site& site) {
   MmaLane mine{c, a, b};
-  warp_collective(kWholeWarp, site, mine, Orders::kNothing, [&](MmaLane** lanes) {
-    double a_elements[16][16], b_elements[16][8];
+  warp_collective(kWholeWarp, site, mine, Orders::kNothing, [](MmaLane** lanes) {
+    double a_elements[16][16];
+    Row b_elements[16];
     for (int lane = 0; lane < 32; ++lane) {
       const int group = lane / 4, member = lane % 4;
-      auto half = [](const uint32_t* registers, int i) { return uint16_t(registers[i / 2] >> i % 2 * 16); };
+      auto element = [](const uint32_t* registers, int i) { return uint16_t(registers[i / 2] >> i % 2 * 16); };
       for (int i = 0; i < 8; ++i)  // registers alternate between rows group and group + 8; the last two are of k + 8
-        a_elements[group + i / 2 % 2 * 8][2 * member + i % 2 + i / 4 * 8] = value(half(lanes[lane]->a, i));
-      for (int i = 0; i < 4; ++i) b_elements[2 * member + i % 2 + i / 2 * 8][group] = value(half(lanes[lane]->b, i));
+        a_elements[group + i / 2 % 2 * 8][2 * member + i % 2 + i / 4 * 8] = value(element(lanes[lane]->a, i));
+      for (int i = 0; i < 4; ++i) b_elements[2 * member + i % 2 + i / 2 * 8][group] = value(element(lanes[lane]->b, i));
     }
     multiply_add<16>(lanes, a_elements, b_elements);
   });
@@ -100,18 +103,19 @@ inline void mma_m16n8k16(float* c, const uint32_t* a, const uint32_t* b, const S
 
 // C (16 x 8, float) += A (16 x 16, by rows) B (16 x 8, by columns): c[4], a[4], b[2] are the calling lane's registers.
 inline void mma_m16n8k16_bf16(float* c, const uint32_t* a, const uint32_t* b, CUDA_ON_HOST_SITE) {
-  mma_m16n8k16(c, a, b, {"mma.sync.bf16", file, line}, bf16_value);
+  mma_m16n8k16<bf16_value>(c, a, b, {"mma.sync.bf16", file, line});
 }
 
 inline void mma_m16n8k16_f16(float* c, const uint32_t* a, const uint32_t* b, CUDA_ON_HOST_SITE) {
-  mma_m16n8k16(c, a, b, {"mma.sync.f16", file, line}, f16_value);
+  mma_m16n8k16<f16_value>(c, a, b, {"mma.sync.f16", file, line});
 }
 
 // C (16 x 8, float) += A (16 x 8, by rows) B (8 x 8, by columns): c[4], a[4], b[2]. Operands are bits of floats.
 inline void mma_m16n8k8_tf32(float* c, const uint32_t* a, const uint32_t* b, CUDA_ON_HOST_SITE) {
   MmaLane mine{c, a, b};
   warp_collective(kWholeWarp, Site{"mma.sync.tf32", file, line}, mine, Orders::kNothing, [](MmaLane** lanes) {
-    double a_elements[16][8], b_elements[8][8];
+    double a_elements[16][8];
+    Row b_elements[8];
     for (int lane = 0; lane < 32; ++lane) {
       const int group = lane / 4, member = lane % 4;
       for (int i = 0; i < 4; ++i) a_elements[group + i % 2 * 8][member + i / 2 * 4] = tf32_value(lanes[lane]->a[i]);

@@ -161,7 +161,14 @@ inline void red_add_release(unsigned* to, unsigned value) {
   after_atomic("red.release");
 }
 
-inline unsigned ld_acquire(const unsigned* from) { return __atomic_load_n(from, __ATOMIC_ACQUIRE); }
+inline unsigned ld_acquire(const unsigned* from, CUDA_ON_HOST_SITE) {
+  constexpr unsigned kPatience = 1 << 20;
+  {
+    Quiet quiet;
+    if (++machine.polls == kPatience) fail({"ld_acquire", file, line}, "livelock: called again and again without spin_pause");
+  }
+  return __atomic_load_n(from, __ATOMIC_ACQUIRE);
+}
 
 // One turn of a loop that waits for another thread's write. Others run; when all that happens is spinning, that is an error.
 inline void spin_pause(CUDA_ON_HOST_SITE) {
@@ -171,7 +178,7 @@ inline void spin_pause(CUDA_ON_HOST_SITE) {
   if (!grid.launch.cooperative && grid.blocks > 1)
     fail(site, "the launch is not cooperative: other blocks need not be resident");
   // In random order a thread that could go on is not picked for so long with a probability of exp(-64).
-  if (++machine.spins > 64 * uint64_t(machine.threads_alive) + 20000) fail(site, "livelock: all that threads do is spin");
+  if (++machine.spins > 64 * uint64_t(machine.threads_alive) + 20000) fail(site, "livelock: threads only spin");
   give_way(site);
 }
 

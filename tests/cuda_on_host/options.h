@@ -17,7 +17,7 @@ enum Order {
 
 struct Options {
   int order = kRandom;
-  uint64_t seed = 1;
+  uint64_t seed = 1;              // of what chance decides; set by configure()
   bool poison = true;            // fresh shared memory is 0xFF, which is NaN, rather than zero
   unsigned resident_blocks = 64;  // of an ordinary grid at a time; fewer where their threads are too many
   unsigned resident_grids = 4;    // at most so many grids overlap in a chain of dependent launches

@@ -4,7 +4,8 @@
 //   --list          prints the plants
 //   --plant NAME    makes that mistake, and runs only the case that it belongs to
 //   --order N       only this order (0 in order, 1 reverse, 2 random, 3 skewed)
-//   --seeds N       so many seeds in the orders that chance decides, default 3
+//   --seeds N       so many seeds, from 1, in the orders that chance decides; default 3
+//   --seed N        only this seed
 //
 // Exits 0 if all is well, 1 if a result is wrong, 2 on an Error, and as the sanitizer wants if that finds something.
 #include <cstdio>
@@ -33,7 +34,7 @@ uint64_t run_case(const Case& c, int order, uint64_t seed) {
   return statistics().switches;
 }
 
-int run(const char* plant, int only_order, int seeds) {
+int run(const char* plant, int only_order, int first_seed, int last_seed) {
   const char* only_case = nullptr;
   for (Plant* candidate : Plant::all())
     if (plant && std::strcmp(candidate->name, plant) == 0) {
@@ -49,7 +50,7 @@ int run(const char* plant, int only_order, int seeds) {
     if (only_case && std::strcmp(only_case, c.name) != 0) continue;
     for (int order = 0; order < 4; ++order) {
       if (only_order >= 0 && order != only_order) continue;
-      for (int seed = 1; seed <= (order >= kRandom ? seeds : 1); ++seed) {
+      for (int seed = first_seed; seed <= (order >= kRandom ? last_seed : first_seed); ++seed) {
         const uint64_t switches = run_case(c, order, uint64_t(seed));
         most_grids = std::max(most_grids, statistics().most_grids);
         CHECK(order != kInOrder || statistics().most_grids <= 1, "grids overlap");
@@ -66,7 +67,7 @@ int run(const char* plant, int only_order, int seeds) {
 
 int main(int count, char** words) {
   const char* plant = nullptr;
-  int order = -1, seeds = 3;
+  int order = -1, first_seed = 1, last_seed = 3;
   for (int i = 1; i < count; ++i) {
     const std::string word = words[i];
     if (word == "--list")
@@ -75,11 +76,12 @@ int main(int count, char** words) {
     if (i + 1 == count) return 3;
     if (word == "--plant") plant = words[++i];
     else if (word == "--order") order = std::atoi(words[++i]);
-    else if (word == "--seeds") seeds = std::atoi(words[++i]);
+    else if (word == "--seeds") last_seed = std::atoi(words[++i]);
+    else if (word == "--seed") first_seed = last_seed = std::atoi(words[++i]);
     else return 3;
   }
   try {
-    return self_test::run(plant, order, seeds);
+    return self_test::run(plant, order, first_seed, last_seed);
   } catch (const cuda_on_host::Error& error) {
     std::printf("%s: Error: %s\n", test::context, error.what());
     return 2;

@@ -55,6 +55,11 @@ inline void errors(test::Random&) {
   expect(message(cooperative("joins", 2, 1), [] {
            if (blockIdx.x == 1) grid_sync();
          }), {"joins: ", "barrier divergence"});
+  const unsigned never = 0;
+  expect(message(cooperative("spins", 2, 1), [&] {
+           while (!ld_acquire(&never)) spin_pause();
+         }), {"spins: spin_pause at self_test_errors.h:", "threads only spin"});
+  expect(message(grid("spins", 1, 1), [&] { while (!ld_acquire(&never)) continue; }), {"livelock", "without spin_pause"});
   expect(message(grid("names", 1, 32), [] { named_sync(16, 32); }), {"not one of 0 to 15"});
   expect(message(grid("names", 1, 32), [] { named_sync(1, 48); }), {"whole warps"});
   expect(message(grid("copies", 1, 1, 64), [] { cp_async(shared_take(64), nullptr, 12, 0); }), {"12 bytes"});
@@ -68,7 +73,9 @@ inline void errors(test::Random&) {
   launch(grid("fails", 1, 32), [] { named_sync(1, 48); });
   launch(grid("follows", 1, 1), [&] { ++runs; });
   CHECK(!message(grid("follows", 1, 1), [&] { ++runs; }).empty() && runs == 0, "ran after an error");
-  CHECK(message(grid("follows", 1, 1), [&] { ++runs; }).empty() && runs == 1, "must run again");
+  launch(grid("queued", 1, 1), [&] { ++runs; });
+  expect(message(grid("much", 1, 1025), nothing), {"cannot be launched"});
+  CHECK(message(grid("follows", 1, 1), [&] { ++runs; }).empty() && runs == 1, "must run again, and alone");
 }
 
 }  // namespace self_test

@@ -16,7 +16,7 @@ namespace cuda_on_host {
 
 // One kernel launch, as the host asks for it.
 struct Launch {
-  const char* name;            // for messages
+  const char* name;            // for messages; a literal, or alive until synchronize()
   dim3 grid, block;
   size_t shared_bytes;         // dynamic shared memory of a block
   bool overlaps_previous;      // programmatic dependent launch: may start before the previous grid has completed

@@ -1,0 +1,137 @@
+"""What only a GPU can show: the same numbers as the CPU's engine, streams, graphs, several devices, determinism at size.
+
+The tests of the operators and of accuracy run on a GPU too (`engine` in conftest.py); these are the ones that need no other.
+"""
+
+import warnings
+
+import pytest
+import torch
+from torch.nn.utils.rnn import pack_padded_sequence
+
+import fusedrnn
+from conftest import CELLS, HAS_GPU, make_pair, states_for
+from fusedrnn.testing import compare_modules, run_module
+
+pytestmark = pytest.mark.skipif(not HAS_GPU, reason="needs a GPU and a build with CUDA")
+cells = pytest.mark.parametrize("cell", CELLS)
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+LAYOUTS = {
+    "plain": {}, "both": {"bidirectional": True}, "stacked": {"num_layers": 2, "bidirectional": True},
+    "batch first": {"batch_first": True}, "packed": {"bidirectional": True},
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def ieee():
+    """float32 products unrounded, unless a test asks for TF32."""
+    before = torch.backends.cudnn.rnn.fp32_precision
+    torch.backends.cudnn.rnn.fp32_precision = "ieee"
+    yield
+    torch.backends.cudnn.rnn.fp32_precision = before
+
+
+def layer_and_input(cell, layout="plain", dtype=torch.float32, T=11, B=37, I=19, H=130):
+    ours, stock = make_pair(cell, I, H, **LAYOUTS[layout], dtype=dtype, device="cuda")
+    input = torch.randn(*((B, T, I) if layout == "batch first" else (T, B, I)), dtype=dtype, device="cuda")
+    if layout == "packed":
+        input = pack_padded_sequence(input, torch.randint(1, T + 1, (B,)), enforce_sorted=False)
+    return ours, stock, input
+
+
+def equal(a, b):
+    assert list(a) == list(b)
+    for name in a:
+        assert (a[name] is None) == (b[name] is None), name
+        assert a[name] is None or torch.equal(a[name], b[name]), name
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@dtypes
+@cells
+def test_accuracy(cell, dtype, layout):
+    ours, stock, input = layer_and_input(cell, layout, dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compare_modules(ours, stock, input, states_for(ours, 37, device="cuda"))
+
+
+@cells
+def test_tf32(cell):
+    """Rounded like torch's own; and float32 where torch is told not to round."""
+    ours, stock, input = layer_and_input(cell)
+    exact = run_module(ours, input)
+    torch.backends.cudnn.rnn.fp32_precision = "tf32"
+    compare_modules(ours, stock, input)
+    assert not torch.equal(run_module(ours, input)["output"], exact["output"])
+
+
+@cells
+def test_same_numbers_as_on_the_cpu(cell):
+    ours, _, input = layer_and_input(cell, "stacked", torch.float64)
+    on_gpu = run_module(ours, input)
+    on_cpu = run_module(ours.cpu(), input.cpu())
+    for name in on_cpu:
+        torch.testing.assert_close(on_gpu[name].cpu(), on_cpu[name], rtol=1e-12, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("layout", ["stacked", "packed"])
+@dtypes
+@cells
+def test_twenty_runs_same_bits(cell, dtype, layout):
+    ours, _, input = layer_and_input(cell, layout, dtype, T=40, B=64, H=256)
+    first = run_module(ours, input)
+    for _ in range(20):
+        equal(run_module(ours, input), first)
+
+
+@cells
+def test_side_stream(cell):
+    ours, _, input = layer_and_input(cell, T=100, H=256)
+    expected = run_module(ours, input)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        late = input + 0 * torch.randn(4096, 4096, device="cuda").mm(torch.randn(4096, 4096, device="cuda")).sum()
+        found = run_module(ours, late)
+    torch.cuda.current_stream().wait_stream(stream)
+    equal(found, expected)
+
+
+@cells
+def test_graph_capture_of_a_training_step(cell):
+    ours, _, input = layer_and_input(cell, "both", T=20)
+    leaf = input.clone().requires_grad_()
+    wanted = [leaf, *ours.parameters()]
+
+    def step():
+        return torch.autograd.grad(ours(leaf)[0].sum(), wanted)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        leaf.copy_(torch.randn_like(leaf))
+    graph.replay()
+    for found, expected in zip(captured, step(), strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@cells
+def test_another_device_than_the_current_one(cell):
+    ours, _, input = layer_and_input(cell)
+    expected = run_module(ours, input)
+    found = run_module(ours.to("cuda:1"), input.to("cuda:1"))
+    equal({name: tensor.to("cuda:0") for name, tensor in found.items()}, expected)
+
+
+def test_states_on_another_device_are_refused_as_by_torch():
+    lstm = fusedrnn.LSTM(4, 5, device="cuda")
+    with pytest.raises(RuntimeError, match="not at the same device"):
+        lstm(torch.randn(3, 2, 4, device="cuda"), (torch.zeros(1, 2, 5), torch.zeros(1, 2, 5)))
