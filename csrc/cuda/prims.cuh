@@ -119,8 +119,9 @@ FUSEDRNN_DEVICE void mma(float, float (&sum)[4], const uint32_t (&a)[4], const u
 
 // Where a kernel runs. On the host there is one queue, and `stream` is not looked at.
 struct Queue {
-  void* stream;   // a cudaStream_t
-  bool overlaps;  // whether the chip lets a grid start before the one before it has ended (sm_90)
+  void* stream;          // a cudaStream_t
+  bool overlaps;         // whether the chip lets a grid start before the one before it has ended (sm_90)
+  int64_t shared_bytes;  // the most that a block may have on this device
 };
 
 struct Grid {
@@ -154,8 +155,10 @@ void launch(const char* name, void (*kernel)(Args), const Grid& grid, const Queu
   config.numAttrs = grid.overlaps && queue.overlaps ? 1 : 0;
   constexpr int64_t kWithoutAsking = 48 << 10;  // bytes of shared memory that every kernel may have
   cudaError_t error = cudaSuccess;
+  // The limit is the kernel's, not the launch's: were it lowered to what this grid needs, another thread of the host, about to launch
+  // the same kernel with more, would be refused.
   if (grid.shared_bytes > kWithoutAsking)
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(grid.shared_bytes));
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(queue.shared_bytes));
   if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, args);
   if (error != cudaSuccess) {
     cudaGetLastError();  // it is told here; the next call is not to find it again

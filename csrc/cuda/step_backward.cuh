@@ -205,7 +205,7 @@ struct BackwardPass {
   BackwardMemory<A> m{};
 
   BackwardPass(const CudaBackwardParams& p, const CudaContext& context, Arena& arena)
-      : p(p), queue{context.stream, context.overlaps}, projected(p.weight_hr[0]),
+      : p(p), queue{context.stream, context.overlaps, context.chip.shared_bytes}, projected(p.weight_hr[0]),
         plan(plan_step(context.chip, p, Cell::kGates, context.tf32)), dpre_blocks(plan.dh.depth_blocks),
         dprojected_blocks(projected ? plan.dunprojected.depth_blocks : 0),
         padded_rows(std::max(plan.dh.padded_rows(), projected ? plan.dunprojected.padded_rows() : 0)) {

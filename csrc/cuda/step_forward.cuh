@@ -168,7 +168,7 @@ struct ForwardPass {
   ForwardMemory<A> m{};
 
   ForwardPass(const ForwardParams& p, const CudaContext& context, Arena& arena)
-      : p(p), queue{context.stream, context.overlaps}, projected(p.weight_hr[0]),
+      : p(p), queue{context.stream, context.overlaps, context.chip.shared_bytes}, projected(p.weight_hr[0]),
         plan(plan_step(context.chip, p, Cell::kGates, context.tf32)), h_blocks(plan.cell.depth_blocks),
         unprojected_blocks(projected ? plan.projection.depth_blocks : 0),
         padded_rows(std::max(plan.cell.padded_rows(), projected ? plan.projection.padded_rows() : 0)) {
