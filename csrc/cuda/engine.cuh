@@ -41,8 +41,11 @@ int64_t cuda_workspace(const Params& p, const CudaContext& context) {
 template <class Cell, template <class, class> class Pass, class Params>
 void run_cuda(const Params& p, const CudaContext& context, void* workspace) {
   with_arithmetic(p, context, [&](auto arithmetic) {
+    using A = decltype(arithmetic);
+    CudaContext here = context;
+    here.overlaps = context.overlaps && waits_for_previous_grid(pack_kernel<A, 1>);  // any kernel: all are compiled alike
     Arena arena{static_cast<char*>(workspace)};
-    Pass<Cell, decltype(arithmetic)>(p, context, arena).run();
+    Pass<Cell, A>(p, here, arena).run();
   });
   end_of_launches();
 }

@@ -167,6 +167,21 @@ void launch(const char* name, void (*kernel)(Args), const Grid& grid, const Queu
 #endif
 }
 
+// Whether wait_for_previous_grid waits in the code that this device runs. Where the library has none for sm_90 or later, a later chip
+// runs an older one's PTX, in which it does nothing.
+template <class Args>
+bool waits_for_previous_grid(void (*kernel)(Args)) {
+#if defined(FUSEDRNN_ON_HOST)
+  (void)kernel;
+  return true;
+#else
+  cudaFuncAttributes attributes{};
+  if (cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess) return attributes.ptxVersion >= 90;
+  cudaGetLastError();  // the launch will say what is wrong
+  return false;
+#endif
+}
+
 // All launches of a call are made. On the host they are run now.
 inline void end_of_launches() {
 #if defined(FUSEDRNN_ON_HOST)
