@@ -98,7 +98,7 @@ PLANTS = {
                            {"plain": wrong("grad_proj")}),
     # Sums.
     "missing_part": Plant("product.cuh", r"part < plan\.split;", "part < plan.split - MADE;", {"plain": wrong()}),
-    "missing_depth": Plant("product.cuh", r"block < depth_blocks;", "block < depth_blocks - MADE;", {"plain": wrong()}),
+    "missing_depth": Plant("product.cuh", r"block < plan\.depth_blocks;", "block < plan.depth_blocks - MADE;", {"plain": wrong()}),
     "unrounded": Plant("arithmetic.cuh", r"return round_to_tf32\(x\)", "return MADE ? x : round_to_tf32(x)", {"plain": wrong()}, "tf32"),
 }
 

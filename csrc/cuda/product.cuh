@@ -90,40 +90,61 @@ void pack(const void* const (&from)[kMaxDirections], typename A::Element* const 
 struct BlockPlace {
   int64_t unit_tile, first_row;
   FUSEDRNN_DEVICE BlockPlace(const ProductPlan& plan)
-      : unit_tile(int64_t(blockIdx.x) % plan.unit_tiles), first_row(int64_t(blockIdx.x) / plan.unit_tiles * plan.block_rows) {}
+      : unit_tile(blockIdx.x % unsigned(plan.unit_tiles)),
+        first_row(int64_t(blockIdx.x / unsigned(plan.unit_tiles)) * plan.block_rows) {}
 };
 
 // The sums of a block, in shared memory: (split, gates, rows of the block, kColumnPitch) numbers, of which 16 to a row are in use.
 template <class A, int kGates, int kTiles>
 struct BlockSums {
-  typename A::Sum* memory;
-  const ProductPlan& plan;
+  using Element = typename A::Element;
+  static constexpr int kWeights = kRows * A::kDepth, kStates = kColumns * A::kDepth;  // numbers of a block of either
 
-  FUSEDRNN_DEVICE BlockSums(const ProductPlan& plan) : plan(plan) {
+  const ProductPlan& plan;
+  const int lane, part, group;  // of this thread: in its warp; its warp's share of the depth, and of the rows
+  typename A::Sum* memory;
+  // What is multiplied next, on its way while something else is done.
+  typename A::Weights weight[kGates];
+  typename A::States state[kTiles];
+
+  FUSEDRNN_DEVICE BlockSums(const ProductPlan& plan)
+      : plan(plan), lane(threadIdx.x % kLanes), part(threadIdx.x / kLanes % plan.split), group(threadIdx.x / kLanes / plan.split) {
     memory = prims::Shared{}.template take<typename A::Sum>(int64_t(plan.split) * kGates * plan.block_rows * kColumnPitch);
   }
   FUSEDRNN_DEVICE int at(int part, int gate, int row) const {
     return ((part * kGates + gate) * plan.block_rows + row) * kColumnPitch;
   }
 
-  // weights: the unit tile's; states: from the block's first row on. Ends with a barrier: all sums are there.
-  FUSEDRNN_DEVICE void multiply(const typename A::Element* weights, const typename A::Element* states, int64_t depth_blocks) const {
-    constexpr int kWeights = kRows * A::kDepth, kStates = kColumns * A::kDepth;
-    const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes, part = warp % plan.split, group = warp / plan.split;
-    const typename A::Element* tile = states + int64_t(group) * kTiles * depth_blocks * kStates;
+  FUSEDRNN_DEVICE void load_weights(const Element* weights, int64_t block) {
+#pragma unroll
+    for (int gate = 0; gate < kGates; ++gate) weight[gate].load(weights + (block * kGates + gate) * kWeights, lane);
+  }
+  FUSEDRNN_DEVICE void load_states(const Element* states, int64_t block) {
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) state[n].load(states + ((group * kTiles + n) * plan.depth_blocks + block) * kStates, lane);
+  }
+
+  // weights: the unit tile's, of which load_weights has begun to load block `part`; states: from the block's first row on. Ends with a
+  // barrier: all sums are there.
+  FUSEDRNN_DEVICE void multiply(const Element* weights, const Element* states) {
     typename A::Sum sum[kGates][kTiles][4] = {};
-#pragma unroll 2
-    for (int64_t block = part; block < depth_blocks; block += plan.split) {
-      typename A::States state[kTiles];
+    load_states(states, part);
+    for (int64_t block = part; block < plan.depth_blocks;) {
+      typename A::Weights weight_now[kGates];
+      typename A::States state_now[kTiles];
 #pragma unroll
-      for (int n = 0; n < kTiles; ++n) state[n].load(tile + (n * depth_blocks + block) * kStates, lane);
+      for (int gate = 0; gate < kGates; ++gate) weight_now[gate] = weight[gate];
 #pragma unroll
-      for (int gate = 0; gate < kGates; ++gate) {
-        typename A::Weights weight;
-        weight.load(weights + (block * kGates + gate) * kWeights, lane);
-#pragma unroll
-        for (int n = 0; n < kTiles; ++n) A::multiply_add(sum[gate][n], weight, state[n]);
+      for (int n = 0; n < kTiles; ++n) state_now[n] = state[n];
+      block += plan.split;
+      if (block < plan.depth_blocks) {
+        load_weights(weights, block);
+        load_states(states, block);
       }
+#pragma unroll
+      for (int gate = 0; gate < kGates; ++gate)
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n) A::multiply_add(sum[gate][n], weight_now[gate], state_now[n]);
     }
 #pragma unroll
     for (int gate = 0; gate < kGates; ++gate)
@@ -159,16 +180,15 @@ __global__ void __launch_bounds__(kMostWarps * kLanes, 1) step_kernel(const __gr
   constexpr int kGates = Step::kGates;
   const int d = blockIdx.z;
   const BlockPlace place(step.plan);
+  const bool multiplies = place.first_row < step.multiplied(d);
+  BlockSums<A, kGates, kTiles> sums(step.plan);
+  const typename A::Element* weights =
+      step.weights(d) + place.unit_tile * step.plan.depth_blocks * kRows * A::kDepth * kGates;
   prims::let_next_grid_start();  // whose threads wait for the end of this grid before they touch anything that it writes
+  if (multiplies) sums.load_weights(weights, sums.part);  // which were there before the first step
   prims::wait_for_previous_grid();
   if (place.first_row >= step.visited(d)) return;
-  const BlockSums<A, kGates, kTiles> sums(step.plan);
-  const bool multiplies = place.first_row < step.multiplied(d);
-  if (multiplies) {
-    const int64_t tile = step.plan.depth_blocks * kRows * A::kDepth * kGates;
-    sums.multiply(step.weights(d) + place.unit_tile * tile,
-                  step.states(d) + place.first_row * step.plan.depth_blocks * A::kDepth, step.plan.depth_blocks);
-  }
+  if (multiplies) sums.multiply(weights, step.states(d) + place.first_row * step.plan.depth_blocks * A::kDepth);
   for (int i = threadIdx.x; i < kUnits * step.plan.block_rows; i += blockDim.x) {
     const int64_t row = place.first_row + i / kUnits, unit = place.unit_tile * kUnits + i % kUnits;
     if (row >= step.visited(d) || unit >= step.units) continue;
