@@ -5,6 +5,7 @@ check is checked: mistakes planted in copies of csrc/cuda must be found, in the 
 """
 
 import re
+import shutil
 from typing import NamedTuple
 
 import pytest
@@ -74,6 +75,8 @@ PLANTS = {
     "row_guard": Plant("product.cuh", r"row >= step\.visited\(d\) \|\|", r"(!MADE && row >= step.visited(d)) ||",
                        {"plain": CRASH, "address": CRASH}),
     "unit_guard": Plant("product.cuh", r"unit >= step\.units\)", "(!MADE && unit >= step.units))", {"plain": f"{wrong()}|{CRASH}"}),
+    "padded_rows": Plant("step_forward.cuh", r"(padded_rows\(std::max\(plan\.cell\.padded_rows\(\), projected )\?", r"\1&& !MADE ?",
+                         {"plain": CRASH, "address": CRASH}),
     "pack_guard": Plant("product.cuh", r"k < args\.depth;", "(MADE || k < args.depth);", {"plain": CRASH}),
     # Where numbers lie.
     "weight_at": Plant("arithmetic.cuh", r"word = (row / 8) \+ 2 \* (\(within / \(4 \* kPack\)\))",
@@ -138,7 +141,8 @@ def compile_kernels(shop, name, cells, mode, tree):
 
 @pytest.fixture(scope="module")
 def program(request, tmp_path_factory):
-    """engine_test: program("all") is the path of that with all kernels, program(mode) of one that can make mistakes."""
+    """engine_test: program("all") is the path of that with all kernels; program(mode) of one that can make mistakes and that crashes
+    when a kernel leaves a piece of its workspace."""
     if not cuda_headers():
         pytest.skip("the headers of the CUDA toolkit are not here (CUDA_HOME, nvcc on PATH, /usr/local/cuda)")
     # What the kernels include, and no header of tests.
@@ -151,6 +155,7 @@ def program(request, tmp_path_factory):
         tree = shop.copy(mode)
         keep_cells(tree, PLANTED_CELLS)
         keep_arithmetics(tree, arithmetics)
+        shutil.copy(HOSTED / "guarded_arena.h", tree / "arena.h")
         plant(tree)
         compile_kernels(shop, mode, PLANTED_CELLS, mode, mode)
     made = {}
@@ -184,10 +189,11 @@ def test_engine_test_finds(program, result):
     assert re.search(wrong(result), run(f"{program('all')} --every 60 --spoil {result}", expect=1))
 
 
-@pytest.mark.parametrize("mode", ["address", "thread"])
-def test_kernels_with_sanitizer(program, mode):
+@pytest.mark.parametrize(("mode", "cases"), [("plain", "--every 8"), ("address", "--every 8"),
+                                             ("thread", "--every 12 --most-macs 100000")])
+def test_kernels_with_guarded_workspace(program, mode, cases):
     arithmetics = ",".join(PLANTED_ARITHMETICS[mode])
-    print(run_sanitized(f"{program(mode)} --arithmetics {arithmetics} --every 12 --most-macs 100000"))
+    print(run_sanitized(f"{program(mode)} --arithmetics {arithmetics} {cases}"))
 
 
 @pytest.mark.parametrize(("name", "mode"), [(name, mode) for name in PLANTS for mode in PLANTS[name].found])

@@ -70,6 +70,12 @@ inline Case random_case(int cell, Dtype dtype, int64_t D, bool packed, int64_t B
   return c;
 }
 
+// Whether a case is one of those, one in `every`, that are taken by lot number `lot`. Drawn from other numbers than what the case
+// leaves to chance, so that not all that are taken have the same length.
+inline bool taken(size_t number, size_t every, size_t lot) {
+  return Random{number + 3000000 + (lot << 32)}.below(int64_t(every)) == 0;
+}
+
 // Every cell, format, direction count, packed or padded, odd and even sizes; then larger ones, in which several threads share
 // a sequence, the depth of a product takes several passes, and the rows of a batch several visits.
 inline std::vector<Case> all_cases() {

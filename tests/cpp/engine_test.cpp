@@ -34,7 +34,7 @@ struct Options {
 bool wanted(const Options& options, const Case& c, size_t number) {
   if (options.only >= 0) return number == size_t(options.only);
   const long macs = long(c.B * c.H * (c.P ? c.P : c.H) * test::traits_of(c.cell).gates);
-  return test::Random{number + (options.lot << 32)}.below(int64_t(options.every)) == 0 && macs <= options.most_macs &&
+  return test::taken(number, options.every, options.lot) && macs <= options.most_macs &&
          ("," + options.dtypes + ",").find("," + std::string(test::name_of(c.dtype)) + ",") != std::string::npos;
 }
 

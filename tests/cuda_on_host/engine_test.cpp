@@ -31,7 +31,7 @@ int planted = -1;
 bool wanted(const Options& options, const KernelCase& c, size_t number) {
   if (options.only >= 0) return number == size_t(options.only);
   const long macs = long(c.B * c.H * (c.P ? c.P : c.H) * test::traits_of(c.cell).gates);
-  return test::Random{number + (options.lot << 32)}.below(int64_t(options.every)) == 0 && macs <= options.most_macs &&
+  return test::taken(number, options.every, options.lot) && macs <= options.most_macs &&
          test::engine_of(c.cell) && ("," + options.arithmetics + ",").find("," + std::string(c.arithmetic->name) + ",") != std::string::npos;
 }
 
