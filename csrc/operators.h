@@ -1,7 +1,8 @@
-// The bodies of the operators, the same for every device: every check of an argument, and the allocation of results. No arithmetic.
+// The bodies of the operators, the same for every device: every check of an argument, and the allocation of results. No
+// arithmetic.
 //
-// An operator computes the recurrence of one layer in all its directions, backward with the gradients of its weights. The product
-// of the input and weight_ih for all steps, and the gradient of the input, are ATen's (fusedrnn/autograd.py).
+// An operator computes the recurrence of one layer in all its directions, backward with the gradients of its weights. The
+// product of the input and weight_ih for all steps, and the gradient of the input, are ATen's (fusedrnn/autograd.py).
 //
 // Only LibTorch's stable ABI is used here, so that one build of the library serves every torch from 2.10 on.
 #pragma once
@@ -22,9 +23,9 @@
 namespace fusedrnn {
 
 // hx and cx: null for zeros. batch_sizes: null for padded sequences. The results of recurrence_forward behind cy are for
-// recurrence_backward alone and empty unless `save`; cy is empty for cells with one state. grad_weights holds, for each direction,
-// the gradients of weight_ih, weight_hh, bias_ih, bias_hh and weight_hr. What is not needed is empty. allow_tf32: on a device that has
-// TF32, weights and states in float32 may be rounded to it before they are multiplied.
+// recurrence_backward alone and empty unless `save`; cy is empty for cells with one state. grad_weights holds, for each
+// direction, the gradients of weight_ih, weight_hh, bias_ih, bias_hh and weight_hr. What is not needed is empty. allow_tf32:
+// on a device that has TF32, weights and states in float32 may be rounded to it before they are multiplied.
 constexpr char kForwardSchema[] =
     "recurrence_forward(str cell, Tensor[] gates_x, Tensor[] weight_hh, Tensor[] bias_hh, Tensor[] weight_hr, Tensor? hx, "
     "Tensor? cx, Tensor? batch_sizes, bool save, bool allow_tf32) -> "
@@ -76,10 +77,11 @@ inline Tensor allocate(const Tensor& like, const Sizes& sizes, ScalarType type) 
     strides[i] = stride;
     stride *= sizes[i] > 1 ? sizes[i] : 1;
   }
+  const auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  const int32_t device = like.is_cpu() ? aoti_torch_device_type_cpu() : aoti_torch_device_type_cuda();
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      int64_t(sizes.size()), sizes.data(), strides.data(), torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
-      like.is_cpu() ? aoti_torch_device_type_cpu() : aoti_torch_device_type_cuda(), like.get_device_index(), &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), dtype, device,
+                                                         like.get_device_index(), &handle));
   return Tensor(handle);
 }
 inline Tensor allocate(const Tensor& like, const Sizes& sizes) { return allocate(like, sizes, like.scalar_type()); }

@@ -45,6 +45,7 @@ def needs(folder):
     for report in sorted(folder.glob("build/*/_ops/csrc/cuda/*.cu.o.txt")):
         text = subprocess.run(["c++filt"], input=report.read_text(), text=True, capture_output=True, check=True).stdout
         for name, arch, used in re.findall(r"Compiling entry function '(.*?)' for '(\w+)'\n(?:.*\n){2,3}?ptxas info\s+: Used (.*)", text):
+            assert "smem" not in used, f"{name}: shared memory is given at the launch, as planned (test_cuda_plan.py)"
             name = re.sub(r"^void |\(.*\)$|fusedrnn::|\((?:int|long)\)", "", name)
             for pattern, short in SHORT.items():
                 name = name.replace(pattern, short)

@@ -1,5 +1,5 @@
-// How a warp multiplies weights by states, for each format: which numbers go through which units of the chip, and in what order they
-// lie in memory so that a lane's share of a block is 16 bytes, or twice 16 bytes, in one piece.
+// How a warp multiplies weights by states, for each format: which numbers go through which units of the chip, and in what
+// order they lie in memory so that a lane's share of a block is 16 bytes, or twice 16 bytes, in one piece.
 //
 // All kinds of arithmetic leave the sums (16 rows of weights, 8 columns of states) in the same lanes: with g = lane / 4 and
 // t = lane % 4, sum[0..3] are (g, 2t), (g, 2t+1), (g+8, 2t), (g+8, 2t+1). A kernel is written once for all of them.
@@ -39,7 +39,8 @@ FUSEDRNN_DEVICE __half narrow<__half, float>(float x) {
   return __float2half_rn(x);
 }
 
-// To the nearest TF32 number, which has 10 bits behind the leading one; ties away from zero, as cvt.rna does. Infinities and NaN stay.
+// To the nearest TF32 number, which has 10 bits behind the leading one; ties away from zero, as cvt.rna does. Infinities and
+// NaN stay.
 FUSEDRNN_DEVICE float round_to_tf32(float x) {
   uint32_t bits;
   memcpy(&bits, &x, sizeof bits);

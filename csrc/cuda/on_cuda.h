@@ -1,5 +1,5 @@
-// One call of an operator on the CUDA kernels: the recurrence is theirs, and the gradients of weights and biases, which are products
-// and sums over all rows of the sequence at once, are ATen's, by what torch itself uses and is set to.
+// One call of an operator on the CUDA kernels: the recurrence is theirs, and the gradients of weights and biases, which are
+// products and sums over all rows of the sequence at once, are ATen's, by what torch itself uses and is set to.
 //
 // A Runtime says where the kernels run:
 //   Guard(device)                   while it lives, the device is the current one
@@ -98,8 +98,8 @@ class OnCuda {
     return torch::stable::sum(tensor, torch::headeronly::IntHeaderOnlyArrayRef(&dim, 1));
   }
 
-  // fn of the gates' recurrent halves, which are a part of the pre-activations in dimension `dim`, gate below gate. Halves that lie
-  // side by side are taken at once: for all cells but the GRU these are all.
+  // fn of the gates' recurrent halves, which are a part of the pre-activations in dimension `dim`, gate below gate. Halves
+  // that lie side by side are taken at once: for all cells but the GRU these are all.
   template <class Fn>
   Tensor of_h_halves(const Tensor& pre, int64_t dim, const Fn& fn) const {
     const int64_t H = call_.H, gates = int64_t(h_pre_.size());

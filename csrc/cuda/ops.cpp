@@ -1,5 +1,5 @@
-// The operators of CUDA. This file needs CUDA's headers and none of its libraries but the runtime; what only a torch with CUDA has is
-// looked up when a call is made, so that the library loads on every torch.
+// The operators of CUDA. This file needs CUDA's headers and none of its libraries but the runtime; what only a torch with
+// CUDA has is looked up when a call is made, so that the library loads on every torch.
 #include <cuda_runtime.h>
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>

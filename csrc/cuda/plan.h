@@ -1,6 +1,7 @@
 // How a layer is laid out on a chip: which kernels run it, and how their blocks divide the work. Plain C++ and no CUDA, so that
 // what it decides for any chip can be asked, and tested, anywhere.
 #pragma once
+#include <algorithm>
 #include <cstdint>
 
 #include "../params.h"
@@ -18,9 +19,8 @@ struct Chip {
 constexpr int kUnits = 16, kTileRows = 8, kWarp = 32;
 constexpr int kMostWarps = 8;       // to a block. Not measured yet.
 constexpr int kColumnPitch = 20;    // numbers from column to column of a block's sums: no two lanes of a store share a bank
-constexpr int kFewTiles = 1;        // what a warp takes of the batch: the smallest there is, and as many as its registers hold.
-template <class Sum>
-constexpr int kManyTiles = sizeof(Sum) == 8 ? 2 : 4;  // Not measured yet.
+// A warp takes 1, 2 or 4 tiles of the batch: at most as many as its registers hold the sums of. Not measured yet.
+constexpr int most_tiles(int sum_bytes) { return sum_bytes == 8 ? 2 : 4; }
 
 // One kernel of a step: out (units, gates) of a product of depth K, for each row of the batch.
 struct ProductPlan {
@@ -46,9 +46,9 @@ constexpr int block_depth(Dtype dtype, bool tf32) {
   return dtype == Dtype::kFloat32 ? 4 : 2;
 }
 
-// Every sum of a step is short where H is, and steps follow each other: what counts is that each step's work is spread over the
-// whole chip. So warps first share the depth of their sums, and only where there are blocks for all multiprocessors without that do
-// they take more rows of the batch instead, which loads the weights fewer times.
+// Every sum of a step is short where H is, and steps follow each other: what counts is that each step's work is spread over
+// the whole chip. So warps first share the depth of their sums, and only where there are blocks for all multiprocessors
+// without that do they take more rows of the batch instead, which loads the weights fewer times.
 inline ProductPlan plan_product(const Chip& chip, const LayerParams& p, bool tf32, int64_t units, int gates, int64_t depth) {
   constexpr int kBlocksEach = 2;  // a multiprocessor, with which it counts as busy. Not measured yet.
   const int sum_bytes = p.dtype == Dtype::kFloat64 ? 8 : 4;
@@ -56,7 +56,7 @@ inline ProductPlan plan_product(const Chip& chip, const LayerParams& p, bool tf3
   plan.depth_blocks = ceil_div(depth, block_depth(p.dtype, tf32));
   plan.unit_tiles = ceil_div(units, kUnits);
   const int64_t tiles = ceil_div(p.steps.B, kTileRows);
-  plan.tiles = tiles == 1 ? kFewTiles : p.dtype == Dtype::kFloat64 ? kManyTiles<double> : kManyTiles<float>;
+  plan.tiles = tiles <= 2 ? std::max(1, int(tiles)) : most_tiles(sum_bytes);
   auto bytes = [&](int warps) {  // every warp leaves its sums in shared memory
     return int64_t(warps) * gates * plan.tiles * kTileRows * kColumnPitch * sum_bytes;
   };

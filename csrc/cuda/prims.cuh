@@ -1,6 +1,6 @@
-// Every device primitive that the kernels use, and how a kernel is launched: one name, two bodies. On a GPU a name stands for an
-// instruction; where FUSEDRNN_ON_HOST is defined, for its meaning on the CPU (tests/cuda_on_host), which also finds its misuse.
-// Kernels contain no inline assembly and no CUDA built-in beside blockIdx, threadIdx and the like.
+// Every device primitive that the kernels use, and how a kernel is launched: one name, two bodies. On a GPU a name stands for
+// an instruction; where FUSEDRNN_ON_HOST is defined, for its meaning on the CPU (tests/cuda_on_host), which also finds its
+// misuse. Kernels contain no inline assembly and no CUDA built-in beside blockIdx, threadIdx and the like.
 #pragma once
 #include <cstdint>
 #include <stdexcept>
@@ -34,8 +34,8 @@ FUSEDRNN_DEVICE void block_sync(FUSEDRNN_ONLY_SITE) {
 #endif
 }
 
-// Waits until the grid before this one on the stream has ended, and sees all it wrote. Every thread of a grid that was launched with
-// `overlaps` calls it before it touches what that grid wrote, and before it exits. Elsewhere it does nothing.
+// Waits until the grid before this one on the stream has ended, and sees all it wrote. Every thread of a grid that was
+// launched with `overlaps` calls it before it touches what that grid wrote, and before it exits. Elsewhere it does nothing.
 FUSEDRNN_DEVICE void wait_for_previous_grid(FUSEDRNN_ONLY_SITE) {
 #if defined(FUSEDRNN_ON_HOST)
   cuda_on_host::grid_dependency_wait(file, line);
@@ -79,8 +79,8 @@ struct Shared {
 
 // ---- The matrix units: sum (16, 8) += a (16, k) b (k, 8) by a whole warp, in the fragments of PTX's mma.sync ----
 
-// In each lane, g = lane / 4 and t = lane % 4. sum: (g, 2t), (g, 2t+1), (g+8, 2t), (g+8, 2t+1).
-// k = 16, two numbers a register, the lower k in the lower half. a: (g, 2t), (g+8, 2t), (g, 2t+8), (g+8, 2t+8). b: (2t, g), (2t+8, g).
+// In each lane, g = lane / 4 and t = lane % 4. sum: (g, 2t), (g, 2t+1), (g+8, 2t), (g+8, 2t+1). k = 16, two numbers a
+// register, the lower k in the lower half. a: (g, 2t), (g+8, 2t), (g, 2t+8), (g+8, 2t+8). b: (2t, g), (2t+8, g).
 FUSEDRNN_DEVICE void mma(__nv_bfloat16, float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2] FUSEDRNN_SITE) {
 #if defined(FUSEDRNN_ON_HOST)
   cuda_on_host::mma_m16n8k16_bf16(sum, a, b, file, line);
@@ -101,7 +101,8 @@ FUSEDRNN_DEVICE void mma(__half, float (&sum)[4], const uint32_t (&a)[4], const 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #endif
 }
-// k = 8, one TF32 number a register: a float whose low 13 bits are zero. a: (g, t), (g+8, t), (g, t+4), (g+8, t+4). b: (t, g), (t+4, g).
+// k = 8, one TF32 number a register: a float whose low 13 bits are zero. a: (g, t), (g+8, t), (g, t+4), (g+8, t+4).
+// b: (t, g), (t+4, g).
 FUSEDRNN_DEVICE void mma(float, float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2] FUSEDRNN_SITE) {
 #if defined(FUSEDRNN_ON_HOST)
   cuda_on_host::mma_m16n8k8_tf32(sum, a, b, file, line);
@@ -131,7 +132,8 @@ struct Grid {
   bool overlaps;  // may start before the grid before it has ended, and waits for it by itself
 };
 
-// Runs kernel(args) on the queue; blockIdx.z is the direction. Raises std::runtime_error with the kernel's name if CUDA refuses.
+// Runs kernel(args) on the queue; blockIdx.z is the direction. Raises std::runtime_error with the kernel's name if CUDA
+// refuses.
 template <class Args>
 void launch(const char* name, void (*kernel)(Args), const Grid& grid, const Queue& queue, const Args& args) {
 #if defined(FUSEDRNN_ON_HOST)
@@ -155,8 +157,8 @@ void launch(const char* name, void (*kernel)(Args), const Grid& grid, const Queu
   config.numAttrs = grid.overlaps && queue.overlaps ? 1 : 0;
   constexpr int64_t kWithoutAsking = 48 << 10;  // bytes of shared memory that every kernel may have
   cudaError_t error = cudaSuccess;
-  // The limit is the kernel's, not the launch's: were it lowered to what this grid needs, another thread of the host, about to launch
-  // the same kernel with more, would be refused.
+  // The limit is the kernel's, not the launch's: were it lowered to what this grid needs, another thread of the host, about
+  // to launch the same kernel with more, would be refused.
   if (grid.shared_bytes > kWithoutAsking)
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(queue.shared_bytes));
   if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, args);
@@ -167,8 +169,8 @@ void launch(const char* name, void (*kernel)(Args), const Grid& grid, const Queu
 #endif
 }
 
-// Whether wait_for_previous_grid waits in the code that this device runs. Where the library has none for sm_90 or later, a later chip
-// runs an older one's PTX, in which it does nothing.
+// Whether wait_for_previous_grid waits in the code that this device runs. Where the library has none for sm_90 or later, a
+// later chip runs an older one's PTX, in which it does nothing.
 template <class Args>
 bool waits_for_previous_grid(void (*kernel)(Args)) {
 #if defined(FUSEDRNN_ON_HOST)

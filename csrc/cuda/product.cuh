@@ -1,7 +1,8 @@
 // The product of a step: packed weights times the states of all rows of the batch, by one block of threads for 16 units.
 //
-// Weights and states are packed before they are multiplied, in the order in which lanes load them (arithmetic.cuh), and padded with
-// zeros to whole blocks, so that the loop below has no bounds to check and no unaligned load, whatever H and B are.
+// Weights and states are packed before they are multiplied, in the order in which lanes load them (arithmetic.cuh), and
+// padded with zeros to whole blocks, so that the loop below has no bounds to check and no unaligned load, whatever H and B
+// are.
 #pragma once
 #include <algorithm>
 
@@ -44,7 +45,8 @@ FUSEDRNN_DEVICE void for_each_place(int64_t rows, int64_t columns, const Fn& fn)
 
 template <class A>
 struct PackArgs {
-  const typename A::Storage* from[kMaxDirections];  // element (gate, unit, k) at (gate * units + unit) * unit_stride + k * k_stride
+  // Element (gate, unit, k) lies at (gate * units + unit) * unit_stride + k * k_stride.
+  const typename A::Storage* from[kMaxDirections];
   typename A::Element* to[kMaxDirections];
   int64_t units, depth, unit_stride, k_stride;
   int64_t unit_tiles, depth_blocks;
@@ -81,7 +83,8 @@ void pack(const void* const (&from)[kMaxDirections], typename A::Element* const 
     args.from[d] = static_cast<const typename A::Storage*>(from[d]);
     args.to[d] = to[d];
   }
-  launch("pack", pack_kernel<A, kGates>, plain_grid(plan.unit_tiles * kUnits * plan.depth_blocks * A::kDepth, directions), queue, args);
+  const Grid grid = plain_grid(plan.unit_tiles * kUnits * plan.depth_blocks * A::kDepth, directions);
+  launch("pack", pack_kernel<A, kGates>, grid, queue, args);
 }
 
 // ---- The product ----
@@ -94,7 +97,8 @@ struct BlockPlace {
         first_row(int64_t(blockIdx.x / unsigned(plan.unit_tiles)) * plan.block_rows) {}
 };
 
-// The sums of a block, in shared memory: (split, gates, rows of the block, kColumnPitch) numbers, of which 16 to a row are in use.
+// The sums of a block, in shared memory: (split, gates, rows of the block, kColumnPitch) numbers, of which 16 to a row are in
+// use.
 template <class A, int kGates, int kTiles>
 struct BlockSums {
   using Element = typename A::Element;
@@ -108,7 +112,8 @@ struct BlockSums {
   typename A::States state[kTiles];
 
   FUSEDRNN_DEVICE BlockSums(const ProductPlan& plan)
-      : plan(plan), lane(threadIdx.x % kLanes), part(threadIdx.x / kLanes % plan.split), group(threadIdx.x / kLanes / plan.split) {
+      : plan(plan), lane(threadIdx.x % kLanes), part(threadIdx.x / kLanes % plan.split),
+        group(threadIdx.x / kLanes / plan.split) {
     memory = prims::Shared{}.template take<typename A::Sum>(int64_t(plan.split) * kGates * plan.block_rows * kColumnPitch);
   }
   FUSEDRNN_DEVICE int at(int part, int gate, int row) const {
@@ -124,8 +129,8 @@ struct BlockSums {
     for (int n = 0; n < kTiles; ++n) state[n].load(states + ((group * kTiles + n) * plan.depth_blocks + block) * kStates, lane);
   }
 
-  // weights: the unit tile's, of which load_weights has begun to load block `part`; states: from the block's first row on. Ends with a
-  // barrier: all sums are there.
+  // weights: the unit tile's, of which load_weights has begun to load block `part`; states: from the block's first row on.
+  // Ends with a barrier: all sums are there.
   FUSEDRNN_DEVICE void multiply(const Element* weights, const Element* states) {
     typename A::Sum sum[kGates][kTiles][4] = {};
     load_states(states, part);
@@ -185,7 +190,7 @@ __global__ void __launch_bounds__(kMostWarps * kLanes, 1) step_kernel(const __gr
   const typename A::Element* weights =
       step.weights(d) + place.unit_tile * step.plan.depth_blocks * kRows * A::kDepth * kGates;
   prims::let_next_grid_start();  // whose threads wait for the end of this grid before they touch anything that it writes
-  if (multiplies) sums.load_weights(weights, sums.part);  // which were there before the first step
+  if (multiplies) sums.load_weights(weights, sums.part);  // which were packed before the first step
   prims::wait_for_previous_grid();
   if (place.first_row >= step.visited(d)) return;
   if (multiplies) sums.multiply(weights, step.states(d) + place.first_row * step.plan.depth_blocks * A::kDepth);
@@ -204,8 +209,9 @@ __global__ void __launch_bounds__(kMostWarps * kLanes, 1) step_kernel(const __gr
 template <class Step>
 void launch_step(const char* name, const Step& step, int directions, bool overlaps, const Queue& queue) {
   const Grid grid{step.plan.blocks(), directions, step.plan.threads(), step.plan.shared_bytes, overlaps};
-  if (step.plan.tiles == kFewTiles) launch(name, step_kernel<Step, kFewTiles>, grid, queue, step);
-  else launch(name, step_kernel<Step, kManyTiles<typename Step::Sum>>, grid, queue, step);
+  if (step.plan.tiles == 1) launch(name, step_kernel<Step, 1>, grid, queue, step);
+  else if (step.plan.tiles == 2) launch(name, step_kernel<Step, 2>, grid, queue, step);
+  else launch(name, step_kernel<Step, most_tiles(sizeof(typename Step::Sum))>, grid, queue, step);
 }
 
 }  // namespace fusedrnn

@@ -1,6 +1,6 @@
-// The backward pass of a layer, one grid a step in the opposite order: the gradient of the states, which is the product of the later
-// step's gate gradients and weight_hh, and the cell backward in one kernel. With projections two: the gradient of the projected
-// state, then that of the state before it and the cell.
+// The backward pass of a layer, one grid a step in the opposite order: the gradient of the states, which is the product of
+// the later step's gate gradients and weight_hh, and the cell backward in one kernel. With projections two: the gradient of
+// the projected state, then that of the state before it and the cell.
 #pragma once
 #include "../arena.h"
 #include "engine.h"
@@ -8,8 +8,8 @@
 
 namespace fusedrnn {
 
-// What differs between the steps of one direction. The last grid of a pass has a step of no rows: it leaves the gradients of the
-// initial states.
+// What differs between the steps of one direction. The last grid of a pass has a step of no rows: it leaves the gradients of
+// the initial states.
 struct BackwardStep {
   int64_t first;         // row of the sequence
   int64_t count;         // rows of the step
