@@ -75,6 +75,7 @@ def describe(device: str = "cpu") -> dict:
     return {
         "machine": machine_name(device),
         "device": device,
+        "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
         "cpu": cpu_model(),
         "cores": cores(),
         "isa": isa(),

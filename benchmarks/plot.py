@@ -52,7 +52,8 @@ def draw(path: pathlib.Path) -> pathlib.Path:
     axes[0][0].invert_yaxis()
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
     about = pairs[0].ours
-    figure.suptitle(f"Speed over torch.nn, {about['cpu']}, {about['threads']} threads, {about['isa']} (line: torch)")
+    name = about.get("gpu") or f"{about['cpu']}, {about['threads']} threads, {about['isa']}"
+    figure.suptitle(f"Speed over torch.nn, {name} (line: torch)")
     picture = picture_of(path)
     figure.savefig(picture, metadata={"Date": None, "Description": f"rows {rows.digest(path)}"})
     pyplot.close(figure)

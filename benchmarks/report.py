@@ -109,9 +109,12 @@ def machine_section(path: pathlib.Path) -> str:
     gemm_peak = statistics.median(pair.ours["gemm_peak_gflops"] or 0.0 for pair in pairs)
     picture = plot.picture_of(path)
     versions = about["versions"]
+    dtypes = ", ".join(dict.fromkeys(pair.ours["dtype"] for pair in pairs))
+    name = about.get("gpu") or f"{about['cpu']}, {about['cores']} cores, {about['isa']}"
+    where = f"cuDNN {versions.get('cudnn')}" if about.get("gpu") else f"{about['threads']} threads"
     parts = [
-        f"### {about['cpu']}, {about['cores']} cores, {about['isa']}",
-        f"float32, {about['threads']} threads, torch {versions['torch']}, fusedrnn {versions['fusedrnn']}, "
+        f"### {name}",
+        f"{dtypes}, {where}, torch {versions['torch']}, fusedrnn {versions['fusedrnn']}, "
         f"commit {about['commit'] or 'unknown'}, {about['date']}{', a quick run' if about['quick'] else ''}. "
         f"{len(pairs)} cases: {losses} slower than torch, {even} below 1 within the noise. "
         "Time of torch.nn over time of fusedrnn, medians of interleaved runs; bold where it is below 1 "

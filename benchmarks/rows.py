@@ -37,7 +37,7 @@ class Pair:
 
     @property
     def label(self) -> str:
-        return shape_label(self.ours["shape"])
+        return shape_label(self.ours["shape"]) + f", {self.ours['dtype']}" * (self.ours["dtype"] != "float32")
 
     @property
     def cell(self) -> str:
@@ -46,6 +46,10 @@ class Pair:
     @property
     def mode(self) -> str:
         return self.ours["mode"]
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.ours.get("device") == "cuda"
 
     @property
     def speedup(self) -> float | None:

@@ -58,14 +58,15 @@ def case_table(pairs: list[Pair]) -> str:
 def target_lines(pairs: list[Pair]) -> list[tuple[str, int, float, float | None]]:
     """(what, number of cases, geometric mean, target or None) for each group, cell and mode that was measured."""
     found = []
+    targets = {} if any(pair.on_gpu for pair in pairs) else TARGETS
     for cell in CELLS:
         for mode in MODES:
             some = [p for p in pairs if (p.group, p.cell, p.mode) == ("padded", cell, mode) and p.speedup]
             if some:
-                found.append((f"{cell} {mode}", len(some), mean_speedup(some), TARGETS["padded", cell, mode]))
+                found.append((f"{cell} {mode}", len(some), mean_speedup(some), targets.get(("padded", cell, mode))))
     packed = [pair for pair in pairs if pair.group == "packed" and pair.speedup]
     if packed:
-        found.append(("packed", len(packed), mean_speedup(packed), TARGETS["packed", None, None]))
+        found.append(("packed", len(packed), mean_speedup(packed), targets.get(("packed", None, None))))
     for cell in CELLS:
         some = [pair for pair in packed if pair.cell == cell]
         if some:

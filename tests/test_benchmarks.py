@@ -391,3 +391,20 @@ def test_parts_of_a_gpu_run_are_kept_in_time(tmp_path):
 def test_cudnn_algorithm(cell, mode, dtype, changes, algorithm):
     sizes = {"T": 9, "B": 64, "I": 512, "H": 512} | changes
     assert providers.cudnn_algorithm(shapes.Case(shapes.Shape(**sizes, why=".", source="-"), cell, mode, dtype)) == algorithm
+
+
+def test_rows_of_a_gpu_have_their_own_section(tmp_path, monkeypatch):
+    (committed,) = [path for path in machine.row_files() if path.name == "cpu.jsonl"][:1]
+    path = tmp_path / "benchmarks" / "results" / "nvidia" / "gpu.jsonl"
+    path.parent.mkdir(parents=True)
+    with path.open("w") as file:
+        for row in rows.read(committed):
+            for dtype in ("float32", "bfloat16"):
+                changed = {"dtype": dtype, "device": "cuda", "gpu": "NVIDIA H100", "fraction_of_bandwidth": None}
+                print(json.dumps(row | changed | {"versions": row["versions"] | {"cudnn": 91300}}), file=file)
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    text = report.machine_section(path)
+    assert text.startswith("### NVIDIA H100\n\nfloat32, bfloat16, cuDNN 91300, torch ")
+    assert "T100 B1 I64 H64 |" in text and "T100 B1 I64 H64, bfloat16 |" in text
+    assert "aimed at" in text and "| 2.5x |" not in text
+    assert plot.draw(path).exists()
