@@ -23,8 +23,8 @@ MODES = {
                "--param asan-instrumentation-with-call-threshold=0",
     "thread": THREAD,
 }
-# Kernels that can make mistakes, which take longest to compile: the cell with projections and the one whose gates have two halves, and
-# of the arithmetics one of the ordinary units and one of the matrix units, which the others share but for their formats.
+# Kernels that can make mistakes: the cell with projections and the one whose gates have two halves; of the arithmetics one of
+# the ordinary units and one of the matrix units, which the others share but for their formats. More would take long to compile.
 PLANTED_CELLS = ["lstm", "gru"]
 PLANTED_ARITHMETICS = {"plain": ["f32", "tf32", "bf16"], "address": ["f32", "bf16"], "thread": ["f32", "bf16"]}
 
@@ -32,7 +32,7 @@ PLANTED_ARITHMETICS = {"plain": ["f32", "tf32", "bf16"], "address": ["f32", "bf1
 class Plant(NamedTuple):
     """A mistake in csrc/cuda: in `file`, `pattern` becomes `replacement`, in which MADE is whether to make it.
 
-    `found` says what engine_test prints in a mode.
+    `found` says what engine_test prints in a mode, of these cases of this arithmetic.
     """
 
     file: str
@@ -40,6 +40,7 @@ class Plant(NamedTuple):
     replacement: str
     found: dict[str, str]
     arithmetic: str = "bf16"
+    cases: str = "--every 8"
 
 
 def wrong(result=r"\w+"):
@@ -53,57 +54,99 @@ def error(text):
 CRASH = "crashed in: "  # a guard page was touched
 RACE = "data race"
 WAIT = r"prims::wait_for_previous_grid\(\);"
+LITTLE_SHARED_MEMORY = "--every 2 --chip 4"  # test::kChips
 PLANTS = {
     # Synchronization.
-    "no_barrier": Plant("product.cuh", r"prims::block_sync\(\);", r"if (!MADE) \g<0>", {"plain": wrong("output"), "thread": RACE}),
-    "late_wait": Plant("product.cuh", rf"({WAIT})(.*?)(  if [^\n]*) return;(.*?)(\n  for )",
-                       r"if (!MADE) \1\2\3 {\n if (MADE) \1\n return;\n }\4\n if (MADE) \1\5", {"plain": wrong("output"), "thread": RACE}),
-    "no_wait": Plant("product.cuh", WAIT, r"if (!MADE) \g<0>", {"plain": error("a thread exits without grid_dependency_wait"),
-                                                                "thread": RACE}),
-    "packing_overlaps": Plant("product.cuh", r"(kPlainThreads, 0, )false", r"\1MADE",
-                              {"plain": error("(enter|pack).*: a thread exits without grid_dependency_wait")}),
-    "one_buffer": Plant("step_forward.cuh", r"for \(Element\*& h : m\.h\) h = [^\n]*", r"\g<0> if (MADE) m.h[1] = m.h[0];",
-                        {"plain": wrong("output"), "thread": RACE}, "f32"),
-    "one_buffer_backward": Plant("step_backward.cuh", r"for \(Element\*& dpre : m\.dpre\) dpre = [^\n]*",
-                                 r"\g<0> if (MADE) m.dpre[1] = m.dpre[0];", {"plain": wrong("grad_pre"), "thread": RACE}, "f32"),
-    "same_turn": Plant("step_forward.cuh", r"m\.h\[1 - turn\]", "m.h[MADE ? turn : 1 - turn]", {"plain": wrong("output")}),
+    "no_barrier": Plant(
+        "product.cuh", r"prims::block_sync\(\);", r"if (!MADE) \g<0>",
+        {"plain": wrong("output"), "thread": RACE}),
+    "late_wait": Plant(
+        "product.cuh", rf"({WAIT})(.*?)(  if [^\n]*) return;(.*?)(\n  for )",
+        r"if (!MADE) \1\2\3 {\n if (MADE) \1\n return;\n }\4\n if (MADE) \1\5",
+        {"plain": wrong("output"), "thread": RACE}),
+    "no_wait": Plant(
+        "product.cuh", WAIT, r"if (!MADE) \g<0>",
+        {"plain": error("a thread exits without grid_dependency_wait"), "thread": RACE}),
+    "packing_overlaps": Plant(
+        "product.cuh", r"(kPlainThreads, 0, )false", r"\1MADE",
+        {"plain": error("(enter|pack).*: a thread exits without grid_dependency_wait")}),
+    "one_buffer": Plant(
+        "step_forward.cuh", r"for \(Element\*& h : m\.h\) h = [^\n]*", r"\g<0> if (MADE) m.h[1] = m.h[0];",
+        {"plain": wrong("output"), "thread": RACE}, "f32"),
+    "one_buffer_backward": Plant(
+        "step_backward.cuh", r"for \(Element\*& dpre : m\.dpre\) dpre = [^\n]*", r"\g<0> if (MADE) m.dpre[1] = m.dpre[0];",
+        {"plain": wrong("grad_pre"), "thread": RACE}, "f32"),
+    "same_turn": Plant(
+        "step_forward.cuh", r"m\.h\[1 - turn\]", "m.h[MADE ? turn : 1 - turn]",
+        {"plain": wrong("output")}),
     # Bounds.
-    "shared_bytes": Plant("plan.h", r"bytes\(plan\.split \* plan\.groups\);", "bytes((MADE ? 1 : plan.split) * plan.groups);",
-                          {"plain": error(r"shared_take: \d+ bytes of shared memory taken, \d+ given")}),
-    "shared_overrun": Plant("product.cuh", r"block_rows \* kColumnPitch\);", "block_rows * kColumnPitch - (MADE ? 8 : 0));",
-                            {"plain": error("a thread wrote behind an array of shared memory"), "address": "heap-buffer-overflow"}),
-    "row_guard": Plant("product.cuh", r"row >= step\.visited\(d\) \|\|", r"(!MADE && row >= step.visited(d)) ||",
-                       {"plain": CRASH, "address": CRASH}),
-    "unit_guard": Plant("product.cuh", r"unit >= step\.units\)", "(!MADE && unit >= step.units))", {"plain": f"{wrong()}|{CRASH}"}),
-    "padded_rows": Plant("step_forward.cuh", r"(padded_rows\(std::max\(plan\.cell\.padded_rows\(\), projected )\?", r"\1&& !MADE ?",
-                         {"plain": CRASH, "address": CRASH}),
-    "pack_guard": Plant("product.cuh", r"k < args\.depth;", "(MADE || k < args.depth);", {"plain": CRASH}),
+    "shared_bytes": Plant(
+        "plan.h", r"bytes\(plan\.split \* plan\.groups\);", "bytes((MADE ? 1 : plan.split) * plan.groups);",
+        {"plain": error(r"shared_take: \d+ bytes of shared memory taken, \d+ given")}),
+    "shared_overrun": Plant(
+        "product.cuh", r"block_rows \* kColumnPitch\);", "block_rows * kColumnPitch - (MADE ? 8 : 0));",
+        {"plain": error("a thread wrote behind an array of shared memory"), "address": "heap-buffer-overflow"}),
+    "row_guard": Plant(
+        "product.cuh", r"row >= step\.visited\(d\) \|\|", r"(!MADE && row >= step.visited(d)) ||",
+        {"plain": CRASH, "address": CRASH}),
+    "unit_guard": Plant(
+        "product.cuh", r"unit >= step\.units\)", "(!MADE && unit >= step.units))",
+        {"plain": f"{wrong()}|{CRASH}"}),
+    "pack_guard": Plant(
+        "product.cuh", r"k < args\.depth;", "(MADE || k < args.depth);",
+        {"plain": CRASH}),
+    "padded_rows": Plant(
+        "step_forward.cuh", r"plan\.cell\.padded_rows\(\), projected \?", "plan.cell.padded_rows(), projected && !MADE ?",
+        {"plain": CRASH}, cases=LITTLE_SHARED_MEMORY),
     # Where numbers lie.
-    "weight_at": Plant("arithmetic.cuh", r"word = (row / 8) \+ 2 \* (\(within / \(4 \* kPack\)\))",
-                       r"word = MADE ? 2 * (\1) + \2 : \1 + 2 * \2", {"plain": wrong()}),
-    "state_at": Plant("arithmetic.cuh", r"word = 2 \* mma \+ (within / \(4 \* kPack\))",
-                      r"word = MADE ? mma + 2 * (\1) : 2 * mma + \1", {"plain": wrong()}, "tf32"),
-    "padding": Plant("step_forward.cuh", r"args\.padded_rows, (args\.h_blocks \* A::kDepth),", r"args.padded_rows, MADE ? p.P : \1,",
-                     {"plain": wrong("output")}),
-    "padding_backward": Plant("step_backward.cuh", r"for_each_place\(1, size,", "for_each_place(MADE ? 0 : 1, size,",
-                              {"plain": wrong("grad_pre")}),
-    "hidden_before": Plant("step_backward.cuh", r"output_at\(d, step\.before_first \+ b, u\)",
-                           "output_at(d, (MADE ? step.first : step.before_first) + b, u)", {"plain": wrong("hidden_before")}),
+    "weight_at": Plant(
+        "arithmetic.cuh", r"word = (row / 8) \+ 2 \* (\(within / \(4 \* kPack\)\))",
+        r"word = MADE ? 2 * (\1) + \2 : \1 + 2 * \2",
+        {"plain": wrong()}),
+    "state_at": Plant(
+        "arithmetic.cuh", r"word = 2 \* mma \+ (within / \(4 \* kPack\))", r"word = MADE ? mma + 2 * (\1) : 2 * mma + \1",
+        {"plain": wrong()}, "tf32"),
+    "padding": Plant(
+        "step_forward.cuh", r"args\.padded_rows, (args\.h_blocks \* A::kDepth),", r"args.padded_rows, MADE ? p.P : \1,",
+        {"plain": wrong("output")}),
+    "padding_after": Plant(
+        "step_forward.cuh", r"args\.m\.h\[1\]\[at\] = h;", r"if (!MADE) \g<0>",
+        {"plain": wrong("output")}),
+    "padding_backward": Plant(
+        "step_backward.cuh", r"for_each_place\(1, size,", "for_each_place(MADE ? 0 : 1, size,",
+        {"plain": wrong("grad_pre")}),
+    "hidden_before": Plant(
+        "step_backward.cuh", r"output_at\(d, step\.before_first \+ b, u\)",
+        "output_at(d, (MADE ? step.first : step.before_first) + b, u)",
+        {"plain": wrong("hidden_before")}),
     # Steps.
-    "new_rows": Plant("step_forward.cuh", r"s > 0 \|\| p\.hx \? count : 0",
-                      r"MADE && s > 0 ? std::min(count, p.steps.rows(d ? t + 1 : t - 1)) : \g<0>", {"plain": wrong("output")}),
-    "ended_rows": Plant("step_backward.cuh", r"later_count, std::max", r"MADE ? std::min(count, later_count) : \g<0>",
-                        {"plain": wrong("grad_hx")}),
-    "staying": Plant("step_forward.cuh", r"std::min\(p\.steps\.rows\(next\), count\)", r"MADE + \g<0>", {"plain": wrong("hy")}),
-    "gate_halves": Plant("step_backward.cuh", r"grad_pre\[Cell::h_pre\(g\)\]", "grad_pre[MADE ? g : Cell::h_pre(g)]",
-                         {"plain": ": gru .*" + wrong("grad_pre")}),
-    "gradient_kept": Plant("step_backward.cuh", r"m\.dh\[this->state_at\(d, b, u, p\.P\)\] = Sum\(0\);", r"if (!MADE) \g<0>",
-                           {"plain": wrong("grad_proj")}),
+    "new_rows": Plant(
+        "step_forward.cuh", r"s > 0 \|\| p\.hx \? count : 0",
+        r"MADE && s > 0 ? std::min(count, p.steps.rows(d ? t + 1 : t - 1)) : \g<0>",
+        {"plain": wrong("output")}),
+    "ended_rows": Plant(
+        "step_backward.cuh", r"later_count, std::max", r"MADE ? std::min(count, later_count) : \g<0>",
+        {"plain": wrong("grad_hx")}),
+    "staying": Plant(
+        "step_forward.cuh", r"std::min\(p\.steps\.rows\(next\), count\)", r"MADE + \g<0>",
+        {"plain": wrong("hy")}),
+    "gate_halves": Plant(
+        "step_backward.cuh", r"grad_pre\[Cell::h_pre\(g\)\]", "grad_pre[MADE ? g : Cell::h_pre(g)]",
+        {"plain": ": gru .*" + wrong("grad_pre")}),
+    "gradient_kept": Plant(
+        "step_backward.cuh", r"m\.dh\[this->state_at\(d, b, u, p\.P\)\] = Sum\(0\);", r"if (!MADE) \g<0>",
+        {"plain": wrong("grad_proj")}),
     # Sums.
-    "missing_part": Plant("product.cuh", r"part < plan\.split;", "part < plan.split - MADE;", {"plain": wrong()}),
-    "missing_depth": Plant("product.cuh", r"block < plan\.depth_blocks;", "block < plan.depth_blocks - MADE;", {"plain": wrong()}),
-    "unrounded": Plant("arithmetic.cuh", r"return round_to_tf32\(x\)", "return MADE ? x : round_to_tf32(x)", {"plain": wrong()}, "tf32"),
-}
+    "missing_part": Plant(
+        "product.cuh", r"part < plan\.split;", "part < plan.split - MADE;",
+        {"plain": wrong()}),
+    "missing_depth": Plant(
+        "product.cuh", r"block < plan\.depth_blocks;", "block < plan.depth_blocks - MADE;",
+        {"plain": wrong()}),
+    "unrounded": Plant(
+        "arithmetic.cuh", r"return round_to_tf32\(x\)", "return MADE ? x : round_to_tf32(x)",
+        {"plain": wrong()}, "tf32"),
+}  # fmt: skip
 
 
 def keep_cells(tree, kept):
@@ -141,8 +184,8 @@ def compile_kernels(shop, name, cells, mode, tree):
 
 @pytest.fixture(scope="module")
 def program(request, tmp_path_factory):
-    """engine_test: program("all") is the path of that with all kernels; program(mode) of one that can make mistakes and that crashes
-    when a kernel leaves a piece of its workspace."""
+    """engine_test: program("all") is the path of that with all kernels; program(mode) of one that can make mistakes, and that
+    crashes when a kernel leaves its piece of the workspace."""
     if not cuda_headers():
         pytest.skip("the headers of the CUDA toolkit are not here (CUDA_HOME, nvcc on PATH, /usr/local/cuda)")
     # What the kernels include, and no header of tests.
@@ -189,8 +232,8 @@ def test_engine_test_finds(program, result):
     assert re.search(wrong(result), run(f"{program('all')} --every 60 --spoil {result}", expect=1))
 
 
-@pytest.mark.parametrize(("mode", "cases"), [("plain", "--every 8"), ("address", "--every 8"),
-                                             ("thread", "--every 12 --most-macs 100000")])
+@pytest.mark.parametrize(("mode", "cases"), [*(("plain", f"--every 20 --lot {order} --order {order}") for order in range(4)),
+                                             ("address", "--every 8"), ("thread", "--every 12 --most-macs 100000")])
 def test_kernels_with_guarded_workspace(program, mode, cases):
     arithmetics = ",".join(PLANTED_ARITHMETICS[mode])
     print(run_sanitized(f"{program(mode)} --arithmetics {arithmetics} {cases}"))
@@ -198,6 +241,6 @@ def test_kernels_with_guarded_workspace(program, mode, cases):
 
 @pytest.mark.parametrize(("name", "mode"), [(name, mode) for name in PLANTS for mode in PLANTS[name].found])
 def test_finds(program, name, mode):
-    number, (*_, found, arithmetic) = list(PLANTS).index(name), PLANTS[name]
-    out = run_sanitized(f"{program(mode)} --plant {number} --arithmetics {arithmetic} --every 8; test $? -ne 0")
-    assert re.search(found[mode], out), out[-4000:]
+    number, mistake = list(PLANTS).index(name), PLANTS[name]
+    out = run_sanitized(f"{program(mode)} --plant {number} --arithmetics {mistake.arithmetic} {mistake.cases}; test $? -ne 0")
+    assert re.search(mistake.found[mode], out), out[-4000:]

@@ -1,12 +1,13 @@
-// Proves the CUDA step kernels, run on the CPU: forward and backward of every cell and arithmetic against a plain reference in
-// double, at sizes that fill the kernels' tiles and that do not, packed and padded, strided, projected, with any optional tensor
-// missing, divided among many and few warps and blocks, in kind and unkind orders of threads and of grids. Results and workspace
-// are NaN beforehand, and all memory lies between guard pages.
+// Proves the CUDA step kernels, run on the CPU: forward and backward of every cell and arithmetic against a plain reference
+// in double, at sizes that fill the kernels' tiles and that do not, packed and padded, strided, projected, with any optional
+// tensor missing, divided among many and few warps and blocks, in kind and unkind orders of threads and of grids. Results and
+// workspace are NaN beforehand, and all memory lies between guard pages.
 //
 //   --every N           only one case in N, taken by lot
 //   --lot N             which lot
 //   --arithmetics A,B   only these (f32, tf32, f64, bf16, f16)
 //   --order N           all in this order of threads (the place in test::kOrders), not each in one taken by lot
+//   --chip N            all on this chip (the place in test::kChips)
 //   --only N            only case N
 //   --most-macs N       only cases of at most N multiply-adds a step
 //   --plant N           mistake N is made, in builds that have mistakes to make (this program must find out)
@@ -23,7 +24,7 @@ using test::KernelProblem;
 
 struct Options {
   size_t every = 1, lot = 0;
-  long only = -1, order = -1, most_macs = 1L << 60;
+  long only = -1, order = -1, chip = -1, most_macs = 1L << 60;
   std::string arithmetics = "f32,tf32,f64,bf16,f16", spoiled;
 };
 int planted = -1;
@@ -32,7 +33,8 @@ bool wanted(const Options& options, const KernelCase& c, size_t number) {
   if (options.only >= 0) return number == size_t(options.only);
   const long macs = long(c.B * c.H * (c.P ? c.P : c.H) * test::traits_of(c.cell).gates);
   return test::taken(number, options.every, options.lot) && macs <= options.most_macs &&
-         test::engine_of(c.cell) && ("," + options.arithmetics + ",").find("," + std::string(c.arithmetic->name) + ",") != std::string::npos;
+         ("," + options.arithmetics + ",").find("," + std::string(c.arithmetic->name) + ",") != std::string::npos &&
+         test::engine_of(c.cell);
 }
 
 // Which divisions of a product the cases met.
@@ -51,8 +53,9 @@ struct Coverage {
     ++projections;
   }
   void print(const char* pass) const {
-    std::printf("%s met: %d products of few rows, %d of many, %d split, %d with groups, %d with both, %d with several tiles of units, "
-                "%d of the batch, %d projections\n", pass, few_rows, many_rows, split, groups, both, unit_tiles, batch_tiles, projections);
+    std::printf("%s met: %d products of few rows, %d of many, %d split, %d with groups, %d with both, %d with several tiles of "
+                "units, %d of the batch, %d projections\n",
+                pass, few_rows, many_rows, split, groups, both, unit_tiles, batch_tiles, projections);
   }
 };
 
@@ -88,10 +91,12 @@ void run_all(const Options& options) {
   for (size_t i = 0; i < cases.size(); ++i) {
     if (!wanted(options, cases[i], i)) continue;
     if (options.order >= 0) cases[i].order = int(options.order);
+    if (options.chip >= 0) cases[i].chip = &test::kChips[options.chip];
     run_case(cases[i], i, options, report);
     ++run;
   }
-  std::printf("%zu of %zu cases; largest error %.3f of the tolerance, in %s\n", run, cases.size(), report.worst, report.worst_case.c_str());
+  std::printf("%zu of %zu cases; largest error %.3f of the tolerance, in %s\n", run, cases.size(), report.worst,
+              report.worst_case.c_str());
   report.forward.print("forward");
   report.backward.print("backward");
   std::printf("both met: %d calls whose grids overlapped\n", report.overlapping);
@@ -109,6 +114,7 @@ int main(int count, char** arguments) {
     else if (name == "--lot") options.lot = std::stoul(value);
     else if (name == "--arithmetics") options.arithmetics = value;
     else if (name == "--order") options.order = std::stol(value);
+    else if (name == "--chip") options.chip = std::stol(value);
     else if (name == "--only") options.only = std::stol(value);
     else if (name == "--most-macs") options.most_macs = std::stol(value);
     else if (name == "--plant") planted = std::stoi(value);

@@ -1,5 +1,5 @@
-// In place of csrc/arena.h, an Arena whose pieces lie between pages that nobody may touch: a kernel that leaves its piece of the
-// workspace crashes there and then, rather than read or write the next one.
+// In place of csrc/arena.h, an Arena whose pieces lie between pages that nobody may touch: a kernel that leaves its piece of
+// the workspace crashes there and then, rather than read or write the next one.
 #pragma once
 #include <sys/mman.h>
 

@@ -1,5 +1,5 @@
-// Compiled with the cells and the sanitizers of the kernels; the rest of engine_test is not. Without engine.cuh, so that the kernels that
-// are linked are used, and not made anew.
+// Compiled with the cells and the sanitizers of the kernels, as the rest of engine_test is not. Without engine.cuh, so that
+// the kernels that are linked are used, and not made anew.
 #include "kernel_probe.h"
 
 #include "cells/cells.h"

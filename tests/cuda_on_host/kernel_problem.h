@@ -30,8 +30,8 @@ constexpr Arithmetic kArithmetics[] = {
     {"f16", Dtype::kFloat16, false, as_it_is},
 };
 
-// From one on which every layer is large to one on which none is; with and without grids that overlap; and one whose blocks have so
-// little shared memory that it limits their warps.
+// From one on which every layer is large to one on which none is; with and without grids that overlap; and one whose blocks
+// have so little shared memory that it limits their warps.
 constexpr fusedrnn::Chip kChips[] = {
     {1, 227 << 10, 9}, {4, 99 << 10, 8}, {16, 163 << 10, 8}, {132, 227 << 10, 9}, {1, 24 << 10, 9},
 };
@@ -45,16 +45,18 @@ struct KernelCase : Case {
 };
 
 inline std::string text(const KernelCase& c, size_t number) {
-  return std::string(c.arithmetic->name) + ", " + std::to_string(c.chip->multiprocessors) + " multiprocessors of " +
-         std::to_string(c.chip->major) + ".x with " + std::to_string(c.chip->shared_bytes >> 10) + " KiB, " + kOrders[c.order] + ", " +
-         text(static_cast<const Case&>(c), number);
+  const fusedrnn::Chip& chip = *c.chip;
+  return std::string(c.arithmetic->name) + ", " + std::to_string(chip.multiprocessors) + " multiprocessors of " +
+         std::to_string(chip.major) + ".x with " + std::to_string(chip.shared_bytes >> 10) + " KiB, " + kOrders[c.order] +
+         ", " + text(static_cast<const Case&>(c), number);
 }
 
-// Every cell, arithmetic, direction count, packed or padded, with units and rows that fill tiles or do not, then larger ones: rows
-// for several warps, sums deep enough for all warps of a block. Chips and orders by lot.
+// Every cell, arithmetic, direction count, packed or padded, with units and rows that fill tiles or do not, then larger ones:
+// rows for several warps, sums deep enough for all warps of a block. Chips and orders by lot.
 inline std::vector<KernelCase> kernel_cases() {
   std::vector<KernelCase> cases;
-  auto add = [&](int cell, const Arithmetic& arithmetic, int64_t D, bool packed, int64_t B, int64_t H, bool project, int64_t most_steps) {
+  auto add = [&](int cell, const Arithmetic& arithmetic, int64_t D, bool packed, int64_t B, int64_t H, bool project,
+                 int64_t most_steps) {
     const uint64_t seed = cases.size();
     Random random{seed + 2000000};
     KernelCase c{random_case(cell, arithmetic.dtype, D, packed, B, H, project, seed)};
@@ -91,13 +93,13 @@ class KernelProblem : public Problem {
 
   // As Problem::run, but for the gradients of the weights, which are not the kernels'.
   double run(const fusedrnn::CudaEngine& engine, const std::string& spoiled) {
-    double worst = run_forward([&](const ForwardParams& p) { return engine.forward_workspace(p, context_); },
-                               [&](const ForwardParams& p, void* workspace) { engine.forward(p, context_, workspace); }, spoiled);
+    auto forward_bytes = [&](const ForwardParams& p) { return engine.forward_workspace(p, context_); };
+    auto backward_bytes = [&](const BackwardParams& p) { return engine.backward_workspace(with_more(p), context_); };
+    auto forward = [&](const ForwardParams& p, void* workspace) { engine.forward(p, context_, workspace); };
+    auto backward = [&](const BackwardParams& p, void* workspace) { engine.backward(with_more(p), context_, workspace); };
+    double worst = run_forward(forward_bytes, forward, spoiled);
     if (c.save) {
-      worst = std::max(worst, run_backward([&](const BackwardParams& p) { return engine.backward_workspace(with_more(p), context_); },
-                                           [&](const BackwardParams& p, void* workspace) {
-                                             engine.backward(with_more(p), context_, workspace);
-                                           }, spoiled));
+      worst = std::max(worst, run_backward(backward_bytes, backward, spoiled));
       find_hidden_before();
       worst = std::max(worst, judge({{"hidden_before", &hidden_before_}}, spoiled));
     }
