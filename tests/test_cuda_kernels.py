@@ -95,6 +95,9 @@ PLANTS = {
     "pack_guard": Plant(
         "product.cuh", r"k < args\.depth;", "(MADE || k < args.depth);",
         {"plain": CRASH}),
+    "block_ahead": Plant(
+        "product.cuh", r"block < plan\.depth_blocks\) \{", "block < plan.depth_blocks + MADE) {",
+        {"plain": CRASH}),
     "padded_rows": Plant(
         "step_forward.cuh", r"plan\.cell\.padded_rows\(\), projected \?", "plan.cell.padded_rows(), projected && !MADE ?",
         {"plain": CRASH}, cases=LITTLE_SHARED_MEMORY),
@@ -233,7 +236,7 @@ def test_engine_test_finds(program, result):
 
 
 @pytest.mark.parametrize(("mode", "cases"), [*(("plain", f"--every 20 --lot {order} --order {order}") for order in range(4)),
-                                             ("address", "--every 8"), ("thread", "--every 12 --most-macs 100000")])
+                                             ("address", "--every 12"), ("thread", "--every 20 --most-macs 100000")])
 def test_kernels_with_guarded_workspace(program, mode, cases):
     arithmetics = ",".join(PLANTED_ARITHMETICS[mode])
     print(run_sanitized(f"{program(mode)} --arithmetics {arithmetics} {cases}"))

@@ -1,9 +1,9 @@
 // The recurrence of a layer, forward and backward, as plain loops over steps, rows and units in double: slow and obvious.
 // It takes the engine's own parameter structs, with every tensor in double, and calls the same cells.
 //
-// Products read their operands from parameters of their own, `multiplied`: these are the same once more, or, for an engine that
-// rounds what it multiplies, say what it has rounded the weights and its own results to. So the reference need not guess which of
-// two neighbours a number was rounded to, and what is left to tolerate is the rounding of sums.
+// Products read their operands from parameters of their own, `multiplied`: these are the same once more, or, for an engine
+// that rounds what it multiplies, say what it has rounded the weights and its own results to. So the reference need not guess
+// which of two neighbours a number was rounded to, and what is left to tolerate is the rounding of sums.
 #pragma once
 #include <utility>
 #include <vector>

@@ -39,7 +39,8 @@ bool wanted(const Options& options, const KernelCase& c, size_t number) {
 
 // Which divisions of a product the cases met.
 struct Coverage {
-  int one_tile = 0, two_tiles = 0, four_tiles = 0, split = 0, groups = 0, both = 0, unit_tiles = 0, batch_tiles = 0, projections = 0;
+  int one_tile = 0, two_tiles = 0, four_tiles = 0;  // of the batch, to a warp
+  int split = 0, groups = 0, both = 0, unit_tiles = 0, batch_tiles = 0, projections = 0;
   // `more` is of the second kernel of a step with projections.
   void add(const fusedrnn::ProductPlan& plan, const fusedrnn::ProductPlan* more = nullptr) {
     (plan.tiles == 1 ? one_tile : plan.tiles == 2 ? two_tiles : four_tiles) += 1;
@@ -53,8 +54,8 @@ struct Coverage {
     ++projections;
   }
   void print(const char* pass) const {
-    std::printf("%s met: %d products of a tile, %d of two, %d of four, %d split, %d with groups, %d with both, %d with several tiles of "
-                "units, %d of the batch, %d projections\n",
+    std::printf("%s met: %d products of a tile, %d of two, %d of four, %d split, %d with groups, %d with both, %d with several "
+                "tiles of units, %d of the batch, %d projections\n",
                 pass, one_tile, two_tiles, four_tiles, split, groups, both, unit_tiles, batch_tiles, projections);
   }
 };
