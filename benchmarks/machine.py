@@ -88,7 +88,7 @@ def describe(device: str = "cpu") -> dict:
 
 def gemm_peak(seconds: float = 1.5, size: int = 1024, device: str = "cpu", dtype: str = "float32") -> float:
     """flop/s of torch.mm on square matrices: the best half's median, the machine's arithmetic in practice."""
-    a, b = (torch.rand(size, size).to(device, getattr(torch, dtype)) for _ in range(2))
+    a, b = (torch.rand(size, size, device=device).to(getattr(torch, dtype)) for _ in range(2))
     out = torch.empty_like(a)
 
     def multiply():

@@ -81,7 +81,7 @@ class Run:
         return measured
 
     def _judge(self, case: Case, workload: Workload) -> gate.Verdict:
-        if self.device == "cpu":
+        if self.device == "cpu" or type(workload.provider) is TorchProvider:
             return gate.judge(workload, Workload(case, TorchProvider()))
         short = case.shortened()
         return gate.judge(Workload(short, workload.provider), Workload(short, TorchProvider()))

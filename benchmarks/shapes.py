@@ -79,9 +79,10 @@ class Case:
     def name(self) -> str:
         return f"{self.cell}/{self.mode}/{self.shape.name}" + f"/{self.dtype}" * (self.dtype != "float32")
 
-    def shortened(self, steps: int = 64) -> Case:
-        """The case with a sequence that is short enough to be computed in float64 beside it."""
-        return dataclasses.replace(self, shape=dataclasses.replace(self.shape, T=min(self.shape.T, steps)))
+    def shortened(self, most: int = 64) -> Case:
+        """The case with so few steps and sequences that it is soon computed in float64 beside it."""
+        shape = dataclasses.replace(self.shape, T=min(self.shape.T, most), B=min(self.shape.B, most))
+        return dataclasses.replace(self, shape=shape)
 
     @property
     def flops(self) -> float:

@@ -29,8 +29,8 @@ class Workload:
         self.module.load_state_dict(weights)
         self.module.to(case.device)
         shape = case.shape
-        generator = torch.Generator().manual_seed(SEED)
-        draw = lambda *sizes: torch.randn(*sizes, generator=generator).to(case.device, dtype)  # noqa: E731
+        generator = torch.Generator(case.device).manual_seed(SEED)
+        draw = lambda *sizes: torch.randn(*sizes, generator=generator, device=case.device).to(dtype)  # noqa: E731
         padded = draw(shape.T, shape.B, shape.I)
         packed = pack_padded_sequence(padded, torch.tensor(shape.lengths)) if shape.packed else None
         self.data = (packed.data if packed else padded).requires_grad_(case.mode == "training")

@@ -80,8 +80,8 @@ inline Tensor allocate(const Tensor& like, const Sizes& sizes, ScalarType type) 
   const auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
   const int32_t device = like.is_cpu() ? aoti_torch_device_type_cpu() : aoti_torch_device_type_cuda();
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), dtype, device,
-                                                         like.get_device_index(), &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), dtype, device,
+                                                  like.get_device_index(), &handle));
   return Tensor(handle);
 }
 inline Tensor allocate(const Tensor& like, const Sizes& sizes) { return allocate(like, sizes, like.scalar_type()); }
@@ -106,7 +106,7 @@ struct Call {
     STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::BFloat16 ||
                         type == ScalarType::Half,
                     op, ": weight_hh must be float32, float64, bfloat16 or float16, got ", name_of(type));
-    STD_TORCH_CHECK(first.dim() == 2 && first.size(0) > 0 && first.size(0) % cell.gates == 0, op,
+    STD_TORCH_CHECK(first.dim() == 2 && first.numel() > 0 && first.size(0) % cell.gates == 0, op,
                     ": weight_hh must be (G*H, P) with G = ", cell.gates, " gates, got ", text(sizes_of(first)));
     H = first.size(0) / cell.gates;
     P = first.size(1);

@@ -8,6 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16}
 DEVICES = frozenset({"cpu", "meta", "cuda"})
 #: What the environment variable FUSEDRNN_KERNEL may name for tensors on CUDA; unset, the best one runs.
 CUDA_KERNELS = ("step", "torch")
+OLDEST_CUDA = (8, 0)  # compute capability, as csrc/cuda/ops.cpp has it
 HAS_CUDA = _C.build_record()["cuda"]
 
 MISFIT = "torch has to judge arguments of this form"
@@ -58,7 +60,7 @@ def is_ordinary(input: Any, states: Sequence[Any], weights: Sequence[Any]) -> bo
     if dtype not in DTYPES:
         return False
     if not input.is_cpu:
-        return input.is_cuda and reason_against_cuda() is None and _all_like(input, states) and _all_like(input, weights)
+        return input.is_cuda and reason_against_cuda(input.device) is None and _all_like(input, states) and _all_like(input, weights)
     for tensor in states:
         if type(tensor) is not Tensor and type(tensor) is not Parameter or tensor.dtype != dtype or not tensor.is_cpu:
             return False
@@ -87,12 +89,22 @@ def cuda_kernel() -> str:
     return wanted
 
 
-def reason_against_cuda() -> str | None:
-    """Why no kernel of ours takes tensors on CUDA; None if one does."""
+def reason_against_cuda(device: torch.device) -> str | None:
+    """Why no kernel of ours takes tensors on this CUDA device; None if one does."""
     if not HAS_CUDA:
         why_not = _C.build_record()["cuda_why_not"]
         return f"it was built without CUDA ({why_not}); FUSEDRNN_CUDA=1 {BUILD} where nvcc is mends that"
-    return "FUSEDRNN_KERNEL=torch asks for torch's own" if cuda_kernel() == "torch" else None
+    if cuda_kernel() == "torch":
+        return "FUSEDRNN_KERNEL=torch asks for torch's own"
+    return _too_old(device)
+
+
+@cache
+def _too_old(device: torch.device) -> str | None:
+    if torch.cuda.is_available() and torch.cuda.get_device_capability(device) < OLDEST_CUDA:
+        return "its kernels need compute capability {}.{} or newer, and {} has {}.{}".format(
+            *OLDEST_CUDA, device, *torch.cuda.get_device_capability(device))  # fmt: skip
+    return None
 
 
 def reason_for_fallback(input: Any, states: Sequence[Any], weights: Sequence[Any]) -> str | None:
@@ -139,7 +151,7 @@ def _reason_in_tensors(tensors: Sequence[Tensor]) -> str | None:
         return MISFIT
     if input.device.type not in DEVICES:
         return f"the engine has no kernel for the device {input.device.type}"
-    if input.is_cuda and (reason := reason_against_cuda()) is not None:
+    if input.is_cuda and (reason := reason_against_cuda(input.device)) is not None:
         return reason
     dtypes = {tensor.dtype for tensor in tensors}
     if not dtypes <= DTYPES:
@@ -156,7 +168,8 @@ def _names(dtypes: set[torch.dtype]) -> str:
 def autocast_dtype(cell: str, input: Tensor, hx: Tensor | None, onednn: bool = False) -> torch.dtype | None:
     """The dtype torch's result has under the autocast now in force; None if that casts nothing here.
 
-    torch.nn.RNN, RNNCell and the LSTM that oneDNN serves belong to autocast's lower precision. In the others only the
+    On CUDA that is autocast's lower precision for all. (torch's cuDNN gives float16 there even where bfloat16 is asked for.)
+    On the CPU, torch.nn.RNN, RNNCell and the LSTM that oneDNN serves belong to the lower precision. In the others only the
     matrix products do: the state is added in, and its dtype wins where it is the wider one. float64 is never cast.
 
     Args:
@@ -166,7 +179,7 @@ def autocast_dtype(cell: str, input: Tensor, hx: Tensor | None, onednn: bool = F
     if not _is_any_autocast_enabled() or not torch.is_autocast_enabled(device) or input.dtype == torch.float64:
         return None
     lower = torch.get_autocast_dtype(device)
-    if cell.startswith("rnn") or onednn:
+    if device == "cuda" or cell.startswith("rnn") or onednn:
         return lower
     return torch.promote_types(lower, input.dtype if hx is None else hx.dtype)
 

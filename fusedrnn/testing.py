@@ -160,6 +160,8 @@ def _judge(run: Callable, got: Tensors, stock) -> list[Measured]:
     def learn(perturb) -> None:
         """Raise `errors` to what torch.nn shows on inputs and weights passed through `perturb`."""
         module = perturbed(copy.deepcopy(stock), perturb)
+        if hasattr(module, "flatten_parameters"):
+            module.flatten_parameters()  # or cuDNN copies the weights of a copy at every call, and warns of it
         near_truth = truth if perturb is _same else run(copy.deepcopy(module).double(), torch.float64, perturb)
         near = run(module.float(), torch.float32, perturb) if double else run(module, None, perturb)
         ratio = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps if double else 1.0

@@ -68,9 +68,12 @@ def isa(request, monkeypatch):
 def engine(request, monkeypatch):
     """Runs the test on each engine. The order of the threads of hosted kernels and their chip differ from test to test."""
     if request.param == ON_GPU:
+        precision = torch.backends.cudnn.rnn.fp32_precision
+        torch.backends.cudnn.rnn.fp32_precision = "ieee"  # TF32 is tests/test_cuda.py's
         torch.set_default_device("cuda")
         yield request.param
         torch.set_default_device(None)
+        torch.backends.cudnn.rnn.fp32_precision = precision
     elif request.param == ON_HOST:
         hosted = request.getfixturevalue("hosted_kernels")
         lot = zlib.crc32(request.node.nodeid.encode())

@@ -72,7 +72,7 @@ PACKED = {"sorted": [7, 5, 5, 2, 1], "equal": [4, 4, 4], "unsorted": [2, 7, 1, 5
 def test_packed(cell, dtype, bidirectional, lengths, engine):
     ours, stock = make_pair(cell, 3, 19, num_layers=2, bidirectional=bidirectional, dtype=dtype)
     padded = torch.randn(max(lengths), len(lengths), 3, dtype=dtype)
-    packed = pack_padded_sequence(padded, torch.tensor(lengths), enforce_sorted=False)
+    packed = pack_padded_sequence(padded, torch.tensor(lengths, device="cpu"), enforce_sorted=False)
     compare_modules(ours, stock, packed, states_for(stock, len(lengths)))
     compare_modules(ours, stock, packed)
 
@@ -80,7 +80,7 @@ def test_packed(cell, dtype, bidirectional, lengths, engine):
 @dtypes
 def test_packed_with_projections(dtype, engine):
     ours, stock = make_pair("lstm", 3, 19, num_layers=2, bidirectional=True, proj_size=4, dtype=dtype)
-    packed = pack_padded_sequence(torch.randn(6, 5, 3, dtype=dtype), torch.tensor([6, 6, 3, 2, 1]))
+    packed = pack_padded_sequence(torch.randn(6, 5, 3, dtype=dtype), torch.tensor([6, 6, 3, 2, 1], device="cpu"))
     compare_modules(ours, stock, packed, states_for(stock, 5))
 
 

@@ -75,7 +75,7 @@ def test_gradcheck(cell, options, engine):
 def test_gradcheck_packed(cell, bidirectional, proj_size, engine):
     options = {"proj_size": proj_size} if proj_size and cell == "lstm" else {}
     ours, _ = double_pair(cell, bidirectional=bidirectional, **options)
-    batch_sizes = torch.tensor([3, 2, 2, 1])
+    batch_sizes = torch.tensor([3, 2, 2, 1], device="cpu")
     assert gradcheck(as_function(ours, batch_sizes), arguments(ours, B=3, batch_sizes=batch_sizes))
 
 

@@ -53,13 +53,15 @@ def test_accuracy(cell, dtype, layout):
     ours, stock, input = layer_and_input(cell, layout, dtype)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        # torch.nn's: for bfloat16 it does not flatten its weights, and then says at every call that they are not flat.
+        warnings.filterwarnings("ignore", "RNN module weights are not part of single contiguous chunk")
         compare_modules(ours, stock, input, states_for(ours, 37, device="cuda"))
 
 
 @cells
 def test_tf32(cell):
-    """Rounded like torch's own; and float32 where torch is told not to round."""
-    ours, stock, input = layer_and_input(cell)
+    """Rounded like torch's own; and float32 where torch is told not to round. Large, since cuDNN's kernel for few units rounds less."""
+    ours, stock, input = layer_and_input(cell, H=512)
     exact = run_module(ours, input)
     torch.backends.cudnn.rnn.fp32_precision = "tf32"
     compare_modules(ours, stock, input)

@@ -329,6 +329,8 @@ def compare_all_equal(one, other):
 @cells
 def test_arguments_at_the_end_of_their_memory(cell, dtype, engine):
     """Every argument ends where mapped memory ends: one element read behind it is a fault, not a wrong number."""
+    if engine == ON_GPU:
+        pytest.skip("a GPU's memory is not laid out by hand; compute-sanitizer watches it (benchmarks/gpu.py)")
     for options in (dict(T=2, B=3, H=5), dict(T=1, B=1, H=1), dict(T=3, B=2, H=17, D=2), dict(T=2, B=30, H=9),
                     dict(H=5, batch_sizes=(3, 2, 2))):  # fmt: skip
         given = forward_arguments(cell, **options, dtype=dtype)

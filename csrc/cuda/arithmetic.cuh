@@ -13,11 +13,12 @@
 //   Weights, States          a lane's share of a block, and load, from a block's first element
 //   multiply_add             by a whole warp
 #pragma once
+#include "plan.h"
 #include "prims.cuh"
 
 namespace fusedrnn {
 
-constexpr int kRows = 16, kColumns = 8, kLanes = 32;  // of a block of sums; of a warp
+constexpr int kRows = kUnits, kColumns = kTileRows, kLanes = kWarp;  // of a block of sums; of a warp
 
 // ---- Formats ----
 
@@ -45,6 +46,7 @@ FUSEDRNN_DEVICE float round_to_tf32(float x) {
   uint32_t bits;
   memcpy(&bits, &x, sizeof bits);
   if ((bits & 0x7f800000u) != 0x7f800000u) bits = (bits + 0x1000u) & ~0x1fffu;
+  else if (bits & 0x7fffffu) bits |= 0x400000u;  // a NaN whose mark is in the bits that are left out stays one
   memcpy(&x, &bits, sizeof bits);
   return x;
 }

@@ -17,7 +17,7 @@ void* current_stream(int32_t device) {
   }();
   STD_TORCH_CHECK(getter, "fusedrnn: tensors are on a CUDA device, but this torch has no libtorch_cuda.so loaded");
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(getter(device, &stream));
+  TORCH_ERROR_CODE_CHECK(getter(device, &stream));
   return stream;
 }
 

@@ -18,7 +18,7 @@ struct Chip {
 // Tiles of the step kernels. A warp sums 16 units (kUnits), all gates of each, for `kernel_tiles` times 8 rows of the batch.
 constexpr int kUnits = 16, kTileRows = 8, kWarp = 32;
 constexpr int kMostWarps = 8;       // to a block. Not measured yet.
-constexpr int kColumnPitch = 20;    // numbers from column to column of a block's sums: no two lanes of a store share a bank
+constexpr int kColumnPitch = 20;    // numbers from row to row of a block's sums: lanes that store floats share no bank
 // A warp takes 1, 2 or 4 tiles of the batch: at most as many as its registers hold the sums of. Not measured yet.
 constexpr int most_tiles(int sum_bytes) { return sum_bytes == 8 ? 2 : 4; }
 
