@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fusedrnn
-from fusedrnn import explain, select
+from fusedrnn import autograd, explain, select
 from same import FALLBACK
 
 KINDS = ["RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell"]
@@ -209,3 +209,34 @@ def test_cuda_kernel_by_name(kind, fake_cuda, monkeypatch):
     monkeypatch.setenv("FUSEDRNN_KERNEL", "persistent")
     with pytest.raises(RuntimeError, match="FUSEDRNN_KERNEL must be one of step, torch, got 'persistent'"):
         module(input)
+
+
+@pytest.fixture
+def precision():
+    """precision(cudnn, cublas) sets what torch lets these two round; as it was afterwards."""
+    settings = torch.backends.cudnn.rnn, torch.backends.cuda.matmul
+    before = [setting.fp32_precision for setting in settings]
+
+    def choose(*values):
+        for setting, value in zip(settings, values, strict=True):
+            setting.fp32_precision = value
+
+    yield choose
+    choose(*before)
+
+
+def test_tf32_follows_torch(precision):
+    """cuDNN's setting for the layers it would take, cuBLAS's for cells and single steps."""
+    allows = autograd._allows_tf32
+    with FakeTensorMode():
+        steps, step = torch.empty(3, 2, 4, device="cuda"), torch.empty(1, 2, 4, device="cuda")
+        data = torch.empty(5, 4, device="cuda")
+        precision("tf32", "ieee")
+        assert allows(steps, None, False) and not allows(step, None, False)
+        assert allows(data, torch.ones(5), False) and not allows(data, torch.ones(1), False)
+        assert allows(step.expand(3, 2, 4), None, True) and not allows(steps[:, :1], None, True)
+        with torch.backends.cudnn.flags(enabled=False):
+            assert not allows(steps, None, False)
+        precision("ieee", "tf32")
+        assert allows(step, None, False) and not allows(steps, None, False)
+    assert not allows(torch.empty(1, 2, 4), None, False)
