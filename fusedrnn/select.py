@@ -31,7 +31,7 @@ DEVICES = frozenset({"cpu", "meta", "cuda"})
 #: What the environment variable FUSEDRNN_KERNEL may name for tensors on CUDA; unset, the best one runs.
 CUDA_KERNELS = ("step", "torch")
 OLDEST_CUDA = (8, 0)  # compute capability, as csrc/cuda/ops.cpp has it
-HAS_CUDA = _C.build_record()["cuda"]
+HAS_CUDA, CUDA_WHY_NOT = (_C.build_record()[key] for key in ("cuda", "cuda_why_not"))
 
 MISFIT = "torch has to judge arguments of this form"
 # Here the user plainly asked for a graph of torch's own ops: nothing to warn of.
@@ -60,7 +60,8 @@ def is_ordinary(input: Any, states: Sequence[Any], weights: Sequence[Any]) -> bo
     if dtype not in DTYPES:
         return False
     if not input.is_cpu:
-        return input.is_cuda and reason_against_cuda(input.device) is None and _all_like(input, states) and _all_like(input, weights)
+        taken = HAS_CUDA and input.is_cuda and reason_against_cuda(input.device) is None
+        return taken and _all_like(input, states) and _all_like(input, weights)
     for tensor in states:
         if type(tensor) is not Tensor and type(tensor) is not Parameter or tensor.dtype != dtype or not tensor.is_cpu:
             return False
@@ -92,8 +93,7 @@ def cuda_kernel() -> str:
 def reason_against_cuda(device: torch.device) -> str | None:
     """Why no kernel of ours takes tensors on this CUDA device; None if one does."""
     if not HAS_CUDA:
-        why_not = _C.build_record()["cuda_why_not"]
-        return f"it was built without CUDA ({why_not}); FUSEDRNN_CUDA=1 {BUILD} where nvcc is mends that"
+        return f"it was built without CUDA ({CUDA_WHY_NOT}); FUSEDRNN_CUDA=1 {BUILD} where nvcc is mends that"
     if cuda_kernel() == "torch":
         return "FUSEDRNN_KERNEL=torch asks for torch's own"
     return _too_old(device)

@@ -36,30 +36,30 @@ class OnCuda {
     run(p, engine_->backward_workspace, engine_->backward);
   }
 
-  std::vector<Tensor> grad_weights(const GradWeightsParams& p, const Needs& needs, const GradSources& from) const {
+  std::vector<Tensor> grad_weights(const GradWeightsParams& p, const Needs& needs, const GradSources& from) {
     using namespace torch::stable;
-    const int64_t rows = call_.rows, D = call_.D, H = call_.H, P = call_.P, extra = call_.extra_states();
-    const Tensor nothing = allocate(call_.first, {0});
+    const int64_t rows = call_.rows, H = call_.H, P = call_.P, G = call_.cell.gates, extra = call_.extra_states();
+    if (!hidden_before_) hidden_before_ = allocate(call_.first, {0, call_.D, P});  // of no rows, of which no kernel ran
     std::vector<Tensor> grads;
-    for (int64_t d = 0; d < D; ++d) {
+    for (int64_t d = 0; d < call_.D; ++d) {
+      for (int i = 0; i < 5; ++i) grads.push_back(allocate(call_.first, {0}));
+      Tensor* grad = &grads[size_t(5 * d)];  // of weight_ih, weight_hh, bias_ih, bias_hh, weight_hr
       const Tensor pre = columns(from.grad_pre, rows, d * call_.cell.pre * H, call_.cell.pre * H);
-      const Tensor gates_x = part(pre, 1, 0, call_.cell.gates * H);  // x_pre is the identity
-      grads.push_back(needs.grad_weight_ih ? product(gates_x, reshape(*from.input, {rows, p.I})) : nothing);
-      grads.push_back(needs.grad_weight_hh && rows > 0 ? of_h_halves(pre, 1, [&](const Tensor& gates) {
-        return product(gates, columns(*hidden_before_, rows, d * P, P));
-      }) : needs.grad_weight_hh ? zeros({call_.cell.gates * H, P}) : nothing);
+      if (needs.grad_weight_ih)  // x_pre is the identity
+        grad[0] = product(part(pre, 1, 0, G * H), reshape(*from.input, {rows, p.I}));
+      if (needs.grad_weight_hh) {
+        const Tensor h = columns(*hidden_before_, rows, d * P, P);
+        grad[1] = of_h_halves(pre, 1, [&](const Tensor& gates) { return product(gates, h); });
+      }
       if (needs.grad_bias) {
         const Tensor total = sum_of_rows(pre);
-        grads.push_back(clone(part(total, 0, 0, call_.cell.gates * H)));
-        grads.push_back(of_h_halves(total, 0, [](const Tensor& gates) { return clone(gates); }));
-      } else {
-        grads.insert(grads.end(), {nothing, nothing});
+        grad[2] = clone(part(total, 0, 0, G * H));
+        grad[3] = of_h_halves(total, 0, [](const Tensor& gates) { return clone(gates); });
       }
-      if (needs.grad_weight_hr)
-        grads.push_back(product(columns(*from.grad_proj, rows, d * P, P),
-                                columns(from.states, rows, (d * extra + extra - 1) * H, H)));
-      else
-        grads.push_back(nothing);
+      if (needs.grad_weight_hr) {
+        const Tensor unprojected = columns(from.states, rows, (d * extra + extra - 1) * H, H);
+        grad[4] = product(columns(*from.grad_proj, rows, d * P, P), unprojected);
+      }
     }
     return grads;
   }
@@ -86,10 +86,6 @@ class OnCuda {
   static Tensor columns(const Tensor& tensor, int64_t rows, int64_t begin, int64_t count) {
     const int64_t width = rows > 0 ? tensor.numel() / rows : begin + count;
     return part(torch::stable::view(tensor, {rows, width}), 1, begin, count);
-  }
-  Tensor zeros(const Sizes& sizes) const {
-    Tensor tensor = allocate(call_.first, sizes);
-    return torch::stable::zero_(tensor);
   }
   // a^T b.
   static Tensor product(const Tensor& a, const Tensor& b) { return torch::stable::matmul(torch::stable::transpose(a, 0, 1), b); }
