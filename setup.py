@@ -123,7 +123,7 @@ class NinjaBuild(build_ext):
         # Beside the sources and not in the folder that pip throws away: the next build compiles only what has changed.
         out = Path("build", sysconfig.get_config_var("SOABI"))
         out.mkdir(parents=True, exist_ok=True)
-        fcntl.flock(lock := open(out / "lock", "w"), fcntl.LOCK_EX)  # two builds would write the same objects
+        fcntl.flock(lock := open(out / "lock", "w"), fcntl.LOCK_EX)  # two builds at once would write the same objects
         header, text = out / "build_record.h", f'constexpr char kBuildRecord[] = R"json({json.dumps(record)})json";\n'
         if not header.exists() or header.read_text() != text:
             header.write_text(text)

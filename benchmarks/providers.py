@@ -1,7 +1,7 @@
 """Who is measured. A provider makes a module for a case and tells which kernel served a call.
 
 PROVIDERS holds them by name; every provider gets the same weights and the same input. Anything with these three
-members can be one: `name`, `module(case, dtype)` and `kernel(module, operators)`.
+members can be one: `name`, `module(case, dtype)` and `kernel(case, operators)`.
 """
 
 from __future__ import annotations
@@ -54,12 +54,11 @@ class TorchProvider:
         self.name = name
 
     def module(self, case: Case, dtype: torch.dtype) -> torch.nn.Module:
-        self.case = case
         return build(torch.nn, case, dtype)
 
-    def kernel(self, module: torch.nn.Module, operators: set[str]) -> str:
+    def kernel(self, case: Case, operators: set[str]) -> str:
         if any("_cudnn_rnn" in name for name in operators):
-            return f"cudnn/{cudnn_algorithm(self.case)}"
+            return f"cudnn/{cudnn_algorithm(case)}"
         return "onednn" if any("mkldnn_rnn" in name for name in operators) else "aten"
 
 
@@ -73,12 +72,12 @@ class FusedProvider:
 
         return build(fusedrnn, case, dtype)
 
-    def kernel(self, module: torch.nn.Module, operators: set[str]) -> str:
+    def kernel(self, case: Case, operators: set[str]) -> str:
         from fusedrnn import _C, select
 
         fused = any(name.startswith("fusedrnn.") for name in operators)
-        on_cuda = next(module.parameters()).is_cuda
-        return f"fused/{f'cuda-{select.cuda_kernel()}' if on_cuda else _C.cpu_isa()}" if fused else "torch"
+        engine = f"cuda-{select.cuda_kernel()}" if case.device == "cuda" else _C.cpu_isa()
+        return f"fused/{engine}" if fused else "torch"
 
 
 PROVIDERS: dict[str, Callable[[], object]] = {

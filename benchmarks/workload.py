@@ -51,7 +51,7 @@ class Workload:
         """Which kernel served a call, judged by the operators that torch dispatched during one."""
         with _Operators() as seen:
             self.call()
-        return self.provider.kernel(self.module, seen.names)
+        return self.provider.kernel(self.case, seen.names)
 
 
 class _Operators(TorchDispatchMode):

@@ -1,5 +1,6 @@
 """What every test shares: the engines, seeds, and the promise that the fused engine is what is tested."""
 
+import contextlib
 import zlib
 from pathlib import Path
 
@@ -12,8 +13,8 @@ from fusedrnn import select
 from workshop import ROOT, Workshop, cuda_headers, setup
 
 ISAS = fusedrnn._C.cpu_isas()  # what this processor and this build have
-# Everything that runs the operators: the CPU's engine in each instruction set, the CUDA kernels compiled for the CPU if the toolkit's
-# headers are here (torch.ops.fusedrnn_on_host), and the CUDA kernels on a GPU if there is one.
+# Everything that runs the operators: the CPU's engine in each instruction set, the CUDA kernels compiled for the CPU if the
+# toolkit's headers are here (torch.ops.fusedrnn_on_host), and the CUDA kernels on a GPU if there is one.
 ON_HOST, ON_GPU = "cuda_on_host", "cuda"
 HAS_GPU = fusedrnn._C.build_record()["cuda"] and torch.cuda.is_available()
 ENGINES = ISAS + [ON_HOST] * bool(cuda_headers()) + [ON_GPU] * HAS_GPU
@@ -30,13 +31,6 @@ def pytest_configure(config):
 
 def pytest_report_header(config):
     return f"fusedrnn: every test of the engine runs under {', '.join(ENGINES)}"
-
-
-@pytest.fixture(params=ISAS)
-def isa(request, monkeypatch):
-    """Runs the test under each instruction set; the engine reads the variable at every call."""
-    monkeypatch.setenv("FUSEDRNN_CPU_ISA", request.param)
-    return request.param
 
 
 @pytest.fixture(scope="session")
@@ -64,16 +58,24 @@ def isa(request, monkeypatch):
     return request.param
 
 
+@contextlib.contextmanager
+def fp32_precision(setting, value):
+    """A setting such as torch.backends.cudnn.rnn says "ieee" or "tf32" for a while."""
+    before, setting.fp32_precision = setting.fp32_precision, value
+    try:
+        yield
+    finally:
+        setting.fp32_precision = before
+
+
 @pytest.fixture(params=ENGINES)
 def engine(request, monkeypatch):
     """Runs the test on each engine. The order of the threads of hosted kernels and their chip differ from test to test."""
     if request.param == ON_GPU:
-        precision = torch.backends.cudnn.rnn.fp32_precision
-        torch.backends.cudnn.rnn.fp32_precision = "ieee"  # TF32 is tests/test_cuda.py's
-        torch.set_default_device("cuda")
-        yield request.param
-        torch.set_default_device(None)
-        torch.backends.cudnn.rnn.fp32_precision = precision
+        with fp32_precision(torch.backends.cudnn.rnn, "ieee"):  # TF32 is tests/test_cuda.py's
+            torch.set_default_device("cuda")
+            yield request.param
+            torch.set_default_device(None)
     elif request.param == ON_HOST:
         hosted = request.getfixturevalue("hosted_kernels")
         lot = zlib.crc32(request.node.nodeid.encode())
@@ -127,3 +129,11 @@ def states_for(module, B, dtype=None, **options):
     if module.mode != "LSTM":
         return h
     return h, torch.randn(rows, B, module.hidden_size, dtype=dtype, **options)
+
+
+def compare_all_equal(one, other):
+    """The same tensors by the same names, bit for bit, absent ones included."""
+    assert list(one) == list(other)
+    for name in one:
+        assert (one[name] is None) == (other[name] is None), name
+        assert one[name] is None or torch.equal(one[name], other[name]), name

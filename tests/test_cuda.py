@@ -10,7 +10,7 @@ import torch
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fusedrnn
-from conftest import CELLS, HAS_GPU, make_pair, states_for
+from conftest import CELLS, HAS_GPU, compare_all_equal, fp32_precision, make_pair, states_for
 from fusedrnn.testing import compare_modules, run_module
 
 pytestmark = pytest.mark.skipif(not HAS_GPU, reason="needs a GPU and a build with CUDA")
@@ -25,10 +25,8 @@ LAYOUTS = {
 @pytest.fixture(autouse=True)
 def ieee():
     """float32 products unrounded, unless a test asks for TF32."""
-    before = torch.backends.cudnn.rnn.fp32_precision
-    torch.backends.cudnn.rnn.fp32_precision = "ieee"
-    yield
-    torch.backends.cudnn.rnn.fp32_precision = before
+    with fp32_precision(torch.backends.cudnn.rnn, "ieee"):
+        yield
 
 
 def layer_and_input(cell, layout="plain", dtype=torch.float32, T=11, B=37, I=19, H=130):
@@ -37,13 +35,6 @@ def layer_and_input(cell, layout="plain", dtype=torch.float32, T=11, B=37, I=19,
     if layout == "packed":
         input = pack_padded_sequence(input, torch.randint(1, T + 1, (B,)), enforce_sorted=False)
     return ours, stock, input
-
-
-def equal(a, b):
-    assert list(a) == list(b)
-    for name in a:
-        assert (a[name] is None) == (b[name] is None), name
-        assert a[name] is None or torch.equal(a[name], b[name]), name
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -63,9 +54,9 @@ def test_tf32(cell):
     """Rounded like torch's own; and float32 where torch is told not to round. Large, since cuDNN's kernel for few units rounds less."""
     ours, stock, input = layer_and_input(cell, H=512)
     exact = run_module(ours, input)
-    torch.backends.cudnn.rnn.fp32_precision = "tf32"
-    compare_modules(ours, stock, input)
-    assert not torch.equal(run_module(ours, input)["output"], exact["output"])
+    with fp32_precision(torch.backends.cudnn.rnn, "tf32"):
+        compare_modules(ours, stock, input)
+        assert not torch.equal(run_module(ours, input)["output"], exact["output"])
 
 
 @cells
@@ -84,7 +75,7 @@ def test_twenty_runs_same_bits(cell, dtype, layout):
     ours, _, input = layer_and_input(cell, layout, dtype, T=40, B=64, H=256)
     first = run_module(ours, input)
     for _ in range(20):
-        equal(run_module(ours, input), first)
+        compare_all_equal(run_module(ours, input), first)
 
 
 @cells
@@ -97,7 +88,7 @@ def test_side_stream(cell):
         late = input + 0 * torch.randn(4096, 4096, device="cuda").mm(torch.randn(4096, 4096, device="cuda")).sum()
         found = run_module(ours, late)
     torch.cuda.current_stream().wait_stream(stream)
-    equal(found, expected)
+    compare_all_equal(found, expected)
 
 
 @cells
@@ -130,7 +121,7 @@ def test_another_device_than_the_current_one(cell):
     ours, _, input = layer_and_input(cell)
     expected = run_module(ours, input)
     found = run_module(ours.to("cuda:1"), input.to("cuda:1"))
-    equal({name: tensor.to("cuda:0") for name, tensor in found.items()}, expected)
+    compare_all_equal({name: tensor.to("cuda:0") for name, tensor in found.items()}, expected)
 
 
 def test_states_on_another_device_are_refused_as_by_torch():

@@ -9,7 +9,7 @@ import shutil
 from typing import NamedTuple
 
 import pytest
-from workshop import CSRC, ROOT, THREAD, UNDEFINED, EngineWorkshop, cuda_headers, edit, run, run_sanitized
+from workshop import ADDRESS, CSRC, ROOT, THREAD, EngineWorkshop, cuda_headers, edit, run, run_sanitized
 
 HOSTED, CPP = ROOT / "tests" / "cuda_on_host", ROOT / "tests" / "cpp"
 CELLS = {"rnn_tanh": "RnnTanhCell", "rnn_relu": "RnnReluCell", "lstm": "LstmCell", "gru": "GruCell"}
@@ -18,9 +18,7 @@ RESULTS = ["output", "hy", "cy", "saved", "states", "grad_pre", "grad_hx", "grad
 ON_HOST = "-std=c++20 -x c++ -DFUSEDRNN_ON_HOST"
 MODES = {
     "plain": "-O1",
-    # Checks by calls, and without those of UBSan's that AddressSanitizer implies: half the time to compile.
-    "address": f"{UNDEFINED} -fno-sanitize=null,object-size,pointer-overflow,vptr "
-               "--param asan-instrumentation-with-call-threshold=0",
+    "address": ADDRESS,
     "thread": THREAD,
 }
 # Kernels that can make mistakes: the cell with projections and the one whose gates have two halves; of the arithmetics one of

@@ -7,15 +7,13 @@ mode and in the way that stands in the tables below.
 import re
 
 import pytest
-from workshop import ROOT, THREAD, UNDEFINED, Workshop, cuda_headers, run, run_sanitized
+from workshop import ADDRESS, ROOT, THREAD, Workshop, cuda_headers, run, run_sanitized
 
 HOSTED, CPP = ROOT / "tests" / "cuda_on_host", ROOT / "tests" / "cpp"
 MODES = {
     "plain": "-O2",
     "ucontext": "-O1 -DCUDA_ON_HOST_UCONTEXT",  # the switch of fibers for processors other than x86-64
-    # Checks by calls, and without those of UBSan's that AddressSanitizer implies: half the time to compile.
-    "address": f"{UNDEFINED} -fno-sanitize=null,object-size,pointer-overflow,vptr "
-               "--param asan-instrumentation-with-call-threshold=0",
+    "address": ADDRESS,
     "thread": THREAD,
 }
 IN_ORDER, REVERSE, RANDOM, SKEWED = range(4)

@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fusedrnn
+from conftest import fp32_precision
 from fusedrnn import autograd, explain, select
 from same import FALLBACK
 
@@ -211,31 +212,17 @@ def test_cuda_kernel_by_name(kind, fake_cuda, monkeypatch):
         module(input)
 
 
-@pytest.fixture
-def precision():
-    """precision(cudnn, cublas) sets what torch lets these two round; as it was afterwards."""
-    settings = torch.backends.cudnn.rnn, torch.backends.cuda.matmul
-    before = [setting.fp32_precision for setting in settings]
-
-    def choose(*values):
-        for setting, value in zip(settings, values, strict=True):
-            setting.fp32_precision = value
-
-    yield choose
-    choose(*before)
-
-
-def test_tf32_follows_torch(precision):
+def test_tf32_follows_torch():
     """cuDNN's setting for the layers it would take, cuBLAS's for cells and single steps."""
-    allows = autograd._allows_tf32
+    allows, cudnn, cublas = autograd._allows_tf32, torch.backends.cudnn.rnn, torch.backends.cuda.matmul
     with FakeTensorMode():
         steps, step, data = (torch.empty(size, device="cuda") for size in ((3, 2, 4), (1, 2, 4), (5, 4)))
-        precision("tf32", "ieee")
-        assert allows(steps, None, False) and not allows(step, None, False)
-        assert allows(data, torch.ones(5), False) and not allows(data, torch.ones(1), False)
-        assert allows(step, None, True), "batch first, these are two steps"
-        with torch.backends.cudnn.flags(enabled=False):
-            assert not allows(steps, None, False)
-        precision("ieee", "tf32")
-        assert allows(step, None, False) and not allows(steps, None, False)
+        with fp32_precision(cudnn, "tf32"), fp32_precision(cublas, "ieee"):
+            assert allows(steps, None, False) and not allows(step, None, False)
+            assert allows(data, torch.ones(5), False) and not allows(data, torch.ones(1), False)
+            assert allows(step, None, True), "batch first, these are two steps"
+            with torch.backends.cudnn.flags(enabled=False):
+                assert not allows(steps, None, False)
+        with fp32_precision(cudnn, "ieee"), fp32_precision(cublas, "tf32"):
+            assert allows(step, None, False) and not allows(steps, None, False)
     assert not allows(torch.empty(1, 2, 4), None, False)

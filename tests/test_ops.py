@@ -7,7 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fusedrnn
-from conftest import CELLS, ON_GPU, make_pair, states_for
+from conftest import CELLS, ON_GPU, compare_all_equal, make_pair, states_for
 from fusedrnn.testing import run_module
 
 forward = torch.ops.fusedrnn.recurrence_forward
@@ -317,12 +317,6 @@ def test_modules_on_poisoned_memory(cell, poison):
     poisoned = run_module(ours, input, hx)
     clean(False)
     compare_all_equal(poisoned, run_module(ours, input, hx))
-
-
-def compare_all_equal(one, other):
-    assert list(one) == list(other)
-    for name in one:
-        assert torch.equal(one[name], other[name]), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)

@@ -17,6 +17,8 @@ _spec.loader.exec_module(setup)
 
 WARN = "-Wall -Wextra -Wno-psabi -Wno-unknown-pragmas"
 UNDEFINED = "-g1 -O1 -fsanitize=address,undefined -fno-sanitize-recover=all"
+# For kernels: checks by calls, and without those of UBSan's that AddressSanitizer implies. It halves the time to compile.
+ADDRESS = f"{UNDEFINED} -fno-sanitize=null,object-size,pointer-overflow,vptr --param asan-instrumentation-with-call-threshold=0"
 THREAD = "-g1 -O1 -fsanitize=thread"
 
 

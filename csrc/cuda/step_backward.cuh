@@ -167,7 +167,6 @@ template <class A>
 struct EnterBackward {
   CudaBackwardParams p;
   BackwardMemory<A> m;
-  int64_t padded_rows, dpre_blocks, dprojected_blocks;
 };
 
 template <class A, int kStates>
@@ -225,7 +224,7 @@ struct BackwardPass {
     const int D = int(p.D);
     pack<A, 1>(p.weight_hh, m.weight_hh, p.P, Cell::kGates * p.H, 1, p.P, plan.dh, D, queue);
     if (projected) pack<A, 1>(p.weight_hr, m.weight_hr, p.H, p.P, 1, p.H, plan.dunprojected, D, queue);
-    const EnterBackward<A> enter{p, m, padded_rows, dpre_blocks, dprojected_blocks};
+    const EnterBackward<A> enter{p, m};
     launch("enter_backward", enter_backward_kernel<A, Cell::kStates>, plain_grid(m.dpre_size, D), queue, enter);
 
     BackwardCell<Cell, A> cell{};
