@@ -1,0 +1,137 @@
+"""What every example needs and none is about: the two packages, the words on the command line, the clock, the way out."""
+
+import argparse
+import contextlib
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import fusedrnn
+
+PACKAGES = {"torch": torch.nn, "fusedrnn": fusedrnn}
+COLOURS = {"torch": "#b8b8b8", "fusedrnn": "#c0392b"}
+NO_PICTURE = Path("none")
+
+
+class Refused(Exception):
+    """The run cannot be made as asked; the message is one line for the user."""
+
+
+def parser(doc: str, plot: str | None = None, **defaults: int) -> argparse.ArgumentParser:
+    """The words all examples know, and a whole number above zero for each of `defaults`.
+
+    Args:
+        doc: the example's own docstring, its help text.
+        plot: default name of the picture, for an example that draws one.
+    """
+    found = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("--module", choices=[*PACKAGES, "both"], default="both", help="default: both, in turns")
+    found.add_argument("--seed", type=int, default=0)
+    if plot:
+        found.add_argument("--plot", type=picture, metavar="FILE", default=Path(plot), help=f'default {plot}; "none" for none')
+    for name, value in defaults.items():
+        found.add_argument(f"--{name}", type=positive, default=value, help=f"default {value}")
+    return found
+
+
+def positive(text: str) -> int:
+    """For argparse: a whole number above zero."""
+    if not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError(f"a whole number above 0 is wanted, got {text!r}")
+    return int(text)
+
+
+def picture(text: str) -> Path:
+    """For argparse: a file that matplotlib can write, or "none"."""
+    path = Path(text)
+    if path != NO_PICTURE and (path.suffix not in (".png", ".svg", ".pdf") or not path.parent.is_dir()):
+        raise argparse.ArgumentTypeError(f"{text} is not a .png, .svg or .pdf file in a folder that exists")
+    return path
+
+
+def build(args, make: Callable) -> dict[str, torch.nn.Module]:
+    """{package: make(its namespace)} for each package that --module asks for, all from the same seed."""
+    models = {}
+    for name in PACKAGES if args.module == "both" else [args.module]:
+        torch.manual_seed(args.seed)
+        models[name] = make(PACKAGES[name])
+    return models
+
+
+class Race:
+    """Trains the models in turns, so that whatever else the machine does slows all alike; measures each turn.
+
+    for epoch, name, model in race: ...    `race.step()` in between moves the progress bar, which is on terminals only.
+    """
+
+    def __init__(self, models: dict[str, torch.nn.Module], epochs: int, steps: int):
+        self.models, self.epochs, self.steps = models, epochs, steps
+        self.seconds: dict[str, list[float]] = {name: [] for name in models}
+
+    def __iter__(self):
+        total = len(self.models) * self.epochs * self.steps
+        with tqdm(total=total, leave=False, disable=None) as self.bar:  # gone when the block is left, by Ctrl-C too
+            for epoch in range(1, self.epochs + 1):
+                for name, model in self.models.items():
+                    self.bar.set_description(name, refresh=False)
+                    start = time.perf_counter()
+                    yield epoch, name, model
+                    self.seconds[name].append(time.perf_counter() - start)
+
+    def step(self) -> None:
+        """Counts one of the `steps` of an epoch as done."""
+        self.bar.update()
+
+    def print(self, line: str) -> None:
+        """Prints a line above the bar, in one piece."""
+        self.bar.clear()
+        print(f"{line}\n", end="", flush=True)
+
+    def speed_up(self) -> str:
+        """How many times faster fusedrnn's median turn is, as words; nothing if only one package ran."""
+        if len(self.models) < 2:
+            return ""
+        theirs, ours = (statistics.median(self.seconds[name]) for name in PACKAGES)
+        return f"; an epoch takes {theirs:.2f} s with torch, {ours:.2f} s with fusedrnn, {theirs / ours:.2f}x as fast"
+
+
+@contextlib.contextmanager
+def drawing(path: Path, columns: int = 1, **options):
+    """Matplotlib's axes, one or an array of `columns` side by side; saved to `path` at the end, unless that is "none"."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, columns, layout="constrained", **options)
+    try:
+        for axis in figure.axes:
+            axis.spines[["top", "right"]].set_visible(False)
+        yield axes
+        if path != NO_PICTURE:
+            figure.savefig(path, dpi=130, metadata={"Date": None} if path.suffix == ".svg" else None)
+            print(f"picture: {path}")
+    finally:
+        pyplot.close(figure)
+
+
+def main(parse: Callable[[], argparse.ArgumentParser], run: Callable, argv: list[str] | None = None) -> int:
+    """Runs an example: exit status 0; 2 with one line if it cannot be made as asked; 130 if stopped by Ctrl-C.
+
+    Args:
+        run: takes the parsed words; prints as it goes and returns one line that says what came of it, printed last.
+    """
+    args = parse().parse_args(argv)
+    name = sys.modules[run.__module__].__spec__.name.removeprefix("examples.")
+    try:
+        print(f"result: {run(args)}")
+    except Refused as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        erase = "\r\x1b[2K" if sys.stderr.isatty() else ""  # the ^C that the terminal wrote behind the bar
+        print(f"{erase}{name}: stopped", file=sys.stderr)
+        return 130
+    return 0
