@@ -1,20 +1,28 @@
-"""Compare two row files, before and after: what became faster, what slower, and is it more than noise?
+"""Compare two row files, or two commits, before and after: what became faster, what slower, and is it more than noise?
 
     python -m benchmarks.compare before.jsonl after.jsonl
+    python -m benchmarks.compare HEAD~1 HEAD --run '--suite cpu --quick --only lstm'
+
+A commit is checked out beside this tree, built, and measured with this tree's benchmarks.
 
 Judged by the speed-up over torch, not by the time: both runs timed torch beside ours, so a busier or warmer machine
 cancels out. A case is slower if its 95 % interval lies below the other's by more than TOLERANCE; it needs more memory
 if its allocator peak grew by more than MEMORY_TOLERANCE; and a result may not turn wrong.
 
-Exit status: 0; 1 if a case became slower, larger or wrong; 2 if the files cannot be compared.
+Exit status: 0; 1 if a case became slower, larger or wrong; 2 if the two cannot be compared.
 """
 
 from __future__ import annotations
 
 import argparse
+import pathlib
+import shlex
+import subprocess
 import sys
+import tempfile
 
 from . import rows, timing
+from .machine import ROOT
 from .table import bytes_text, grid, seconds_text
 
 TOLERANCE = 0.03  # two runs of the same code, minutes apart, differ by this much beyond their own intervals
@@ -50,13 +58,42 @@ def differences(before: list[dict], after: list[dict]) -> list[str]:
     return found + [f"torch: {old} and {new}"] * (old != new)
 
 
+def rows_of(what: str, words: list[str]) -> list[dict]:
+    """The rows in a file, or of a commit measured now."""
+    return rows.read(what) if what.endswith(".jsonl") or pathlib.Path(what).exists() else measured_at(what, words)
+
+
+def measured_at(commit: str, words: list[str]) -> list[dict]:
+    """The rows of `benchmarks.run words` with the fusedrnn of a commit. ValueError if it is none, or does not build or run."""
+    with tempfile.TemporaryDirectory(prefix="fusedrnn-") as folder:
+        tree, place = pathlib.Path(folder, "tree"), pathlib.Path(folder, "place")
+        place.mkdir()
+        steps = [
+            (["git", "-C", str(ROOT), "worktree", "add", "--detach", str(tree), commit], ROOT),
+            ([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], tree),
+            ([sys.executable, "-m", "benchmarks.run", *words, "--out", str(place / "rows.jsonl")], place),
+        ]
+        (place / "benchmarks").symlink_to(ROOT / "benchmarks")
+        (place / "fusedrnn").symlink_to(tree / "fusedrnn")
+        try:
+            for command, where in steps:
+                print(f"{commit}: {shlex.join(command[1:4])}", file=sys.stderr, flush=True)
+                done = subprocess.run(command, cwd=where, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+                if done.returncode and not (place / "rows.jsonl").exists():  # a run with a wrong result has rows all the same
+                    raise ValueError(f"{commit}: {shlex.join(command)} failed: {done.stdout.strip()[-500:]}")
+            return rows.read(place / "rows.jsonl")
+        finally:
+            subprocess.run(["git", "-C", str(ROOT), "worktree", "remove", "--force", str(tree)], capture_output=True)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compare", description=__doc__.splitlines()[0])
-    parser.add_argument("before")
+    parser.add_argument("before", help="a row file or a commit")
     parser.add_argument("after")
+    parser.add_argument("--run", default="--suite cpu --quick", help="what to measure of commits (default: %(default)s)")
     options = parser.parse_args(arguments)
     try:
-        both = [rows.read(options.before), rows.read(options.after)]
+        both = [rows_of(what, shlex.split(options.run)) for what in (options.before, options.after)]
     except (OSError, ValueError) as error:
         print(f"benchmarks.compare: {error}", file=sys.stderr)
         return 2

@@ -29,13 +29,13 @@ class Verdict:
 def judge(workload: Workload, stock: Workload) -> Verdict:
     """Compare what `workload` computes with float64 truth; `stock` is the same case on torch.nn.
 
-    Compares output, hy and cy, and in training the gradients of the output for the input and every weight.
+    Compares output, hy and cy, and but for inference the gradients of the output for the input and every weight.
     torch.nn itself passes: it is what the others are held against.
     """
     if type(workload.provider) is TorchProvider:
         return Verdict(True, "torch.nn itself")
     try:
-        with torch.set_grad_enabled(workload.case.mode == "training"):
+        with workload.around(), torch.set_grad_enabled(workload.case.mode != "inference"):
             rows = compare_modules(workload.module, stock.module, workload.input, uses=("output",))
     except (AssertionError, RuntimeError) as failure:
         lines = [line.strip() for line in str(failure).splitlines()] or [""]

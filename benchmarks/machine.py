@@ -1,4 +1,4 @@
-"""What the numbers were measured on and with: machine, versions, commit, and the speeds the machine can reach."""
+"""What the numbers were measured on and with: machine, clock, versions, commit."""
 
 from __future__ import annotations
 
@@ -6,10 +6,8 @@ import os
 import pathlib
 import platform
 import re
-import statistics
 import subprocess
 import sys
-import time
 
 import torch
 
@@ -50,9 +48,11 @@ def row_files() -> list[pathlib.Path]:
 
 
 def commit() -> str | None:
-    """The commit that ran, with "-dirty" if tracked sources differ from it; None outside a git checkout."""
+    """The commit of the fusedrnn that runs, with "-dirty" if tracked sources differ; None outside a git checkout."""
+    fused = sys.modules.get("fusedrnn")
+    tree = pathlib.Path(fused.__file__).resolve().parent.parent if fused else ROOT
     git = lambda *words: subprocess.run(  # noqa: E731
-        ["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True
+        ["git", "-C", str(tree), *words], capture_output=True, text=True, check=True
     ).stdout.strip()
     try:
         changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results", ":!README.md")
@@ -70,6 +70,20 @@ def versions() -> dict[str, str | None]:
     return found
 
 
+def clock_mhz(device: str = "cpu") -> float | None:
+    """The clock right now: of the fastest core, or of the GPU's multiprocessors; None if the system does not tell."""
+    if device == "cuda":
+        try:
+            return float(torch.cuda.clock_rate())
+        except (ImportError, ModuleNotFoundError, RuntimeError):  # needs NVIDIA's management library for Python
+            return None
+    try:
+        found = re.findall(r"^cpu MHz\s*:\s*([\d.]+)", pathlib.Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = []
+    return max(map(float, found)) if found else None
+
+
 def describe(device: str = "cpu") -> dict:
     """The part of a row that is the same for every case of a run."""
     return {
@@ -80,48 +94,8 @@ def describe(device: str = "cpu") -> dict:
         "cores": cores(),
         "isa": isa(),
         "threads": torch.get_num_threads(),
+        "clock_mhz": clock_mhz(device),
         "load_before": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "versions": versions(),
         "commit": commit(),
     }
-
-
-def gemm_peak(seconds: float = 1.5, size: int = 1024, device: str = "cpu", dtype: str = "float32") -> float:
-    """flop/s of torch.mm on square matrices: the best half's median, the machine's arithmetic in practice."""
-    a, b = (torch.rand(size, size, device=device).to(getattr(torch, dtype)) for _ in range(2))
-    out = torch.empty_like(a)
-
-    def multiply():
-        torch.mm(a, b, out=out)
-        if device == "cuda":
-            torch.cuda.synchronize()
-
-    return 2.0 * size**3 / _fast_half(multiply, seconds, least=5)
-
-
-def matvec_bandwidth(rows: int, columns: int, seconds: float = 0.1) -> float:
-    """bytes/s at which torch.mv reads a float32 matrix over and over, from whichever cache holds it.
-
-    The time of a product so small that only the call costs is taken off, so that small matrices show the cache
-    and not torch's dispatch.
-    """
-    tiny = _mv_seconds(4, 4, seconds / 4)
-    whole = _mv_seconds(rows, columns, seconds)
-    return 4.0 * rows * columns / max(whole - tiny, whole / 10)
-
-
-def _mv_seconds(rows: int, columns: int, seconds: float) -> float:
-    matrix, vector, out = torch.rand(rows, columns), torch.rand(columns), torch.empty(rows)
-    return _fast_half(lambda: torch.mv(matrix, vector, out=out), seconds, least=20)
-
-
-def _fast_half(call, seconds: float, least: int) -> float:
-    """Median time of the faster half of the calls made within `seconds`, after two unmeasured ones."""
-    call(), call()
-    times: list[float] = []
-    end = time.perf_counter() + seconds
-    while len(times) < least or time.perf_counter() < end:
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return statistics.median(sorted(times)[: max(1, len(times) // 2)])

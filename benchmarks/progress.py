@@ -30,6 +30,15 @@ class Progress:
         """Count `amount` as finished."""
         self.done += amount
 
+    def forget(self, amount: float) -> None:
+        """Count `amount` as work that will not be done."""
+        self.total -= amount
+
+    def seconds_until(self, amount: float) -> float:
+        """Seconds from the start until `amount` more will be done, by the rate so far; before that a unit is a second."""
+        spent = time.monotonic() - self.start
+        return spent + amount * (spent / self.done if self.done else 1.0)
+
     def time_left(self) -> str:
         """m:ss by the rate so far; --:-- before anything is finished."""
         if not self.done:

@@ -1,12 +1,16 @@
 """Who is measured. A provider makes a module for a case and tells which kernel served a call.
 
-PROVIDERS holds them by name; every provider gets the same weights and the same input. Anything with these three
-members can be one: `name`, `module(case, dtype)` and `kernel(case, operators)`.
+PROVIDERS holds them by name; every provider gets the same weights and the same input. Anything with the members of
+Provider can be one.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
+import warnings
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 
@@ -15,12 +19,32 @@ from .shapes import Case
 CLASS_NAMES = {"rnn": "RNN", "gru": "GRU", "lstm": "LSTM"}
 
 
+class Provider(Protocol):
+    """What the benchmark needs to know of one who is measured."""
+
+    name: str
+
+    def refuses(self, case: Case) -> str | None:
+        """Why this case cannot be run, in a few words; None if it can."""
+
+    def module(self, case: Case, dtype: torch.dtype) -> torch.nn.Module:
+        """A module with the parameters of torch.nn's, under the same names, called like it; made on the CPU."""
+
+    def kernel(self, case: Case, operators: set[str]) -> str:
+        """What served a call, told by the names of the operators that torch dispatched during one."""
+
+    def around(self) -> contextlib.AbstractContextManager:
+        """The settings that every call is made under."""
+
+
 def build(namespace, case: Case, dtype: torch.dtype) -> torch.nn.Module:
     """A layer stack of `namespace` (torch.nn or something with the same classes) as the case asks for it."""
     shape = case.shape
     layer = getattr(namespace, CLASS_NAMES[case.cell])
-    module = layer(shape.I, shape.H, num_layers=shape.layers, bidirectional=shape.bidirectional, dtype=dtype)
-    return module.train(case.mode == "training")
+    options = {"num_layers": shape.layers, "bidirectional": shape.bidirectional, "dtype": dtype}
+    if case.cell == "rnn":
+        options["nonlinearity"] = shape.nonlinearity
+    return layer(shape.I, shape.H, **options).train(case.mode != "inference")
 
 
 def cudnn_algorithm(case: Case, multiprocessors: int = 132) -> str:
@@ -43,15 +67,23 @@ def cudnn_algorithm(case: Case, multiprocessors: int = 132) -> str:
                 return "persist"
         return "standard"
 
-    found = [algorithm(True)] + [algorithm(False)] * (case.mode == "training")
+    found = [algorithm(forward) for forward in (True, False) if case.mode != ("backward" if forward else "forward")]
+    found = found[:1] if case.mode == "inference" else found
     return "+".join(dict.fromkeys(found))
 
 
 class TorchProvider:
-    """torch.nn: oneDNN for a padded LSTM on a CPU, a loop of small operators for all else."""
+    """torch.nn: oneDNN for a padded LSTM on a CPU, a loop of small operators for all else; cuDNN on a GPU.
 
-    def __init__(self, name: str = "torch"):
-        self.name = name
+    Args:
+        plain: without those libraries: torch's own operators alone.
+    """
+
+    def __init__(self, name: str = "torch", plain: bool = False):
+        self.name, self.plain = name, plain
+
+    def refuses(self, case: Case) -> str | None:
+        return None
 
     def module(self, case: Case, dtype: torch.dtype) -> torch.nn.Module:
         return build(torch.nn, case, dtype)
@@ -61,11 +93,37 @@ class TorchProvider:
             return f"cudnn/{cudnn_algorithm(case)}"
         return "onednn" if any("mkldnn_rnn" in name for name in operators) else "aten"
 
+    @contextlib.contextmanager
+    def around(self):
+        with contextlib.ExitStack() as stack:
+            if self.plain:
+                stack.enter_context(warnings.catch_warnings())
+                warnings.filterwarnings("ignore", "TF32 acceleration on top of oneDNN")  # said of every setting restored
+                stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+                stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+            yield
+
 
 class FusedProvider:
-    """fusedrnn, whichever of its kernels it chooses; "torch" if a call left the fused path."""
+    """fusedrnn, whichever of its kernels it chooses; the row says "torch" if a call left the fused path.
 
-    name = "fusedrnn"
+    Args:
+        isa: the CPU's instruction set to use instead of the best.
+        cuda: the value of FUSEDRNN_KERNEL instead of its default.
+    """
+
+    def __init__(self, name: str = "fusedrnn", isa: str | None = None, cuda: str | None = None):
+        self.name = name
+        self.device = "cpu" if isa else "cuda" if cuda else None
+        self.settings = {"FUSEDRNN_CPU_ISA": isa, "FUSEDRNN_KERNEL": cuda}
+
+    def refuses(self, case: Case) -> str | None:
+        from fusedrnn import _C
+
+        isa = self.settings["FUSEDRNN_CPU_ISA"]
+        if self.device not in (None, case.device):
+            return f"a kernel for {self.device}"
+        return f"this processor has no {isa}" if isa and isa not in _C.cpu_isas() else None
 
     def module(self, case: Case, dtype: torch.dtype) -> torch.nn.Module:
         import fusedrnn
@@ -79,16 +137,39 @@ class FusedProvider:
         engine = f"cuda-{select.cuda_kernel()}" if case.device == "cuda" else _C.cpu_isa()
         return f"fused/{engine}" if fused else "torch"
 
+    @contextlib.contextmanager
+    def around(self):
+        before = {name: os.environ.get(name) for name in self.settings}
+        set_environment({name: value for name, value in self.settings.items() if value})
+        try:
+            yield
+        finally:
+            set_environment(before)
 
-PROVIDERS: dict[str, Callable[[], object]] = {
+
+def set_environment(settings: dict[str, str | None]) -> None:
+    """Sets environment variables; None takes one away."""
+    for name, value in settings.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
+PROVIDERS: dict[str, Callable[[], Provider]] = {
     "torch": TorchProvider,
     "fusedrnn": FusedProvider,
+    # torch without cuDNN and oneDNN
+    "torch-plain": lambda: TorchProvider("torch-plain", plain=True),
     # torch once more: `--providers torch,torch-again` shows how far apart two equal things measure.
     "torch-again": lambda: TorchProvider("torch-again"),
+    # each kernel of ours by force
+    **{f"fusedrnn-{isa}": lambda isa=isa: FusedProvider(f"fusedrnn-{isa}", isa) for isa in ("baseline", "avx2", "avx512")},
+    "fusedrnn-step": lambda: FusedProvider("fusedrnn-step", cuda="step"),
 }
 
 
-def provider_named(name: str):
+def provider_named(name: str) -> Provider:
     """A provider by name. ValueError with the names there are."""
     if name not in PROVIDERS:
         raise ValueError(f"no provider is called {name!r}; there are {', '.join(PROVIDERS)}")

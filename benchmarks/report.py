@@ -1,7 +1,10 @@
-"""Write the benchmark part of README.md from the committed rows. Nothing in it is typed by hand.
+"""Write what the committed rows say: README's part, and a page for each machine. Nothing in it is typed by hand.
 
-    python -m benchmarks.report            draw pictures that are out of date, rewrite what stands between BEGIN and END
-    python -m benchmarks.report --check    change nothing; exit status 1 if README or a picture is out of date
+    python -m benchmarks.report            draw pictures and write texts that are out of date
+    python -m benchmarks.report --check    change nothing; exit status 1 if a text or a picture is out of date
+
+README has each machine's main table and pictures between BEGIN and END, and what the example programs printed between
+their markers; results/<machine>/README.md has every table of that machine.
 """
 
 from __future__ import annotations
@@ -13,12 +16,13 @@ import sys
 
 from . import plot, rows
 from .machine import ROOT, row_files
-from .rows import Pair
+from .rows import Pair, mean_speedup
 from .shapes import CELLS, MODES
+from .suites import SUITES
 from .table import bytes_text, percent_text, seconds_text, target_lines
 
-BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 NOTHING = "No rows are committed yet: `python -m benchmarks.run --suite cpu` measures this machine."
+MAIN = ("cpu", "gpu")  # the suites whose tables stand in README itself
 
 
 def markdown(header: list[str], lines: list[list[str]]) -> str:
@@ -31,8 +35,8 @@ def speedup_text(pair: Pair | None) -> str:
     """``2.13x``; bold with its interval where ours is slower, by noise or not."""
     if pair is None:
         return ""
-    if pair.verdict == "RED":
-        return "**wrong**"
+    if pair.verdict in ("RED", "unable"):
+        return {"RED": "**wrong**", "unable": "cannot run"}[pair.verdict]
     if pair.verdict:
         low, high = pair.ours["speedup_low"], pair.ours["speedup_high"]
         return f"**{pair.speedup:.2f}x** ({low:.2f} to {high:.2f})"
@@ -46,10 +50,20 @@ def by_shape(pairs: list[Pair], columns: list[tuple[str, str]], text) -> list[li
     return [[label, *(text(found.get((label, *column))) for column in columns)] for label in labels]
 
 
+def columns_of(pairs: list[Pair]) -> list[tuple[str, str]]:
+    """The (cell, mode) pairs that were measured, in their usual order."""
+    found = {(pair.cell, pair.mode) for pair in pairs}
+    return [(cell, mode) for cell in CELLS for mode in MODES if (cell, mode) in found]
+
+
+def cell_table(first: str, pairs: list[Pair], text) -> str:
+    """A line for each shape, a column for each cell and mode."""
+    columns = columns_of(pairs)
+    return markdown([first, *(f"{cell.upper()} {mode}" for cell, mode in columns)], by_shape(pairs, columns, text))
+
+
 def speed_section(pairs: list[Pair]) -> str:
-    columns = [(cell, mode) for cell in CELLS for mode in MODES]
-    header = ["shape", *(f"{cell.upper()} {mode}" for cell, mode in columns)]
-    return markdown(header, by_shape([p for p in pairs if p.group != "overhead"], columns, speedup_text))
+    return cell_table("shape", [pair for pair in pairs if pair.group != "overhead"], speedup_text)
 
 
 def target_section(pairs: list[Pair]) -> str:
@@ -63,16 +77,13 @@ def target_section(pairs: list[Pair]) -> str:
 
 def reach_section(pairs: list[Pair]) -> str:
     """How near to the machine's limits: torch, then ours."""
-    columns = [(cell, mode) for cell in CELLS for mode in MODES]
 
     def text(pair: Pair | None) -> str:
         if pair is None or pair.speedup is None:
             return ""
-        field = "fraction_of_bandwidth" if pair.ours["fraction_of_bandwidth"] is not None else "fraction_of_gemm_peak"
-        return f"{percent_text(pair.theirs[field])} / {percent_text(pair.ours[field])}"
+        return " / ".join(percent_text(row.get("fraction_of_floor")) for row in (pair.theirs, pair.ours))
 
-    header = ["torch / fusedrnn", *(f"{cell.upper()} {mode}" for cell, mode in columns)]
-    return markdown(header, by_shape([p for p in pairs if p.group != "overhead"], columns, text))
+    return cell_table("torch / fusedrnn", [pair for pair in pairs if pair.group != "overhead"], text)
 
 
 def memory_section(pairs: list[Pair]) -> str:
@@ -82,9 +93,7 @@ def memory_section(pairs: list[Pair]) -> str:
         sizes = f"{bytes_text(pair.theirs['peak_bytes'])} / {bytes_text(pair.ours['peak_bytes'])}"
         return f"**{sizes}**" if pair.more_memory else sizes
 
-    header = ["MiB, torch / fusedrnn", *(cell.upper() for cell in CELLS)]
-    training = [pair for pair in pairs if pair.mode == "training"]
-    return markdown(header, by_shape(training, [(cell, "training") for cell in CELLS], text))
+    return cell_table("MiB, torch / fusedrnn", [pair for pair in pairs if pair.ours["peak_bytes"] is not None], text)
 
 
 def overhead_section(pairs: list[Pair]) -> str:
@@ -97,58 +106,131 @@ def overhead_section(pairs: list[Pair]) -> str:
     return markdown(["one call, T1 B1 H64", "torch", "fusedrnn", "ratio"], lines) if lines else ""
 
 
-def machine_section(path: pathlib.Path) -> str:
-    """Everything about one row file."""
-    every = rows.read(path)
-    pairs = [pair for pair in rows.pairs(every) if pair.ours["provider"] == "fusedrnn"]
+def measured_pairs(path: pathlib.Path) -> list[Pair]:
+    """The pairs of torch and fusedrnn in a row file. ValueError if there is none."""
+    pairs = [pair for pair in rows.pairs(rows.read(path)) if pair.ours["provider"] == "fusedrnn"]
     if not pairs:
-        raise ValueError(f"{path.relative_to(ROOT)} holds no pair of torch and fusedrnn")
+        raise ValueError(f"{path} holds no pair of torch and fusedrnn")
+    return pairs
+
+
+def about_section(pairs: list[Pair]) -> str:
+    """What was measured, with what, and how to read it."""
     about = pairs[0].ours
-    losses = sum(pair.verdict == "LOSS" for pair in pairs)
-    even = sum(pair.verdict == "even" for pair in pairs)
-    gemm_peak = statistics.median(pair.ours["gemm_peak_gflops"] or 0.0 for pair in pairs)
-    picture = plot.picture_of(path)
     versions = about["versions"]
-    dtypes = ", ".join(dict.fromkeys(pair.ours["dtype"] for pair in pairs))
-    name = about.get("gpu") or f"{about['cpu']}, {about['cores']} cores, {about['isa']}"
+    losses, even = (sum(pair.verdict == verdict for pair in pairs) for verdict in ("LOSS", "even"))
     where = f"cuDNN {versions.get('cudnn')}" if about.get("gpu") else f"{about['threads']} threads"
-    parts = [
-        f"### {name}",
-        f"{dtypes}, {where}, torch {versions['torch']}, fusedrnn {versions['fusedrnn']}, "
-        f"commit {about['commit'] or 'unknown'}, {about['date']}{', a quick run' if about['quick'] else ''}. "
+    return (
+        f"{', '.join(dict.fromkeys(pair.ours['dtype'] for pair in pairs))}, {where}, torch {versions['torch']}, "
+        f"fusedrnn {versions['fusedrnn']}, commit {about['commit'] or 'unknown'}, "
+        f"{about['date']}{', a quick run' if about['quick'] else ''}. "
         f"{len(pairs)} cases: {losses} slower than torch, {even} below 1 within the noise. "
         "Time of torch.nn over time of fusedrnn, medians of interleaved runs; bold where it is below 1 "
-        "(95 % interval in brackets):",
+        "(95 % interval in brackets):"
+    )
+
+
+def picture_line(path: pathlib.Path, page: pathlib.Path) -> str:
+    """The picture of a row file, for a page in a folder above it or its own."""
+    names = {"cost": "Cost by size", "peak": "Peak memory"}
+    name = names.get(plot.KINDS.get(path.stem), "Speed-up by shape")
+    picture = plot.picture_of(path)
+    return f"![{name}]({picture.relative_to(page).as_posix()})" if picture.exists() else ""
+
+
+def suite_section(path: pathlib.Path) -> str:
+    """Everything about one row file, for the page of its machine."""
+    pairs = measured_pairs(path)
+    gemm_peak = statistics.median(pair.ours["gemm_peak_gflops"] or 0.0 for pair in pairs)
+    parts = [
+        f"## {path.stem}: {SUITES[path.stem].why}",
+        about_section(pairs),
         speed_section(pairs),
-    ]
-    if picture.exists():
-        parts.append(f"![Speed-up by shape]({picture.relative_to(ROOT).as_posix()})")
-    parts += [
+        picture_line(path, path.parent),
         target_section(pairs),
-        f"Fraction of what the machine can do: of the GEMM peak measured beside each case (median {gemm_peak:.0f} GF/s), or, "
-        "for one stream (B1), of the rate at which a matrix-vector product reads the same weights:",
+        "Time of the floor over the time taken. The floor is what the machine cannot do faster: matrix products at the peak "
+        f"measured beside each case (median {gemm_peak:.0f} GF/s), the recurrent weights read at every step at the rate at "
+        "which a loop reads as many bytes, and the threads' meetings:",
         reach_section(pairs),
         overhead_section(pairs),
     ]
     if any(pair.ours["peak_bytes"] is not None for pair in pairs):
-        parts += [
-            "Peak memory of a training step (torch's allocator; bold where ours is larger):",
-            memory_section(pairs),
-        ]
+        parts += ["Peak memory of a training step (torch's allocator; bold where ours is larger):", memory_section(pairs)]
     return "\n\n".join(part for part in parts if part)
 
 
-def block() -> str:
-    """The text between the markers."""
-    return "\n\n".join(map(machine_section, row_files())) or NOTHING
+def machine_page(folder: pathlib.Path) -> str:
+    """All that was measured on one machine."""
+    paths = sorted(folder.glob("*.jsonl"), key=lambda path: (path.stem not in MAIN, list(SUITES).index(path.stem)))
+    return "\n\n".join([f"# {machine_title(paths[0])}", *map(suite_section, paths)]) + "\n"
 
 
-def rewritten(readme: str, text: str) -> str:
-    """`readme` with `text` between the markers. ValueError if they are not there once each, in order."""
-    if readme.count(BEGIN) != 1 or readme.count(END) != 1 or readme.index(BEGIN) > readme.index(END):
-        raise ValueError(f"README.md must hold {BEGIN} and after it {END}, once each")
-    head, rest = readme.split(BEGIN)
-    return f"{head}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}"
+def machine_title(path: pathlib.Path) -> str:
+    about = rows.read(path)[0]
+    return about.get("gpu") or f"{about['cpu']}, {about['cores']} cores, {about['isa']}"
+
+
+def overview(folder: pathlib.Path, paths: list[pathlib.Path]) -> str:
+    """A line for each suite of a machine that has no table in README."""
+    lines = []
+    for path in paths:
+        pairs = measured_pairs(path)
+        slower = [pair for pair in pairs if pair.verdict == "LOSS"]
+        worst = min(pairs, key=lambda pair: pair.speedup or 1.0)
+        lines.append([
+            f"{path.stem}: {SUITES[path.stem].why}", str(len(pairs)), f"{mean_speedup(pairs):.2f}x", str(len(slower)),
+            f"{worst.speedup:.2f}x ({worst.cell.upper()} {worst.mode}, {worst.label})" if worst.speedup else "",
+        ])  # fmt: skip
+    page = folder.relative_to(ROOT).as_posix()
+    table = markdown(["suite", "cases", "geometric mean", "slower than torch", "least"], lines)
+    return f"{table}\n\nEvery table of this machine: [{page}]({page}/README.md)."
+
+
+def machine_section(folder: pathlib.Path) -> str:
+    """README's part about one machine: main table, what was aimed at, pictures, and a line for each other suite."""
+    paths = {path.stem: path for path in sorted(folder.glob("*.jsonl"))}
+    main = [paths[name] for name in MAIN if name in paths]
+    parts = [f"### {machine_title(next(iter(paths.values())))}"]
+    for path in main:
+        pairs = measured_pairs(path)
+        parts += [about_section(pairs), speed_section(pairs), picture_line(path, ROOT), target_section(pairs)]
+    others = [paths[name] for name in SUITES if name in paths and name not in MAIN]
+    parts += [picture_line(paths[name], ROOT) for name in plot.KINDS if name in paths]
+    parts.append(overview(folder, others) if others else "")
+    return "\n\n".join(part for part in parts if part)
+
+
+def machines() -> list[pathlib.Path]:
+    return sorted({path.parent for path in row_files()})
+
+
+def examples_block() -> str:
+    """What the programs under examples/ printed last, from examples/output (written by `python -m examples`)."""
+    lines = []
+    for path in sorted((ROOT / "examples" / "output").glob("*.txt")):
+        command, *_, result = path.read_text().strip().splitlines()
+        lines.append([f"`{command.removeprefix('$ ')}`", result.removeprefix("result: ")])
+    return markdown(["program", "what it printed"], lines).replace("---:", "---") if lines else "Not run yet."
+
+
+def blocks() -> dict[str, str]:
+    """README's generated parts by the word in their markers."""
+    return {"benchmarks": "\n\n".join(map(machine_section, machines())) or NOTHING, "examples": examples_block()}
+
+
+def markers(word: str) -> tuple[str, str]:
+    return f"<!-- {word}:begin -->", f"<!-- {word}:end -->"
+
+
+def rewritten(readme: str, found: dict[str, str]) -> str:
+    """`readme` with each text between its markers. ValueError if they are not there once each, in order."""
+    for word, text in found.items():
+        begin, end = markers(word)
+        if readme.count(begin) != 1 or readme.count(end) != 1 or readme.index(begin) > readme.index(end):
+            raise ValueError(f"README.md must hold {begin} and after it {end}, once each")
+        head, rest = readme.split(begin)
+        readme = f"{head}{begin}\n{text}\n{end}{rest.split(end)[1]}"
+    return readme
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -156,20 +238,25 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="change nothing, exit 1 if something is out of date")
     check = parser.parse_args(arguments).check
     readme = ROOT / "README.md"
+    stale = []
     try:
-        old = readme.read_text()
-        undrawn = [path for path in row_files() if not plot.is_current(path)]
-        for path in [] if check else undrawn:
-            plot.draw(path)
-        new = rewritten(old, block())
+        for path in row_files():
+            if not plot.is_current(path):
+                stale.append(plot.picture_of(path) if check else plot.draw(path))
+        texts = {readme: rewritten(readme.read_text(), blocks())}
+        texts |= {folder / "README.md": machine_page(folder) for folder in machines()}
+        for path, text in texts.items():
+            if not path.exists() or path.read_text() != text:
+                stale.append(path)
+                if not check:
+                    path.write_text(text)
     except (OSError, ValueError) as error:
         print(f"benchmarks.report: {error}", file=sys.stderr)
         return 1
     if not check:
-        readme.write_text(new)
         return 0
-    stale = [plot.picture_of(path).relative_to(ROOT).as_posix() for path in undrawn] + ["README.md"] * (new != old)
-    for name in stale:
+    for path in stale:
+        name = path.relative_to(ROOT).as_posix()
         print(f"benchmarks.report: {name} is out of date: run python -m benchmarks.report", file=sys.stderr)
     return 1 if stale else 0
 

@@ -1,9 +1,11 @@
 """Rows of results: JSON lines, one for each case and provider, and the pairs that tables and plots are made of.
 
-A row says: suite, case, shape, cell, mode, dtype, provider, kernel that ran; gate ("green" or "red", with errors);
-seconds (p20, p50, p80 of a call), gflops and fraction_of_gemm_peak; for one stream weight_gbs and
-fraction_of_bandwidth; for training peak_bytes and resident_peak_bytes; against, speedup, speedup_low, speedup_high
-(95 %); machine, cpu, cores, isa, threads, versions, commit, date. What was not measured is null.
+A row says: suite, case, shape, cell, mode, dtype, provider, kernel that ran; gate ("green" or "red", with errors, or
+"unable" where the provider cannot run the case; gate_worst says why); seconds (p20, p50, p80 of a call), gflops and
+fraction_of_gemm_peak; for one stream weight_gbs and fraction_of_bandwidth; floor_seconds and fraction_of_floor
+(limits.py) and step_latency; on a GPU eager_seconds and graph_seconds, with and without the host; for training
+peak_bytes and resident_peak_bytes; against, speedup, speedup_low, speedup_high (95 %); machine, cpu, cores, isa,
+clock_mhz, threads, versions, commit, date. What was not measured is null.
 """
 
 from __future__ import annotations
@@ -28,8 +30,8 @@ class Pair:
     ours: dict
 
     @property
-    def key(self) -> tuple[str, str, str]:
-        return self.ours["case"], self.ours["dtype"], self.ours["provider"]
+    def key(self) -> tuple[str, str]:
+        return self.ours["case"], self.ours["provider"]
 
     @property
     def group(self) -> str:
@@ -57,8 +59,11 @@ class Pair:
 
     @property
     def verdict(self) -> str:
-        """"RED" (wrong result), "LOSS" (slower beyond the noise), "even" (below 1, within the noise) or ""."""
-        if self.ours["gate"] == "red" or self.theirs["gate"] == "red":
+        """"unable", "RED" (wrong result), "LOSS" (slower beyond the noise), "even" (below 1, within the noise) or ""."""
+        gates = self.ours["gate"], self.theirs["gate"]
+        if "unable" in gates:
+            return "unable"
+        if "red" in gates:
             return "RED"
         if self.speedup is None or self.speedup >= 1:
             return ""
@@ -80,6 +85,8 @@ def shape_label(shape: dict) -> str:
     sizes = " ".join(f"{letter}{shape[letter]}" for letter in "TBIH")
     extras = [f"{shape['layers']} layers"] * (shape["layers"] > 1)
     extras += ["bidirectional"] * shape["bidirectional"] + ["packed"] * shape["packed"]
+    extras += ["ReLU"] * (shape.get("nonlinearity") == "relu")
+    extras += [f"{shape['threads']} thread" + "s" * (shape["threads"] > 1)] if shape.get("threads") else []
     return ", ".join([sizes, *extras])
 
 
@@ -103,11 +110,11 @@ def digest(path: str | pathlib.Path) -> str:
 
 def pairs(rows: list[dict]) -> list[Pair]:
     """Every row that was held against another, with that other."""
-    found = {(row["case"], row["dtype"], row["provider"]): row for row in rows}
+    found = {(row["case"], row["provider"]): row for row in rows}
     return [
-        Pair(found[row["case"], row["dtype"], row["against"]], row)
+        Pair(found[row["case"], row["against"]], row)
         for row in rows
-        if row["against"] and (row["case"], row["dtype"], row["against"]) in found
+        if row["against"] and (row["case"], row["against"]) in found
     ]
 
 

@@ -1,8 +1,10 @@
-"""Measure a suite: correctness first, then torch.nn and fusedrnn in turn, in one process.
+"""Measure suites: correctness first, then torch.nn and fusedrnn in turn, in one process.
 
     python -m benchmarks.run --suite cpu              all of it; rows to results/<machine>/cpu.jsonl
     python -m benchmarks.run --suite cpu --quick      under 3 minutes, wider intervals, rows only with --out
+    python -m benchmarks.run --suite all              every suite of this device, each to its own file
     python -m benchmarks.run --suite cpu --only 'lstm/training/.*H512'
+    python -m benchmarks.run --suite deepbench-train --device cpu --steps 25
 
 Exit status: 0; 1 if a result was wrong (such a case has no speed); 130 if interrupted.
 """
@@ -13,7 +15,6 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
-import functools
 import json
 import math
 import os
@@ -23,12 +24,16 @@ import sys
 
 import torch
 
-from . import gate, machine, rows, table, timing
+from . import gate, limits, machine, rows, table, timing
 from .memory import Meter
 from .progress import Progress
-from .providers import PROVIDERS, TorchProvider, provider_named
-from .shapes import CELLS, SUITES, Case, cases
+from .providers import PROVIDERS, Provider, TorchProvider, provider_named
+from .shapes import MODES, Case
+from .suites import SUITES, cases, suites_of
 from .workload import Workload
+
+USUAL = "torch,fusedrnn"
+LARGE = 5e10  # flops beyond which the gate judges a shortened case: float64 beside it would take longer than the measurement
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,94 +44,126 @@ class Effort:
     least_rounds: int
     peak_seconds: float  # for the GEMM peak, before and after
     memory_flops: float  # training steps of more work than this have no memory measured
+    minutes: float = math.inf  # cases that would not be done by then are left out, and named
 
 
-FULL = Effort(seconds=4.0, least_rounds=15, peak_seconds=0.2, memory_flops=math.inf)
-QUICK = Effort(seconds=0.5, least_rounds=2, peak_seconds=0.05, memory_flops=4e9)
+FULL = Effort(seconds=4.0, least_rounds=15, peak_seconds=0.2, memory_flops=2e11)
+QUICK = Effort(seconds=0.5, least_rounds=2, peak_seconds=0.05, memory_flops=4e9, minutes=2.8)
 
 
 class Run:
     """One run of a suite. The first provider is the baseline, the others are held against it."""
 
-    def __init__(self, suite: str, providers: list, effort: Effort, meter: Meter | None = None):
-        self.suite, self.providers, self.effort, self.meter = suite, providers, effort, meter
-        self.device = SUITES[suite].device
-        self.about = machine.describe(self.device) | {"date": datetime.date.today().isoformat(), "quick": effort is QUICK}
+    def __init__(self, suite: str, device: str, providers: list[Provider], effort: Effort, meter: Meter | None = None):
+        self.suite, self.device, self.providers, self.effort, self.meter = suite, device, providers, effort, meter
+        self.threads = torch.get_num_threads()
+        quick = effort.seconds < FULL.seconds
+        self.about = machine.describe(device) | {"date": datetime.date.today().isoformat(), "quick": quick}
         self.gemm_peak = 0.0  # flop/s, the highest met so far
-        self.bandwidth = functools.cache(machine.matvec_bandwidth)
+        self.clock = timing.clock(device)
 
     def measure(self, case: Case) -> list[dict]:
         """The rows of a case, one for each provider."""
-        workloads = [Workload(case, provider) for provider in self.providers]
+        refusals = {provider.name: provider.refuses(case) for provider in self.providers}
+        refused = [self._row(case, name, gate="unable", gate_worst=why) for name, why in refusals.items() if why]
+        able = [provider for provider in self.providers if not refusals[provider.name]]
+        torch.set_num_threads(case.shape.threads or self.threads)
+        try:
+            return self._measure(case, able) + refused
+        finally:
+            torch.set_num_threads(self.threads)
+
+    def _measure(self, case: Case, providers: list[Provider]) -> list[dict]:
+        workloads = [Workload(case, provider) for provider in providers]
         verdicts = [self._judge(case, workload) for workload in workloads]
-        measured = [self._row(case, workload, verdict) for workload, verdict in zip(workloads, verdicts)]
-        if not all(verdict.passed for verdict in verdicts):
-            return measured  # a wrong result has no speed, and there is nothing to hold the others against
+        measured = [self._judged(case, workload, verdict) for workload, verdict in zip(workloads, verdicts)]
+        sound = [i for i, verdict in enumerate(verdicts) if verdict.passed]  # a wrong result has no speed
+        if not sound:
+            return measured
         before = self._gemm_peak(case)
-        samples = timing.interleave([w.call for w in workloads], self.effort.seconds, self.effort.least_rounds, device=self.device)
+        samples = timing.interleave(
+            [workloads[i].call for i in sound], self.effort.seconds, self.effort.least_rounds,
+            around=[workloads[i].around for i in sound], clock=self.clock,
+        )  # fmt: skip
         peak = max(before, self._gemm_peak(case))  # beside the case: machines have slow spells
         self.gemm_peak = max(self.gemm_peak, peak)
-        for row, times in zip(measured, samples):
-            row |= self._speed(case, times, peak)
-            if row["against"]:
+        baseline = samples[0] if sound[0] == 0 and providers[0] is self.providers[0] else None
+        for i, times in zip(sound, samples):
+            measured[i] |= self._speed(case, times, peak)
+            if measured[i]["against"] and baseline:
                 names = ("speedup", "speedup_low", "speedup_high")
-                row |= {k: round(v, 4) for k, v in zip(names, timing.ratio_interval(samples[0], times))}
+                measured[i] |= {k: round(v, 4) for k, v in zip(names, timing.ratio_interval(baseline, times))}
         if self.meter and case.mode == "training" and case.flops <= self.effort.memory_flops:
             peaks = self.meter.measure(case)
             for row in measured:
                 row |= peaks.get(row["provider"], {})
-        if self.device == "cuda" and case.mode == "training":
-            for row, workload in zip(measured, workloads):
-                row["peak_bytes"] = cuda_peak(workload.call)
+        if self.device == "cuda":
+            for i in sound:
+                with workloads[i].around():
+                    measured[i] |= timing.launch_times(workloads[i].call)
+                    measured[i]["peak_bytes"] = cuda_peak(workloads[i].call) if case.mode == "training" else None
         return measured
 
     def _judge(self, case: Case, workload: Workload) -> gate.Verdict:
         if type(workload.provider) is TorchProvider:
             return gate.judge(workload, workload)  # the one that others are held against, for which nothing more is made
-        if self.device == "cpu":
+        if self.device == "cpu" and case.flops < LARGE:
             return gate.judge(workload, Workload(case, TorchProvider()))
         short = case.shortened()
         return gate.judge(Workload(short, workload.provider), Workload(short, TorchProvider()))
 
     def _gemm_peak(self, case: Case) -> float:
-        return machine.gemm_peak(self.effort.peak_seconds, *([4096, self.device, case.dtype] if self.device == "cuda" else []))
+        return limits.gemm_peak(self.effort.peak_seconds, 4096 if self.device == "cuda" else 1024, self.device, case.dtype)
 
-    def _row(self, case: Case, workload: Workload, verdict: gate.Verdict) -> dict:
-        """A row with everything but speed and memory."""
-        name = workload.provider.name
-        unmeasured = ["seconds", "rounds", "gflops", "gemm_peak_gflops", "fraction_of_gemm_peak", "weight_gbs"]
-        unmeasured += ["fraction_of_bandwidth", "peak_bytes", "resident_peak_bytes", "speedup", "speedup_low", "speedup_high"]
+    def _row(self, case: Case, name: str, **known) -> dict:
+        """A row of what is known without measuring, and null for the rest."""
+        unmeasured = ["kernel", "error", "torch_error", "seconds", "rounds", "gflops", "gemm_peak_gflops"]
+        unmeasured += ["fraction_of_gemm_peak", "weight_gbs", "fraction_of_bandwidth", "floor_seconds", "fraction_of_floor"]
+        unmeasured += ["step_latency", "eager_seconds", "graph_seconds", "peak_bytes", "resident_peak_bytes"]
+        unmeasured += ["speedup", "speedup_low", "speedup_high"]
         return {
             "suite": self.suite,
             "case": case.name,
-            "shape": {k: v for k, v in dataclasses.asdict(case.shape).items() if k not in ("why", "source")},
+            "shape": {k: v for k, v in dataclasses.asdict(case.shape).items() if k not in ("why", "source", "cells")},
             "cell": case.cell,
             "mode": case.mode,
             "dtype": case.dtype,
             "provider": name,
-            "kernel": workload.kernel() if verdict.passed else None,
-            "gate": "green" if verdict.passed else "red",
-            "gate_worst": verdict.worst,
-            "error": verdict.error,
-            "torch_error": verdict.torch_error,
             "against": None if name == self.providers[0].name else self.providers[0].name,
             **dict.fromkeys(unmeasured),
             **self.about,
+            "threads": case.shape.threads or self.threads,
+            **known,
         }
 
+    def _judged(self, case: Case, workload: Workload, verdict: gate.Verdict) -> dict:
+        return self._row(
+            case, workload.provider.name,
+            gate="green" if verdict.passed else "red",
+            gate_worst=verdict.worst,
+            kernel=workload.kernel() if verdict.passed else None,
+            error=verdict.error,
+            torch_error=verdict.torch_error,
+        )  # fmt: skip
+
     def _speed(self, case: Case, times: list[float], gemm_peak: float) -> dict:
-        quantiles = {f"p{q}": timing.quantile(times, q / 100) for q in (20, 50, 80)}
-        speed = case.flops / quantiles["p50"]
+        threads = case.shape.threads or self.threads
+        seconds = {f"p{q}": timing.quantile(times, q / 100) for q in (20, 50, 80)}
+        speed = case.flops / seconds["p50"]
+        floor = limits.floor_seconds(case, gemm_peak, threads)
         found = {
-            "seconds": {k: float(f"{v:.5g}") for k, v in quantiles.items()},
+            "seconds": {k: float(f"{v:.5g}") for k, v in seconds.items()},
             "rounds": len(times),
             "gflops": round(speed / 1e9, 3),
             "gemm_peak_gflops": round(gemm_peak / 1e9, 1),
             "fraction_of_gemm_peak": round(speed / gemm_peak, 4),
+            "floor_seconds": floor and float(f"{floor:.5g}"),
+            "fraction_of_floor": floor and round(floor / seconds["p50"], 4),
+            "step_latency": limits.step_latency(self.device, threads),
         }
-        if self.device == "cpu" and case.shape.B == 1 and case.shape.T > 1:  # one stream: reading the weights is the bound
-            rate = case.weight_bytes / quantiles["p50"]
-            reachable = self.bandwidth(CELLS[case.cell] * case.shape.H, case.shape.H)
+        reachable = limits.read_bandwidth(int(case.recurrent_bytes), threads) if self.device == "cpu" else None
+        if reachable and case.shape.B == 1:  # one stream: reading the weights is the bound
+            rate = case.recurrent_bytes * case.steps / seconds["p50"]
             found |= {"weight_gbs": round(rate / 1e9, 3), "fraction_of_bandwidth": round(rate / reachable, 4)}
         return found
 
@@ -144,93 +181,138 @@ def cuda_peak(step) -> int:
 def weight(case: Case, effort: Effort) -> float:
     """Roughly the seconds a case takes, for the time left."""
     once = case.flops / (2e13 if case.device == "cuda" else 4e10)  # torch and ours together, in the middle
-    return effort.seconds + 2 * effort.peak_seconds + 0.3 + (2 * effort.least_rounds + 6) * once
+    rounds = max(timing.FEWEST, min(effort.least_rounds, timing.PATIENCE * effort.seconds / once))
+    gated = min(case.flops, LARGE) / case.flops  # float64 truth and a call of each
+    return effort.seconds + 2 * effort.peak_seconds + 0.3 + (2 * rounds + 3 + 6 * gated) * once
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.splitlines()[0])
-    parser.add_argument("--suite", choices=SUITES, default="cpu")
-    parser.add_argument("--quick", action="store_true", help="under 3 minutes, wider intervals")
+    parser.add_argument("--suite", choices=[*SUITES, "all"], default="cpu")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: the GPU if torch sees one and the suite can use it")
+    parser.add_argument("--quick", action="store_true", help="under 3 minutes a suite, wider intervals")
+    parser.add_argument("--minutes", type=float, help="leave out, and name, the cases that would not be done by then")
     parser.add_argument("--out", type=pathlib.Path, help="file for the rows (a full run has a place of its own)")
     parser.add_argument("--only", metavar="PATTERN", help="regular expression on names like lstm/training/T100-B1-...")
+    parser.add_argument("--modes", help=f"comma-separated, of {', '.join(MODES)}; default: the suite's own")
+    parser.add_argument("--steps", type=int, help="cut sequences to this many steps")
     parser.add_argument("--threads", type=int, help="default: torch's own choice")
     names = ", ".join(PROVIDERS)
-    parser.add_argument("--providers", default="torch,fusedrnn", help=f"baseline first; there are {names}")
+    parser.add_argument("--providers", default=USUAL, help=f"baseline first; there are {names}")
     parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
-    parser.add_argument("--list", action="store_true", help="print the shapes with their reasons and stop")
+    parser.add_argument("--list", action="store_true", help="print the suites or the suite's shapes with reasons, and stop")
     options = parser.parse_args(arguments)
     try:
         re.compile(options.only or "")
     except re.error as error:
         parser.error(f"--only {options.only!r} is no regular expression: {error}")
-    if not cases(options.suite, options.only):
-        parser.error(f"--only {options.only!r} matches no case of suite {options.suite}")
-    unknown = [name for name in options.providers.split(",") if name not in PROVIDERS]
-    if unknown:
-        parser.error(f"no provider is called {unknown[0]!r}; there are {names}")
-    if SUITES[options.suite].device == "cuda" and not torch.cuda.is_available():
+    for name in ("threads", "steps"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name} must be at least 1, got {value}")
+    for name, known in (("providers", PROVIDERS), ("modes", MODES)):
+        unknown = [word for word in (getattr(options, name) or "").split(",") if word and word not in known]
+        if unknown:
+            parser.error(f"no {name.rstrip('s')} is called {unknown[0]!r}; there are {', '.join(known)}")
+    options.modes = tuple(options.modes.split(",")) if options.modes else None
+    usable = SUITES[options.suite].devices if options.suite != "all" else ("cuda", "cpu")
+    on_gpu = usable == ("cuda",) or ("cuda" in usable and torch.cuda.is_available())
+    options.device = options.device or ("cuda" if on_gpu else "cpu")
+    if options.device not in usable:
+        parser.error(f"suite {options.suite} is not measured on {options.device}")
+    if options.device == "cuda" and not torch.cuda.is_available():
         parser.error(f"suite {options.suite} needs a GPU that torch sees")
-    if options.threads is not None and options.threads < 1:
-        parser.error(f"--threads must be at least 1, got {options.threads}")
-    if options.out is None and not (options.quick or options.only or options.providers != "torch,fusedrnn"):
-        options.out = machine.RESULTS / machine.machine_name(SUITES[options.suite].device) / f"{options.suite}.jsonl"
+    if options.suite == "all" and options.out:
+        parser.error("--suite all writes a file for each suite: --out names only one")
+    options.suites = suites_of(options.device) if options.suite == "all" else [options.suite]
+    if not any(chosen_cases(options, suite) for suite in options.suites):
+        parser.error(f"--only {options.only!r} matches no case of suite {options.suite}")
     return options
 
 
-def print_shapes(suite: str) -> None:
-    for shape in SUITES[suite].shapes:
-        print(f"{shape.name:<32} {shape.why}\n{'':<32} {shape.source}")
+def chosen_cases(options: argparse.Namespace, suite: str) -> list[Case]:
+    threads = options.threads or torch.get_num_threads()
+    return cases(suite, options.only, device=options.device, modes=options.modes, steps=options.steps, threads=threads)
 
 
-def measure_all(run: Run, chosen: list[Case], write) -> list[dict]:
-    """Measure every case, handing each row to `write` as soon as it is there."""
+def rows_file(options: argparse.Namespace, suite: str) -> pathlib.Path | None:
+    """Where the rows go: --out, or for a full run the place of committed rows."""
+    if options.out or options.quick or options.only or options.modes or options.providers != USUAL:
+        return options.out
+    return machine.RESULTS / machine.machine_name(options.device) / f"{suite}.jsonl"
+
+
+def print_shapes(suites: list[str]) -> None:
+    for suite in suites:
+        print(f"{suite}: {SUITES[suite].why}")
+        for shape in SUITES[suite].shapes:
+            print(f"  {shape.name:<32} {' '.join(shape.cells)}: {shape.why}\n  {'':<32} {shape.source}")
+
+
+def measure_all(run: Run, chosen: list[Case], write) -> tuple[list[dict], list[Case]]:
+    """Measure every case, handing each row to `write` as soon as it is there: (rows, cases there was no time for)."""
     progress = Progress(sum(weight(case, run.effort) for case in chosen))
-    found = []
+    found, left_out = [], []
     try:
         for case in chosen:
+            heavy = weight(case, run.effort)
+            if progress.seconds_until(heavy) > 60 * run.effort.minutes:
+                left_out.append(case)
+                progress.forget(heavy)
+                continue
             progress.show(case.name)
             for row in run.measure(case):
                 found.append(row)
                 write(row)
-            progress.advance(weight(case, run.effort))
+            progress.advance(heavy)
     finally:
         progress.clear()
-    return found
+    return found, left_out
+
+
+def run_suite(options: argparse.Namespace, suite: str) -> bool:
+    """Measures and prints one suite; True if no result was wrong. If stopped, it leaves the rows so far in a .partial file."""
+    names, chosen, out = options.providers.split(","), chosen_cases(options, suite), rows_file(options, suite)
+    effort = QUICK if options.quick else FULL
+    effort = dataclasses.replace(effort, minutes=options.minutes or effort.minutes)
+    partial = out and out.with_name(out.name + ".partial")
+    with contextlib.ExitStack() as stack:
+        write = lambda row: None  # noqa: E731
+        if out:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(partial.open("w"))
+            write = lambda row: print(json.dumps(row), file=file, flush=True)  # noqa: E731
+        training = any(case.mode == "training" and case.device == "cpu" for case in chosen) and not options.no_memory
+        meter = stack.enter_context(Meter(names, torch.get_num_threads())) if training else None
+        run = Run(suite, options.device, [provider_named(name) for name in names], effort, meter)
+        try:
+            found, left_out = measure_all(run, chosen, write)
+        except KeyboardInterrupt:
+            print(f"interrupted{f'; the rows so far are in {partial}' if out else ''}", file=sys.stderr)
+            raise
+    if out:
+        os.replace(partial, out)
+    measured, about = rows.pairs(found), run.about
+    print(f"{suite}: {about['gpu'] or about['cpu']}, {about['threads']} threads, torch {about['versions']['torch']}, ", end="")
+    print(f"GEMM peak {run.gemm_peak / 1e9:.0f} GF/s\n\n{table.case_table(measured)}\n\n{table.summary(measured)}")
+    if left_out:
+        print(f"\nno time for {len(left_out)} cases: {', '.join(case.name for case in left_out)}")
+    print(f"\nrows: {out}\n" if out else "\nrows not written (a full run or --out FILE writes them)\n", flush=True)
+    return not any(row["gate"] == "red" for row in found)
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     if options.list:
-        print_shapes(options.suite)
+        print_shapes(options.suites)
         return 0
     if options.threads:
         torch.set_num_threads(options.threads)
-    names = options.providers.split(",")
-    chosen = cases(options.suite, options.only)
-    partial = None
-    with contextlib.ExitStack() as stack:
-        write = lambda row: None  # noqa: E731
-        if options.out:
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            partial = options.out.with_name(options.out.name + ".partial")
-            file = stack.enter_context(partial.open("w"))
-            write = lambda row: print(json.dumps(row), file=file, flush=True)  # noqa: E731
-        training = any(case.mode == "training" and case.device == "cpu" for case in chosen) and not options.no_memory
-        meter = stack.enter_context(Meter(names, torch.get_num_threads())) if training else None
-        run = Run(options.suite, [provider_named(name) for name in names], QUICK if options.quick else FULL, meter)
-        try:
-            found = measure_all(run, chosen, write)
-        except KeyboardInterrupt:
-            print(f"interrupted{f'; the rows so far are in {partial}' if partial else ''}", file=sys.stderr)
-            return 130
-    if options.out:
-        os.replace(partial, options.out)
-    measured = rows.pairs(found)
-    about = run.about
-    print(f"{about['cpu']}, {about['threads']} threads, {about['isa']}, torch {about['versions']['torch']}, ", end="")
-    print(f"GEMM peak {run.gemm_peak / 1e9:.0f} GF/s\n\n{table.case_table(measured)}\n\n{table.summary(measured)}")
-    print(f"\nrows: {options.out}" if options.out else "\nrows not written (a full run or --out FILE writes them)")
-    return 1 if any(row["gate"] == "red" for row in found) else 0
+    try:
+        sound = [run_suite(options, suite) for suite in options.suites if chosen_cases(options, suite)]
+    except KeyboardInterrupt:
+        return 130
+    return 0 if all(sound) else 1
 
 
 if __name__ == "__main__":

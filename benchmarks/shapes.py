@@ -1,15 +1,21 @@
-"""What is measured: shapes with a reason and a source each, suites of them, and the speeds aimed at.
+"""What can be measured: a shape of a stack of layers, and a case, which is a shape with cell, mode, dtype and device.
 
-A new suite is one more entry of SUITES; nothing else knows the shapes.
+Which of them are measured is in suites.py.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import re
 
 CELLS = {"rnn": 1, "gru": 3, "lstm": 4}  # gates of a cell: rows of its weights, in units of H
-MODES = ("inference", "training")  # module.eval() under no_grad; forward + backward for the input and every weight
+# Work of a mode's matrix products in units of the forward pass's, and how often it passes over the sequence.
+MODES = {
+    "inference": (1, 1),  # module.eval() under no_grad
+    "forward": (1, 1),  # the forward half of a training step, which keeps what backward needs
+    "backward": (2, 1),  # the other half: gradients for the input and every weight, of a graph kept between calls
+    "training": (3, 2),  # both
+}
+USUAL_MODES = ("inference", "training")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +31,9 @@ class Shape:
     layers: int = 1
     bidirectional: bool = False
     packed: bool = False  # B lengths spread evenly over 1..T
+    nonlinearity: str = "tanh"  # of the RNN
+    cells: tuple[str, ...] = tuple(CELLS)  # those that this shape is about
+    threads: int | None = None  # None: as many as the run has
     group: str = "padded"  # "padded" and "packed" have targets for their mean; "overhead" is the cost of one call
 
     @property
@@ -34,6 +43,7 @@ class Shape:
     @property
     def name(self) -> str:
         tail = f"-L{self.layers}" * (self.layers > 1) + "-bi" * self.bidirectional + "-packed" * self.packed
+        tail += f"-{self.nonlinearity}" * (self.nonlinearity != "tanh") + f"-{self.threads}threads" * bool(self.threads)
         return f"T{self.T}-B{self.B}-I{self.I}-H{self.H}{tail}"
 
     @property
@@ -49,20 +59,20 @@ class Shape:
         return [self.I] + [self.directions * self.H] * (self.layers - 1)
 
     def flops(self, cell: str, mode: str) -> float:
-        """Multiplications and additions of the matrix products; the backward pass has twice the forward's."""
+        """Multiplications and additions of the matrix products."""
         forward = sum(
             2.0 * sum(self.lengths) * self.directions * CELLS[cell] * self.H * (width + self.H)
             for width in self.layer_inputs
         )
-        return forward * (3 if mode == "training" else 1)
+        return forward * MODES[mode][0]
 
-    def weight_bytes(self, cell: str, mode: str, itemsize: int = 4) -> float:
-        """Bytes of recurrent weights that a pass over the sequence reads: all of them, at every step.
+    def steps(self, mode: str) -> int:
+        """Steps that follow on one another: layers wait for each other, directions do not."""
+        return self.T * self.layers * MODES[mode][1]
 
-        For B = 1 this traffic, not arithmetic, is what bounds the speed. The backward pass reads them once more.
-        """
-        recurrent = self.layers * self.directions * CELLS[cell] * self.H * self.H * itemsize
-        return float(recurrent * self.T * (2 if mode == "training" else 1))
+    def recurrent_bytes(self, cell: str, itemsize: int = 4) -> float:
+        """Bytes of recurrent weights that one step of one layer reads."""
+        return float(self.directions * CELLS[cell] * self.H * self.H * itemsize)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,151 +94,30 @@ class Case:
         shape = dataclasses.replace(self.shape, T=min(self.shape.T, most), B=min(self.shape.B, most))
         return dataclasses.replace(self, shape=shape)
 
+    def cut(self, steps: int | None) -> Case:
+        """The case with at most this many steps."""
+        return dataclasses.replace(self, shape=dataclasses.replace(self.shape, T=min(self.shape.T, steps or self.shape.T)))
+
     @property
     def flops(self) -> float:
         return self.shape.flops(self.cell, self.mode)
 
     @property
-    def weight_bytes(self) -> float:
-        return self.shape.weight_bytes(self.cell, self.mode)
+    def itemsize(self) -> int:
+        return {"float64": 8, "float32": 4}.get(self.dtype, 2)
 
+    @property
+    def recurrent_bytes(self) -> float:
+        return self.shape.recurrent_bytes(self.cell, self.itemsize)
 
-DEEPBENCH = "DeepBench, rnn_problems.h"
+    @property
+    def steps(self) -> int:
+        return self.shape.steps(self.mode)
 
-CPU_SHAPES = (
-    Shape(
-        *(100, 1, 64, 64),
-        why="One stream through a small model: the cost of a step is all there is.",
-        source="keyword spotting and control policies; cf. DeepBench's device set",
-    ),
-    Shape(
-        *(100, 1, 256, 256),
-        why="One stream whose weights just leave the innermost cache.",
-        source="DeepBench's device set has LSTM 256, batch 1",
-    ),
-    Shape(
-        *(28, 100, 28, 128),
-        why="Handwritten digits, a row a step: the layer most people meet first.",
-        source="the MNIST tutorials for recurrent layers",
-    ),
-    Shape(
-        *(100, 16, 256, 256),
-        why="Training at a small batch: between latency and arithmetic.",
-        source="DeepBench, LSTM 256, batch 16, shortened to 100 steps",
-    ),
-    Shape(
-        *(50, 64, 512, 512),
-        why="Bound by arithmetic: oneDNN runs its LSTM near the GEMM peak here.",
-        source="sequence-to-sequence encoders, batch 64, sentences of 50",
-    ),
-    Shape(
-        *(25, 32, 1024, 1024),
-        why="Large weights that must come through the cache at every step.",
-        source=f"{DEEPBENCH}: LSTM 1024, batch 32, 25 steps",
-    ),
-    Shape(
-        *(25, 1, 1024, 1024),
-        why="Answering one request: bound by reading the weights.",
-        source=f"{DEEPBENCH}: LSTM 1024, batch 1, 25 steps (server inference)",
-    ),
-    Shape(
-        *(37, 7, 19, 45),
-        why="Odd and prime sizes: no vector and no tile divides them.",
-        source="made up, against kernels that suit round sizes only",
-    ),
-    Shape(
-        *(60, 32, 128, 256),
-        why="A tagger or speech encoder: two layers, both directions.",
-        source="BiLSTM encoders",
-        layers=2,
-        bidirectional=True,
-    ),
-    Shape(
-        *(100, 32, 128, 256),
-        why="Sentences of 1 to 100 words, packed.",
-        source="text classifiers on PackedSequence",
-        packed=True,
-        group="packed",
-    ),
-    Shape(
-        *(1, 1, 64, 64),
-        why="One call of one step: everything but the arithmetic.",
-        source="step-by-step decoding and control",
-        group="overhead",
-    ),
-)
+    def to_json(self) -> dict:
+        return dataclasses.asdict(self)
 
-GPU_SHAPES = (
-    Shape(
-        *(1024, 16, 768, 768),
-        why="A language model's layer at the batch that a GPU is left idle by.",
-        source="FlashRNN's grid: batch 16, 1024 steps",
-    ),
-    Shape(
-        *(256, 2048, 128, 128),
-        why="Many environments, a small memory each: no step fills the chip by its depth.",
-        source="reinforcement learning, cf. TorchRL's LSTM benchmark",
-    ),
-    Shape(
-        *(500, 32, 512, 512),
-        why="A speech encoder: two layers, both directions.",
-        source="BiLSTM acoustic models",
-        layers=2,
-        bidirectional=True,
-    ),
-    Shape(
-        *(1500, 32, 1024, 1024),
-        why="Speech at full length: weights of 8 to 16 MiB, read at every step.",
-        source="DeepBench, speech recognition, hidden 1024, batch 32",
-    ),
-    Shape(
-        *(1000, 1, 64, 64),
-        why="One stream through a small model: the cost of a step is all there is.",
-        source="keyword spotting and control policies",
-    ),
-    Shape(
-        *(500, 32, 512, 512),
-        why="Sentences of 1 to 500 steps, packed.",
-        source="the speech encoder's layer on PackedSequence",
-        packed=True,
-        group="packed",
-    ),
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class Suite:
-    """Shapes, each measured for every cell and mode in every dtype, on one device."""
-
-    shapes: tuple[Shape, ...]
-    dtypes: tuple[str, ...] = ("float32",)
-    device: str = "cpu"
-
-
-SUITES = {"cpu": Suite(CPU_SHAPES), "gpu": Suite(GPU_SHAPES, ("float32", "bfloat16", "float16"), "cuda")}
-
-# Geometric mean of torch time / fusedrnn time to reach; the packed group has one target for all cells and modes.
-TARGETS = {
-    ("padded", "rnn", "inference"): 2.5,
-    ("padded", "rnn", "training"): 3.5,
-    ("padded", "gru", "inference"): 3.0,
-    ("padded", "gru", "training"): 4.0,
-    ("padded", "lstm", "inference"): 1.7,
-    ("padded", "lstm", "training"): 2.0,
-    ("packed", None, None): 3.0,
-}
-
-
-def cases(suite: str, only: str | None = None) -> list[Case]:
-    """Every case of a suite, or those whose name (``lstm/training/T100-B1-I64-H64``) matches the pattern `only`."""
-    chosen = SUITES[suite]
-    every = [
-        Case(shape, cell, mode, dtype, chosen.device)
-        for shape in chosen.shapes for dtype in chosen.dtypes for cell in CELLS for mode in MODES
-    ]  # fmt: skip
-    return [case for case in every if only is None or re.search(only, case.name)]
-
-
-def case_named(name: str) -> Case:
-    """The case of this name, from whichever suite has it. KeyError if none has."""
-    return {case.name: case for suite in SUITES for case in cases(suite)}[name]
+    @staticmethod
+    def from_json(found: dict) -> Case:
+        shape = found["shape"] | {"cells": tuple(found["shape"]["cells"])}
+        return Case(**found | {"shape": Shape(**shape)})

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from .rows import Pair, mean_speedup
-from .shapes import CELLS, MODES, TARGETS
+from .shapes import CELLS, USUAL_MODES
+from .suites import TARGETS
 
 
 def seconds_text(seconds: float | None) -> str:
@@ -37,20 +38,23 @@ def grid(header: list[str], lines: list[list[str]], left: int = 1) -> str:
 def case_table(pairs: list[Pair]) -> str:
     """A line for each case: times, ratio with its interval, fractions of what the machine can, memory, losses."""
     header = ["shape", "cell", "mode", "kernel", "torch", "ours", "ratio", "95 %"]
-    header += ["GF/s", "of GEMM", "of cache bw", "MiB torch", "MiB ours", ""]
+    header += ["GF/s", "of GEMM", "of cache bw", "of floor", "MiB torch", "MiB ours", ""]
+    several = len({pair.ours["provider"] for pair in pairs}) > 1
     lines = []
     for pair in pairs:
         theirs, ours = pair.theirs, pair.ours
-        line = [pair.label, pair.cell, pair.mode, ours["kernel"] or "-"]
+        name = f"{ours['provider']}: " if several else ""
+        line = [pair.label, pair.cell, pair.mode, name + (ours["kernel"] or "-")]
         if pair.speedup is None:
-            line += ["-"] * 9
+            line += ["-"] * 10
         else:
             line += [seconds_text(theirs["seconds"]["p50"]), seconds_text(ours["seconds"]["p50"])]
             line += [f"{pair.speedup:.2f}", f"{ours['speedup_low']:.2f}..{ours['speedup_high']:.2f}"]
             line += [f"{ours['gflops']:.1f}", percent_text(ours["fraction_of_gemm_peak"])]
-            line += [percent_text(ours["fraction_of_bandwidth"])]
+            line += [percent_text(ours["fraction_of_bandwidth"]), percent_text(ours.get("fraction_of_floor"))]
             line += [bytes_text(theirs["peak_bytes"]), bytes_text(ours["peak_bytes"])]
         notes = [pair.verdict] * bool(pair.verdict) + ["MEMORY"] * pair.more_memory
+        notes += [f"({row['gate_worst']})" for row in (theirs, ours) if row["gate"] == "unable"]
         lines.append([*line, " ".join(notes)])
     return grid(header, lines, left=4)
 
@@ -58,9 +62,9 @@ def case_table(pairs: list[Pair]) -> str:
 def target_lines(pairs: list[Pair]) -> list[tuple[str, int, float, float | None]]:
     """(what, number of cases, geometric mean, target or None) for each group, cell and mode that was measured."""
     found = []
-    targets = {} if any(pair.on_gpu for pair in pairs) else TARGETS
+    targets = TARGETS if all(pair.ours["suite"] == "cpu" for pair in pairs) else {}
     for cell in CELLS:
-        for mode in MODES:
+        for mode in USUAL_MODES:
             some = [p for p in pairs if (p.group, p.cell, p.mode) == ("padded", cell, mode) and p.speedup]
             if some:
                 found.append((f"{cell} {mode}", len(some), mean_speedup(some), targets.get(("padded", cell, mode))))
@@ -75,24 +79,35 @@ def target_lines(pairs: list[Pair]) -> list[tuple[str, int, float, float | None]
 
 
 def summary(pairs: list[Pair]) -> str:
-    """Geometric means beside their targets, then everything that is not as promised."""
+    """For each provider: geometric means beside their targets, then everything that is not as promised."""
+    providers = list(dict.fromkeys(pair.ours["provider"] for pair in pairs))
+    parts = []
+    for provider in providers:
+        text = provider_summary([pair for pair in pairs if pair.ours["provider"] == provider])
+        parts.append(f"{provider}:\n\n{text}" if len(providers) > 1 else text)
+    return "\n\n".join(parts)
+
+
+def provider_summary(pairs: list[Pair]) -> str:
     lines = []
-    for what, count, mean, target in target_lines(pairs):
+    targets = [] if pairs[0].ours["provider"] != "fusedrnn" else target_lines(pairs)
+    for what, count, mean, target in targets or [("all", len(pairs), mean_speedup(pairs), None)]:
         aim = [f"{target:.1f}", "SHORT" if mean < target else ""] if target else ["", ""]
         lines.append([what, str(count), f"{mean:.2f}", *aim])
-    parts = [grid(["geometric mean of torch / ours", "cases", "measured", "target", ""], lines)] if lines else []
+    parts = [grid(["geometric mean of torch / ours", "cases", "measured", "target", ""], lines)]
     overhead = [pair for pair in pairs if pair.group == "overhead" and pair.speedup]
     if overhead:
         times = [[seconds_text(row["seconds"]["p50"]) for row in (pair.theirs, pair.ours)] for pair in overhead]
         lines = [[f"{pair.cell} {pair.mode}", *two] for pair, two in zip(overhead, times)]
         parts.append(grid(["one call of one step", "torch", "ours"], lines))
-    counts = {verdict: [pair for pair in pairs if pair.verdict == verdict] for verdict in ("LOSS", "even", "RED")}
+    by = {verdict: [pair for pair in pairs if pair.verdict == verdict] for verdict in ("LOSS", "even", "RED", "unable")}
     parts.append(
-        f"{len(pairs)} cases: {len(counts['LOSS'])} losses, {len(counts['even'])} within the noise of 1, "
-        f"{len(counts['RED'])} wrong, {sum(pair.more_memory for pair in pairs)} with more memory than torch"
+        f"{len(pairs)} cases: {len(by['LOSS'])} losses, {len(by['even'])} within the noise of 1, "
+        f"{len(by['RED'])} wrong, {sum(pair.more_memory for pair in pairs)} with more memory than torch"
+        + (f", {len(by['unable'])} that cannot be run" if by["unable"] else "")
     )
     complaints = [
         f"{pair.verdict} {pair.ours['case']}: " + (f"{pair.speedup:.2f}x" if pair.speedup else pair.ours["gate_worst"])
-        for pair in counts["LOSS"] + counts["RED"]
+        for pair in by["LOSS"] + by["RED"]
     ]
     return "\n\n".join(parts) + "".join(f"\n  {line}" for line in complaints)

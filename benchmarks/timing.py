@@ -1,47 +1,112 @@
 """The clock: two or more calls timed in turn, in one process, and what their times say.
 
-The runs alternate A B, B A, A B, ... so that a slow spell of the machine, heat and clock speed meet all alike. A
-sample is the mean time of a call over a block of calls that lasts at least BLOCK_SECONDS: within a block a call
-finds its own weights in the cache, as in a program that uses one module.
+The runs alternate A B, B A, A B, ... so that a slow spell of the machine, heat and clock speed meet all alike.
+
+On a CPU a sample is the mean time of a call over a block of calls that lasts at least BLOCK_SECONDS: within a block a
+call finds its own weights in the cache, as in a program that uses one module. On a GPU a sample is one call, by the
+GPU's own clock, after its second-level cache has been overwritten: what a layer finds there in a model is the work of
+other layers.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
 BLOCK_SECONDS = 2e-3  # 1000 times what reading the clock takes
 WARM_SECONDS = 0.2  # a call as long as this warms itself up
+PATIENCE = 5  # times the seconds wished for, until long calls get fewer rounds than wished for
+FEWEST = 3
+FLUSH_BYTES = 256 << 20  # several times the second-level cache of any GPU there is
 RESAMPLES = 2000
 LEVEL = 0.95
 
 
-def interleave(calls: list[Callable], seconds: float, least: int, most: int = 400, device: str = "cpu") -> list[list[float]]:
+class CpuClock:
+    """Seconds a call, by blocks of calls."""
+
+    def repeats(self, call: Callable) -> int:
+        """Calls in a block; finding out warms the call up as well."""
+        once = self.sample(call, 1)
+        if once < WARM_SECONDS:
+            once = min(once, self.sample(call, 1))
+        if once < BLOCK_SECONDS:
+            once = self.sample(call, max(1, min(200, int(BLOCK_SECONDS / once))))
+        return max(1, math.ceil(BLOCK_SECONDS / once))
+
+    def sample(self, call: Callable, repeats: int) -> float:
+        start = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        return (time.perf_counter() - start) / repeats
+
+
+class CudaClock:
+    """Seconds of one call between two events on the current stream, with a cold second-level cache."""
+
+    def __init__(self):
+        self.flushed = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+
+    def repeats(self, call: Callable) -> int:
+        for _ in range(3):  # libraries choose their algorithms, torch's allocator its blocks
+            call()
+        return 1
+
+    def sample(self, call: Callable, repeats: int = 1) -> float:
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        self.flushed.zero_()
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
+
+
+def clock(device: str) -> CpuClock | CudaClock:
+    return CudaClock() if device == "cuda" else CpuClock()
+
+
+def interleave(
+    calls: Sequence[Callable],
+    seconds: float,
+    least: int,
+    most: int = 400,
+    around: Sequence[Callable] | None = None,
+    clock: CpuClock | CudaClock | None = None,
+) -> list[list[float]]:
     """Time `calls` in alternating order for about `seconds` in all, `least` to `most` rounds.
 
+    Calls so long that `least` rounds would take PATIENCE times `seconds` get fewer, but FEWEST.
+
     Args:
-        device: on "cuda" a block is timed by the GPU's own clock, from before its first kernel to after its last.
+        around: for each call, what makes the context it is made in, off the clock.
     Returns:
         a list for each call with one sample (seconds a call) for each round; equal indices were taken side by side.
     """
-    block = _block_on_cuda if device == "cuda" else _block
-    repeats = [_repeats(call, block) for call in calls]
+    clock, around = clock or CpuClock(), around or [contextlib.nullcontext] * len(calls)
+    repeats = []
+    for call, context in zip(calls, around):
+        with context():
+            repeats.append(clock.repeats(call))
     samples: list[list[float]] = [[] for _ in calls]
     collecting = gc.isenabled()
     gc.disable()
     try:
-        end = time.perf_counter() + seconds
+        begin = time.perf_counter()
         for turn in range(most):
-            if turn >= least and time.perf_counter() > end:
+            spent = time.perf_counter() - begin
+            if (turn >= least and spent > seconds) or (turn >= FEWEST and spent > PATIENCE * seconds):
                 break
             order = range(len(calls)) if turn % 2 == 0 else reversed(range(len(calls)))
             for i in order:
-                samples[i].append(block(calls[i], repeats[i]))
+                with around[i]():
+                    samples[i].append(clock.sample(calls[i], repeats[i]))
             gc.collect(0)
     finally:
         if collecting:
@@ -49,31 +114,37 @@ def interleave(calls: list[Callable], seconds: float, least: int, most: int = 40
     return samples
 
 
-def _block(call: Callable, repeats: int) -> float:
-    start = time.perf_counter()
-    for _ in range(repeats):
-        call()
-    return (time.perf_counter() - start) / repeats
+def launch_times(call: Callable, rounds: int = 20) -> dict[str, float | None]:
+    """What the host adds on a GPU: a call waited for, and the same call replayed as a CUDA graph, no host in between.
 
+    Returns: {"eager_seconds": median time from call to result, "graph_seconds": the same of a replay, None if the call
+        cannot be captured}; both with warm caches.
+    """
 
-def _block_on_cuda(call: Callable, repeats: int) -> float:
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    begin.record()
-    for _ in range(repeats):
-        call()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / 1e3 / repeats
+    def median(action: Callable) -> float:
+        times = []
+        for _ in range(rounds):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            action()
+            torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        return statistics.median(times)
 
-
-def _repeats(call: Callable, block: Callable = _block) -> int:
-    """Calls in a block; finding out warms the call up as well."""
-    once = block(call, 1)
-    if once < WARM_SECONDS:
-        once = min(once, block(call, 1))
-    if once < BLOCK_SECONDS:
-        once = block(call, max(1, min(200, int(BLOCK_SECONDS / once))))
-    return max(1, math.ceil(BLOCK_SECONDS / once))
+    found = {"eager_seconds": median(call), "graph_seconds": None}
+    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    try:
+        with torch.cuda.stream(side):
+            call()
+        torch.cuda.current_stream().wait_stream(side)
+        with torch.cuda.graph(graph):
+            kept = call()
+        found["graph_seconds"] = median(graph.replay)
+        del kept
+    except RuntimeError:  # a call that waits for the GPU, or copies lengths to it, has no graph
+        torch.cuda.synchronize()
+    return found
 
 
 def quantile(values: list[float], q: float) -> float:

@@ -17,7 +17,8 @@ class Workload:
 
     Weights and input depend on the case alone, not on the provider, and are float32 numbers in every dtype.
     Inference is one call of the module under no_grad. Training is the call and the gradients of its output for the
-    input and for every weight, as in the middle of a deep model; no optimizer, no loss.
+    input and for every weight, as in the middle of a deep model; no optimizer, no loss. Forward and backward are its two
+    halves; backward goes through one graph again and again.
     """
 
     def __init__(self, case: Case, provider, dtype: torch.dtype | None = None):
@@ -33,25 +34,38 @@ class Workload:
         draw = lambda *sizes: torch.randn(*sizes, generator=generator, device=case.device).to(dtype)  # noqa: E731
         padded = draw(shape.T, shape.B, shape.I)
         packed = pack_padded_sequence(padded, torch.tensor(shape.lengths)) if shape.packed else None
-        self.data = (packed.data if packed else padded).requires_grad_(case.mode == "training")
+        self.data = (packed.data if packed else padded).requires_grad_(case.mode != "inference")
         self.input = PackedSequence(self.data, packed.batch_sizes) if packed else self.data
         self.grad_output = draw(*self.data.shape[:-1], shape.directions * shape.H)
         self.leaves = [self.data, *self.module.parameters()]
+        self.output: torch.Tensor | None = None  # of mode "backward"
 
     def call(self):
-        """One inference, or one training step. Returns the results, so that whoever calls frees them."""
+        """One call of the case's mode, under the provider's settings (`around`). Its results are returned, not kept."""
         if self.case.mode == "inference":
             with torch.no_grad():
                 return self.module(self.input)
+        if self.case.mode == "forward":
+            return self._forward()
+        if self.case.mode == "training":
+            return torch.autograd.grad(self._forward(), self.leaves, self.grad_output)
+        if self.output is None:
+            self.output = self._forward()
+        return torch.autograd.grad(self.output, self.leaves, self.grad_output, retain_graph=True)
+
+    def _forward(self) -> torch.Tensor:
         output, _ = self.module(self.input)
-        output = output.data if self.case.shape.packed else output
-        return torch.autograd.grad(output, self.leaves, self.grad_output)
+        return output.data if self.case.shape.packed else output
+
+    def around(self):
+        """The context that calls are made in."""
+        return self.provider.around()
 
     def kernel(self) -> str:
         """Which kernel served a call, judged by the operators that torch dispatched during one."""
-        with _Operators() as seen:
+        with self.around(), _Operators() as seen:
             self.call()
-        return self.provider.kernel(self.case, seen.names)
+            return self.provider.kernel(self.case, seen.names)
 
 
 class _Operators(TorchDispatchMode):

@@ -3,15 +3,20 @@
 No test here asserts a speed. The few that measure do so on the smallest cases.
 """
 
+import contextlib
+import dataclasses
 import io
 import json
+import os
 import re
+import time
 import types
 
 import pytest
 import torch
 
-from benchmarks import compare, gate, gpu, machine, memory, plot, providers, report, rows, run, shapes, table, timing
+from benchmarks import compare, gate, gpu, limits, machine, memory, plot, providers, report, rows, run
+from benchmarks import shapes, suites, table, timing
 from benchmarks.progress import Progress
 from benchmarks.workload import Workload
 
@@ -24,17 +29,17 @@ TINY = "rnn/(inference|training)/T37-"
 
 
 def test_every_shape_has_a_reason_and_a_name_of_its_own():
-    for suite in shapes.SUITES:
-        names = [case.name for case in shapes.cases(suite)]
+    for suite in suites.SUITES:
+        names = [case.name for case in suites.cases(suite)]
         assert len(set(names)) == len(names)
-        for shape in shapes.SUITES[suite].shapes:
+        for shape in suites.SUITES[suite].shapes:
             assert shape.why.endswith(".") and shape.source
-    assert len(shapes.cases("cpu")) == 11 * 3 * 2
-    assert shapes.case_named("gru/training/T37-B7-I19-H45").shape.H == 45
+    assert len(suites.cases("cpu")) == 11 * 3 * 2
+    assert suites.case_named("gru/training/T37-B7-I19-H45").shape.H == 45
 
 
 def test_packed_lengths_run_from_one_to_T():
-    shape = next(shape for shape in shapes.SUITES["cpu"].shapes if shape.packed)
+    shape = next(shape for shape in suites.SUITES["cpu"].shapes if shape.packed)
     assert (shape.lengths[0], shape.lengths[-1], len(shape.lengths)) == (100, 1, 32)
     assert shape.lengths == sorted(shape.lengths, reverse=True)
 
@@ -44,7 +49,28 @@ def test_work_is_counted_for_all_layers_and_directions():
     first, second = 2 * 6 * 4 * 7 * (5 + 7), 2 * 6 * 4 * 7 * (14 + 7)
     assert shape.flops("lstm", "inference") == 2 * (first + second)
     assert shape.flops("lstm", "training") == 3 * 2 * (first + second)
-    assert shape.weight_bytes("lstm", "inference") == 3 * 4 * 4 * 4 * 7 * 7
+    assert shape.flops("lstm", "forward") + shape.flops("lstm", "backward") == shape.flops("lstm", "training")
+    assert shape.recurrent_bytes("lstm") * shape.steps("inference") == (2 * 4 * 4 * 7 * 7) * (3 * 2)
+    assert shape.steps("training") == 2 * shape.steps("backward") == 2 * shape.steps("forward")
+
+
+def test_suites_of_the_field_are_whole():
+    """DeepBench's own counts; one of its 72 inference configurations stands in two of its lists."""
+    assert len(suites.cases("deepbench-train")) == 53
+    assert len(suites.cases("deepbench-inference")) == 72 - 1
+    relu = suites.case_named("rnn/training/T50-B16-I1760-H1760-relu")
+    assert providers.provider_named("torch").module(relu.cut(1), torch.float32).nonlinearity == "relu"
+    assert {case.shape.T for case in suites.cases("deepbench-train", steps=25)} == {25, 1}
+    assert set(suites.suites_of("cpu")) == set(suites.SUITES) - {"gpu", "flashrnn"}
+    names = [case.name for case in suites.cases("scaling", device="cpu", threads=4)]
+    assert any(name.endswith("-2threads") for name in names) and any(name.endswith("-1threads") for name in names)
+    packed = {case.name for case in suites.cases("packed")}
+    assert all(name.removesuffix("-packed") in packed for name in packed)
+
+
+def test_a_case_survives_json():
+    case = suites.case_named("rnn/training/T50-B16-I1760-H1760-relu")
+    assert shapes.Case.from_json(json.loads(json.dumps(case.to_json()))) == case
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -55,13 +81,48 @@ def test_work_is_counted_for_all_layers_and_directions():
 def test_calls_take_turns():
     order = []
     calls = [lambda: order.append("A"), lambda: order.append("B")]
-    original, timing._repeats = timing._repeats, lambda call, block: 1
-    try:
-        samples = timing.interleave(calls, seconds=0, least=4)
-    finally:
-        timing._repeats = original
-    assert "".join(order) == "ABBAABBA"
+    around = [lambda name=name: mark(order, name) for name in "ab"]
+    samples = timing.interleave(calls, seconds=60, least=4, most=4, around=around, clock=Ticks())
+    assert "".join(order) == "a" + "b" + "aAbBbBaAaAbBbBaA"
     assert [len(times) for times in samples] == [4, 4]
+
+
+@contextlib.contextmanager
+def mark(order, name):
+    order.append(name)
+    yield
+
+
+class Ticks:
+    """A clock for which every call takes a second."""
+
+    def repeats(self, call):
+        return 1
+
+    def sample(self, call, repeats):
+        call()
+        return 1.0
+
+
+def test_long_calls_get_fewer_rounds():
+    slow = [lambda: time.sleep(0.02)] * 2
+    assert [len(times) for times in timing.interleave(slow, seconds=0.001, least=50)] == [timing.FEWEST] * 2
+
+
+def test_limits_of_this_machine():
+    """A floor is a floor: the machine reads and multiplies no faster than it was seen to."""
+    near, far = (limits.read_bandwidth(count, 1) for count in (1 << 14, 1 << 27))
+    if near is None:
+        pytest.skip("no compiler here")
+    assert near > far > 1e9
+    assert 0 < limits.meeting_seconds(1) < limits.meeting_seconds(2) < 1e-2
+    case = suites.case_named("lstm/inference/T25-B1-I1024-H1024")
+    peak = limits.gemm_peak(0.05)
+    alone = limits.floor_seconds(case, peak, 1)
+    assert alone == pytest.approx(25 * 4 * 4 * 1024**2 / limits.read_bandwidth(16 << 20, 1))
+    assert limits.floor_seconds(case, peak, 2) <= 2 * alone
+    wide = suites.case_named("lstm/training/T50-B64-I512-H512")
+    assert limits.floor_seconds(wide, peak, 1) >= wide.flops / peak
 
 
 def test_interval_of_the_ratio_holds_the_ratio_and_narrows():
@@ -136,7 +197,7 @@ def test_fusedrnn_passes_the_gate_and_its_kernel_is_named(cell, mode, packed):
 
 
 def test_training_computes_the_gradients_of_input_and_weights():
-    workload = Workload(shapes.case_named("lstm/training/T37-B7-I19-H45"), providers.provider_named("torch"))
+    workload = Workload(suites.case_named("lstm/training/T37-B7-I19-H45"), providers.provider_named("torch"))
     assert [tuple(grad.shape) for grad in workload.call()] == [(37, 7, 19), (180, 19), (180, 45), (180,), (180,)]
 
 
@@ -157,7 +218,7 @@ def test_the_resident_meter_sees_what_torch_does_not(tmp_path):
 
 
 def test_the_memory_process_answers_and_its_end_is_survived():
-    case = shapes.case_named("rnn/training/T37-B7-I19-H45")
+    case = suites.case_named("rnn/training/T37-B7-I19-H45")
     with memory.Meter(["torch", "fusedrnn"], threads=1) as meter:
         peaks = meter.measure(case)
         assert set(peaks) == {"torch", "fusedrnn"}
@@ -195,6 +256,10 @@ def test_a_run_writes_whole_rows_and_prints_a_table(capsys, tmp_path):
         (["--only", "("], "is no regular expression"),
         (["--threads", "0"], "at least 1, got 0"),
         (["--providers", "torch,nobody"], "no provider is called 'nobody'"),
+        (["--modes", "inference,sideways"], "no mode is called 'sideways'"),
+        (["--steps", "0"], "at least 1, got 0"),
+        (["--device", "cuda"], "suite cpu is not measured on cuda"),
+        (["--suite", "all", "--out", "rows.jsonl"], "--out names only one"),
     ],
 )
 def test_a_bad_argument_gets_one_clear_line(arguments, message, capsys):
@@ -204,9 +269,46 @@ def test_a_bad_argument_gets_one_clear_line(arguments, message, capsys):
 
 
 def test_only_a_full_run_replaces_the_committed_rows():
-    assert run.parse([]).out == machine.RESULTS / machine.machine_name() / "cpu.jsonl"
-    for partial in (["--quick"], ["--only", "lstm"], ["--providers", "torch,torch-again"]):
-        assert run.parse(partial).out is None
+    home = machine.RESULTS / machine.machine_name()
+    assert run.rows_file(run.parse([]), "cpu") == home / "cpu.jsonl"
+    everything = run.parse(["--suite", "all", "--device", "cpu"])
+    assert [run.rows_file(everything, suite).name for suite in everything.suites[:2]] == ["cpu.jsonl", "deepbench-train.jsonl"]
+    for partial in (["--quick"], ["--only", "lstm"], ["--providers", "torch,torch-again"], ["--modes", "forward"]):
+        assert run.rows_file(run.parse(partial), "cpu") is None
+
+
+def test_what_cannot_be_run_says_so(capsys, tmp_path):
+    """A provider that refuses has a row with the reason, and the others are measured."""
+    out = tmp_path / "rows.jsonl"
+    words = ["--quick", "--no-memory", "--threads", "1", "--only", "gru/.*/T1-", "--modes", "forward,backward"]
+    asked = "torch,fusedrnn-step,fusedrnn-baseline,torch-plain"
+    assert run.main([*words, "--out", str(out), "--providers", asked]) == 0
+    found = {(row["provider"], row["mode"]): row for row in rows.read(out)}
+    assert len(found) == 8
+    for mode in ("forward", "backward"):
+        refused, forced = found["fusedrnn-step", mode], found["fusedrnn-baseline", mode]
+        assert (refused["gate"], refused["gate_worst"], refused["speedup"]) == ("unable", "a kernel for cuda", None)
+        assert forced["kernel"] == "fused/baseline" and forced["speedup"] > 0 and forced["floor_seconds"] > 0
+    printed = capsys.readouterr().out
+    assert "unable (a kernel for cuda)" in printed and "2 that cannot be run" in printed
+
+
+def test_settings_of_a_provider_end_with_it(monkeypatch):
+    monkeypatch.setenv("FUSEDRNN_KERNEL", "torch")
+    monkeypatch.delenv("FUSEDRNN_CPU_ISA", raising=False)
+    with providers.provider_named("fusedrnn-baseline").around():
+        assert (os.environ["FUSEDRNN_CPU_ISA"], os.environ["FUSEDRNN_KERNEL"]) == ("baseline", "torch")
+    assert "FUSEDRNN_CPU_ISA" not in os.environ and os.environ["FUSEDRNN_KERNEL"] == "torch"
+    before = torch.backends.mkldnn.enabled
+    with providers.provider_named("torch-plain").around():
+        assert not torch.backends.mkldnn.enabled and not torch.backends.cudnn.enabled
+    assert torch.backends.mkldnn.enabled == before
+
+
+def test_a_run_out_of_time_names_what_it_left_out(monkeypatch, capsys):
+    monkeypatch.setattr(run, "QUICK", dataclasses.replace(run.QUICK, minutes=0.0))
+    assert run.main(["--quick", "--no-memory", "--only", "gru/inference/T1-"]) == 0
+    assert "no time for 1 cases: gru/inference/T1-B1-I64-H64" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -216,7 +318,7 @@ def test_only_a_full_run_replaces_the_committed_rows():
 
 def made_up(case: shapes.Case, provider: str, speedup: float = 1.0, gate: str = "green", peak: int = 1 << 20) -> dict:
     """A row as a run writes it, with invented numbers."""
-    names = ("T", "B", "I", "H", "layers", "bidirectional", "packed", "group")
+    names = ("T", "B", "I", "H", "layers", "bidirectional", "packed", "nonlinearity", "threads", "group")
     shape = {name: getattr(case.shape, name) for name in names}
     ours, green = provider != "torch", gate == "green"
     return {
@@ -236,6 +338,8 @@ def made_up(case: shapes.Case, provider: str, speedup: float = 1.0, gate: str = 
         "gemm_peak_gflops": 100.0,
         "fraction_of_gemm_peak": 0.25,
         "fraction_of_bandwidth": None,
+        "floor_seconds": 5e-4 if green else None,
+        "fraction_of_floor": 0.5 if green else None,
         "peak_bytes": peak if case.mode == "training" else None,
         "resident_peak_bytes": None,
         "speedup": speedup if ours and green else None,
@@ -253,12 +357,13 @@ def made_up(case: shapes.Case, provider: str, speedup: float = 1.0, gate: str = 
     }
 
 
-def made_up_run(speedups, **ours) -> list[dict]:
+def made_up_run(speedups, suite="cpu", **ours) -> list[dict]:
     """Rows of both providers for every case of the suite; speedups is a number or a function of the case."""
     found = []
-    for case in shapes.cases("cpu"):
+    for case in suites.cases(suite):
         found += [made_up(case, "torch"), made_up(case, "fusedrnn", speedups(case) if callable(speedups) else speedups)]
         found[-1] |= ours
+        found[-2]["suite"] = found[-1]["suite"] = suite
     return found
 
 
@@ -314,7 +419,15 @@ def project(tmp_path, monkeypatch):
     """A folder with a README and committed rows, in the place of this project."""
     results = tmp_path / "benchmarks" / "results"
     written(results / "m" / "cpu.jsonl", made_up_run(lambda case: 0.5 if case.cell == "rnn" else 2.0))
-    (tmp_path / "README.md").write_text(f"before\n{report.BEGIN}\nstale words\n{report.END}\nafter\n")
+    written(results / "m" / "scaling.jsonl", made_up_run(2.0, "scaling"))
+    written(results / "m" / "memory.jsonl", made_up_run(2.0, "memory"))
+    slower = made_up_run(lambda case: 0.75 if case.cell == "gru" else 3.0, "deepbench-train")
+    written(results / "m" / "deepbench-train.jsonl", slower)
+    parts = [f"{begin}\nstale words\n{end}\n" for begin, end in map(report.markers, ("benchmarks", "examples"))]
+    (tmp_path / "README.md").write_text(f"before\n{''.join(parts)}after\n")
+    output = tmp_path / "examples" / "output" / "digits.txt"
+    output.parent.mkdir(parents=True)
+    output.write_text("$ python -m examples.digits\nmany\nwords\nresult: 97 % of the digits\n")
     monkeypatch.setattr(machine, "RESULTS", results)
     monkeypatch.setattr(report, "ROOT", tmp_path)
     return tmp_path
@@ -328,12 +441,20 @@ def test_report_writes_readme_and_checks_it(project, capsys):
     text = (project / "README.md").read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "stale words" not in text
     assert "| **0.50x** (0.49 to 0.51) |" in text and "| 2.00x |" in text
-    assert "benchmarks/results/m/cpu-speedup.svg" in text
+    for picture in ("cpu-speedup", "scaling-cost", "memory-peak"):
+        assert f"(benchmarks/results/m/{picture}.svg)" in text and (project / f"benchmarks/results/m/{picture}.svg").exists()
+    assert "| `python -m examples.digits` | 97 % of the digits |" in text
+    assert "| deepbench-train: DeepBench's 53 training configurations | 53 |" in text
+    assert "| 19 | 0.75x (GRU training, T" in text
+    page = (project / "benchmarks" / "results" / "m" / "README.md").read_text()
+    assert page.startswith("# a processor, 2 cores, avx2") and page.index("## cpu:") < page.index("## deepbench-train:")
+    assert "T25 B16 I4096 H4096 |" in page and "(cpu-speedup.svg)" in page and "| 50% / 50% |" in page
     written(project / "benchmarks" / "results" / "m" / "cpu.jsonl", made_up_run(3.0))
     capsys.readouterr()
     assert report.main(["--check"]) == 1
     complaints = capsys.readouterr().err
-    assert "README.md is out of date" in complaints and "cpu-speedup.svg is out of date" in complaints
+    for name in ("README.md", "cpu-speedup.svg", "m/README.md"):
+        assert f"{name} is out of date" in complaints
 
 
 def test_plot_draws_all_committed_rows(project, capsys):
@@ -351,7 +472,7 @@ def test_the_picture_is_the_same_at_every_drawing(project):
 def test_report_wants_its_markers(project, capsys):
     (project / "README.md").write_text("nothing here")
     assert report.main([]) == 1
-    assert report.BEGIN in capsys.readouterr().err
+    assert report.markers("benchmarks")[0] in capsys.readouterr().err
 
 
 def test_readme_of_this_project_is_up_to_date():
@@ -401,10 +522,11 @@ def test_rows_of_a_gpu_have_their_own_section(tmp_path, monkeypatch):
     with path.open("w") as file:
         for row in rows.read(committed):
             for dtype in ("float32", "bfloat16"):
-                changed = {"dtype": dtype, "device": "cuda", "gpu": "NVIDIA H100", "fraction_of_bandwidth": None}
-                print(json.dumps(row | changed | {"versions": row["versions"] | {"cudnn": 91300}}), file=file)
+                changed = {"suite": "gpu", "case": f"{row['case']}/{dtype}", "dtype": dtype, "device": "cuda"}
+                changed |= {"gpu": "NVIDIA H100", "versions": row["versions"] | {"cudnn": 91300}}
+                print(json.dumps(row | changed), file=file)
     monkeypatch.setattr(report, "ROOT", tmp_path)
-    text = report.machine_section(path)
+    text = report.machine_section(path.parent)
     assert text.startswith("### NVIDIA H100\n\nfloat32, bfloat16, cuDNN 91300, torch ")
     assert "T100 B1 I64 H64 |" in text and "T100 B1 I64 H64, bfloat16 |" in text
     assert "aimed at" in text and "| 2.5x |" not in text
