@@ -42,7 +42,7 @@ def parts(python: str, out: pathlib.Path) -> list[tuple[str, str, float]]:
     return [
         ("build", f"FUSEDRNN_CUDA=1 TORCH_CUDA_ARCH_LIST={arch} {python} setup.py -q build_ext --inplace", 160),
         ("tests", f"{python} -m pytest -q tests {chosen} {workers} -rf --tb=short --maxfail=60 -p no:cacheprovider", 120),
-        ("speed", f"{python} -m benchmarks.run --suite gpu --quick --out {out}/gpu.jsonl", 140),
+        ("speed", f"{python} -m benchmarks.run --suite gpu --quick --minutes 2 --out {out}/gpu.jsonl", 140),
         *((tool, f"{uncached} {watch} --tool {tool} {python} -m benchmarks.gpu --small", 40)
           for tool in ("memcheck", "racecheck", "synccheck")),
     ]  # fmt: skip

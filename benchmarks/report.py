@@ -106,6 +106,30 @@ def overhead_section(pairs: list[Pair]) -> str:
     return markdown(["one call, T1 B1 H64", "torch", "fusedrnn", "ratio"], lines) if lines else ""
 
 
+def growth_section(pairs: list[Pair]) -> str:
+    """How many times longer a call takes when one size grows from the least to the most measured: torch, then ours."""
+    columns = columns_of(pairs)
+    lines = []
+    for size in ("T", "B", "H", "threads"):
+        ends = {}
+        for column in columns:
+            points = plot.sweep([pair for pair in pairs if (pair.cell, pair.mode) == column], size)
+            if len(points) > 1:
+                ends[column] = points[0], points[-1]
+        if not ends:
+            continue
+        (low, _), (high, _) = next(iter(ends.values()))
+        factors = {"T": high / low, "B": high / low, "H": (high / low) ** 2, "threads": low / high}
+        line = [f"{size} from {low} to {high}", f"{factors[size]:g}x"]
+        for column in columns:
+            (_, first), (_, last) = ends[column]
+            times = [[row["seconds"]["p50"] for row in (pair.theirs, pair.ours)] for pair in (first, last)]
+            growth = [late / early for early, late in zip(*times)]
+            line.append(" / ".join(f"{factor:.3g}x" for factor in growth))
+        lines.append(line)
+    return markdown(["", "work per thread", *(f"{cell.upper()} {mode}" for cell, mode in columns)], lines)
+
+
 def measured_pairs(path: pathlib.Path) -> list[Pair]:
     """The pairs of torch and fusedrnn in a row file. ValueError if there is none."""
     pairs = [pair for pair in rows.pairs(rows.read(path)) if pair.ours["provider"] == "fusedrnn"]
@@ -154,6 +178,9 @@ def suite_section(path: pathlib.Path) -> str:
         reach_section(pairs),
         overhead_section(pairs),
     ]
+    if plot.KINDS.get(path.stem) == "cost":
+        parts.append("How many times longer a call takes when one size grows and the others stay (torch / fusedrnn):")
+        parts.append(growth_section(pairs))
     if any(pair.ours["peak_bytes"] is not None for pair in pairs):
         parts += ["Peak memory of a training step (torch's allocator; bold where ours is larger):", memory_section(pairs)]
     return "\n\n".join(part for part in parts if part)

@@ -109,6 +109,58 @@ def test_long_calls_get_fewer_rounds():
     assert [len(times) for times in timing.interleave(slow, seconds=0.001, least=50)] == [timing.FEWEST] * 2
 
 
+class FakeCuda:
+    """torch.cuda's names that the clock calls, which write down what they were asked for. A GPU is not faked, only the order."""
+
+    def __init__(self, capturable: bool):
+        self.log, self.capturable = [], capturable
+
+    def Event(self, enable_timing):
+        assert enable_timing
+        log = lambda: self.log.append("event")  # noqa: E731
+        return types.SimpleNamespace(record=log, synchronize=lambda: None, elapsed_time=lambda end: 2.0)
+
+    def synchronize(self):
+        self.log.append("wait")
+
+    def Stream(self):
+        return types.SimpleNamespace(wait_stream=lambda other: self.log.append("join"))
+
+    current_stream = Stream
+
+    def CUDAGraph(self):
+        return types.SimpleNamespace(replay=lambda: self.log.append("replay"))
+
+    def stream(self, side):
+        return contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def graph(self, graph):
+        yield
+        if not self.capturable:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+
+def test_order_of_a_cuda_sample(monkeypatch):
+    fake = FakeCuda(True)
+    monkeypatch.setattr(timing.torch, "cuda", fake)
+    clock = object.__new__(timing.CudaClock)
+    clock.flushed = types.SimpleNamespace(zero_=lambda: fake.log.append("flush"))
+    call = lambda: fake.log.append("call")  # noqa: E731
+    assert clock.repeats(call) == 1 and clock.sample(call, 1) == 2e-3
+    assert fake.log == ["call"] * 3 + ["flush", "event", "call", "event"]
+
+
+@pytest.mark.parametrize("capturable", [True, False])
+def test_launch_times(monkeypatch, capturable):
+    fake = FakeCuda(capturable)
+    monkeypatch.setattr(timing.torch, "cuda", fake)
+    found = timing.launch_times(lambda: fake.log.append("call"), rounds=2)
+    assert found["eager_seconds"] > 0 and (found["graph_seconds"] is not None) == capturable
+    assert fake.log[:6] == ["wait", "call", "wait"] * 2
+    assert fake.log.count("replay") == 2 * capturable and fake.log.count("call") == 4
+
+
 def test_limits_of_this_machine():
     """A floor is a floor: the machine reads and multiplies no faster than it was seen to."""
     near, far = (limits.read_bandwidth(count, 1) for count in (1 << 14, 1 << 27))
