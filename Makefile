@@ -51,7 +51,8 @@ info: build
 	$(RUN) -m fusedrnn.info
 
 docs: build
-	$(RUN) -W error -m pdoc --docformat google --no-show-source -o build/docs $(DOCUMENTED)
+	$(RUN) -W error -m pdoc --docformat google --no-include-undocumented --no-show-source -o build/docs \
+	    fusedrnn '!fusedrnn[.]' $(patsubst fusedrnn/%.py,fusedrnn.%,$(wildcard fusedrnn/[a-z]*.py))
 
 # The stamp: a second make installs nothing. Torch comes first, so that no other package chooses one.
 $(VENV)/installed: requirements.txt requirements-torch.txt setup.py pyproject.toml
