@@ -163,6 +163,8 @@ class RNN(FusedLayer):
 
         h_t = tanh(W_ih x_t + b_ih + W_hh h_(t-1) + b_hh),  x_t: the input, or what the layer below gives at t
 
+    Source: Elman, "Finding structure in time" (1990), in the form of torch.nn.RNN.
+
     Args:
         input_size: I, features of an input.
         hidden_size: H, features of a state.
@@ -224,6 +226,9 @@ class LSTM(FusedLayer):
         i, f, o = sigmoid(W_ih x_t + b_ih + W_hh h_(t-1) + b_hh), each its own rows; g = tanh(...) likewise
         c_t = f c_(t-1) + i g,  h_t = o tanh(c_t),  and with projections h_t = W_hr o tanh(c_t)
 
+    Source: Hochreiter and Schmidhuber (1997); the forget gate: Gers, Schmidhuber and Cummins (2000); projections: Sak, Senior
+    and Beaufays, arXiv:1402.1128 (2014); in the form of torch.nn.LSTM.
+
     Args:
         proj_size: P > 0 projects h to P features: a state h is (..., P), c is (..., H). 0: no projection, and
             P below stands for H.
@@ -278,6 +283,8 @@ class GRU(FusedLayer):
 
         r, z = sigmoid(W_ih x_t + b_ih + W_hh h_(t-1) + b_hh), each its own rows
         n = tanh(W_in x_t + b_in + r (W_hn h_(t-1) + b_hn)),  h_t = (1 - z) n + z h_(t-1)
+
+    Source: Cho and others, arXiv:1406.1078 (2014), in the form of torch.nn.GRU: r multiplies after the recurrent product.
 
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype: as in `RNN`.

@@ -137,8 +137,8 @@ def compare_runs(run: Callable, ours, stock) -> list[Measured]:
     torch.nn runs on one thread: on a busy machine its small steps wait longer for threads than they compute.
 
     Args:
-        run: `run(module, dtype=None, perturb=None)` makes one call with fresh leaves, cast to `dtype` if given, and passed through
-            `perturb(tensor)` before that; it returns tensors by name.
+        run: `run(module, dtype=None, perturb=None)` makes one call with fresh leaves, cast to `dtype` if given, and passed
+            through `perturb(tensor)` before that; it returns tensors by name.
         ours, stock: the modules.
 
     Returns:
@@ -215,7 +215,8 @@ def run_module(module, input, hx=None, *, uses=None, cotangent="normal", seed=0,
         wrt: tensors by name to differentiate for, beside the module's parameters that require a gradient.
 
     Returns:
-        tensors by name: "output", "hy", "cy" (a cell: "hy", "cy") and "grad NAME"; a gradient that torch leaves undefined is None.
+        tensors by name: "output", "hy", "cy" (a cell: "hy", "cy") and "grad NAME"; a gradient that torch leaves
+            undefined is None.
     """
     result = module(input) if hx is None else module(input, hx)
     found = named_outputs(result, is_cell=not hasattr(module, "num_layers"))

@@ -1,4 +1,5 @@
-"""The reference of the API: every public thing is described, and `make docs` writes pages without a warning or a broken link."""
+"""The reference of the API: every public thing is described, and `make docs` writes pages without a warning
+or a broken link."""
 
 import ast
 import dataclasses
@@ -22,8 +23,9 @@ from documents import ROOT
 pytest.importorskip("pdoc")
 
 MODULES = [f"fusedrnn.{name}" for _, name, _ in pkgutil.iter_modules(fusedrnn.__path__) if not name.startswith("_")]
-EXAMPLES = ["RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell", "convert", "explain", "functional.rnn", "functional.lstm",
-            "functional.gru", "reference.layer", "testing.compare_modules", "fuzz.random_case"]  # fmt: skip
+EXAMPLES = ["RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell", "convert", "explain", "functional.rnn",
+            "functional.lstm", "functional.gru", "reference.layer", "testing.compare_modules",
+            "fuzz.random_case"]  # fmt: skip
 
 
 def is_public(name):
@@ -131,15 +133,17 @@ class Page(html.parser.HTMLParser):
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
-    """{path: Page}, written by the very command of `make docs` but for the folder."""
+    """{path: (text, Page)}, written by the very command of `make docs` but for the folder."""
     folder = tmp_path_factory.mktemp("docs")
-    steps = subprocess.run(["make", "-n", "docs", "VENV=0", f"PYTHON={sys.executable}"], cwd=ROOT, capture_output=True, text=True)
-    (command,) = [line for line in steps.stdout.replace("\\\n", " ").splitlines() if " -m pdoc " in line]
+    steps = ["make", "-n", "docs", "VENV=0", f"PYTHON={sys.executable}"]
+    steps = subprocess.run(steps, cwd=ROOT, capture_output=True, text=True).stdout
+    (command,) = [line for line in steps.replace("\\\n", " ").splitlines() if " -m pdoc " in line]
     assert " -o build/docs " in command and " -W error " in command
     words = [str(folder) if word == "build/docs" else word for word in shlex.split(command)]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == "", done.stderr[-2000:]
-    return {path.relative_to(folder).as_posix(): (path.read_text(), Page(path.read_text())) for path in folder.rglob("*.html")}
+    texts = {path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*.html")}
+    return {path: (text, Page(text)) for path, text in texts.items()}
 
 
 def page_of(module):

@@ -2,7 +2,8 @@
 
 python   The blocks of one document run in order, in one namespace. One that names a file is a quotation (documents.py).
 text     What the python above it prints; "..." stands for anything.
-sh       Each line: make has the target and the variable, a program parses its words, pip knows its options. What is cheap runs.
+sh       Each line: make has the target and the variable, a program parses its words, pip knows its options; what is cheap
+         runs.
 cpp      A quotation of the file it names, or, as a diff, part of the walk that tests/test_add_a_cell.py takes.
 """
 
@@ -22,6 +23,7 @@ import torch
 
 from documents import DOCUMENTS, README, ROOT, all_blocks, apply_diff, blocks
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules after import:RuntimeWarning")  # runpy
 BLOCKS = all_blocks()
 MAKEFILE = (ROOT / "Makefile").read_text()
 SOURCES = [path for folder in ("fusedrnn", "csrc", "tests", "benchmarks", "examples", "docs", ".ci")
@@ -139,7 +141,8 @@ def pytest_help():
 
 @functools.cache
 def pip_help(command):
-    return subprocess.run([sys.executable, "-m", "pip", command, "--help"], capture_output=True, text=True, check=True).stdout
+    words = [sys.executable, "-m", "pip", command, "--help"]
+    return subprocess.run(words, capture_output=True, text=True, check=True).stdout
 
 
 def check_pip(words):
@@ -153,13 +156,12 @@ def check_pip(words):
             if option[1] and (value := next(words)) and word == "-r":
                 assert (ROOT / value).exists(), f"no {value}"
         else:
-            assert word in [".", "fusedrnn", "wheel", *needed], f"{word}: neither this project nor what pyproject.toml requires"
+            assert word in [".", "fusedrnn", "wheel", *needed], f"{word}: not what pyproject.toml requires"
 
 
 CHECKS = {"make": check_make, "python": check_python, "pip": check_pip}
 
 
-@pytest.mark.filterwarnings("ignore:.*found in sys.modules after import:RuntimeWarning")
 @pytest.mark.parametrize("block, line", COMMANDS, ids=[f"{block} {line.split('#')[0].strip()}" for block, line in COMMANDS])
 def test_command(block, line):
     words = shlex.split(line, comments=True)
@@ -171,9 +173,9 @@ def test_command(block, line):
 
 
 @pytest.mark.parametrize("command", [
-    "make dance", "make test DANCE=1", 'make bench ARGS="--dance"', "python -m benchmarks.run --suite dance", "python -m dance",
-    "python -m pytest tests/test_dance.py", "python -m pytest tests --dance", "pip install --dance .", "pip install torchdance",
-    "pip dance .",
+    "make dance", "make test DANCE=1", 'make bench ARGS="--dance"', "python -m benchmarks.run --suite dance",
+    "python -m dance", "python -m pytest tests/test_dance.py", "python -m pytest tests --dance", "pip install --dance .",
+    "pip install torchdance", "pip dance .",
 ])  # fmt: skip
 def test_a_wrong_command_is_found(command):
     program, *rest = shlex.split(command)
@@ -195,12 +197,11 @@ def prose(path):
     return re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.S | re.M)
 
 
-@pytest.mark.filterwarnings("ignore:.*found in sys.modules after import:RuntimeWarning")
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_what_it_names_is_there(path):
     """Files, folders, variables and make's targets in `backticks`."""
     for name in re.findall(r"`([^`\n]+)`", prose(path)):
-        if re.fullmatch(r"[\w.-]+(/[\w.-]+)*\.(py|h|cpp|inl|cu|cuh|md|json|toml|txt|svg|in)", name) or re.fullmatch(r"[\w./]+/", name):
+        if re.fullmatch(r"[\w./-]+(\.(py|h|cpp|inl|cu|cuh|md|json|toml|txt|svg|in)|/)", name):
             found = (ROOT / name).exists() or any(str(source).endswith(f"/{name}") for source in SOURCES)
             assert found, f"there is no {name}"
         elif re.fullmatch(r"[A-Z]+(_[A-Z]+)+", name):
@@ -218,7 +219,8 @@ def test_links(path):
             to = (path.parent / name) if name else path
             assert to.exists(), f"{path.name} links to {target}"
             headings = re.findall(r"^#+ (.*)", to.read_text(), re.M) if anchor else []
-            assert not anchor or anchor in [re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings]
+            anchors = [re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings]
+            assert not anchor or anchor in anchors, f"{path.name} links to {target}"
 
 
 def test_a_newcomer_reads_it_in_ten_minutes():
