@@ -18,7 +18,7 @@ else
   READY := $(VENV)/installed
 endif
 
-.PHONY: help build demo test bench gpu info clean distclean
+.PHONY: help build demo test bench gpu info docs clean distclean
 .DELETE_ON_ERROR:
 
 help:
@@ -26,6 +26,7 @@ help:
 	@echo "make test    run the tests"
 	@echo "make bench   measure against torch.nn on this machine's CPU"
 	@echo "make gpu     on a machine with a GPU: build, test, sanitize and measure the CUDA kernels, in 9 minutes"
+	@echo "make docs    write the reference of the API to build/docs"
 	@echo "make info    say what was built and what this machine can do"
 	@echo "make build   compile what has changed"
 	@echo "make clean   remove what was built; make distclean removes $(VENV) too"
@@ -48,6 +49,10 @@ gpu: $(READY)
 
 info: build
 	$(RUN) -m fusedrnn.info
+
+docs: build
+	$(RUN) -W error -m pdoc --docformat google --no-include-undocumented --no-show-source -o build/docs \
+	    fusedrnn '!fusedrnn[.]' $(patsubst fusedrnn/%.py,fusedrnn.%,$(wildcard fusedrnn/[a-z]*.py))
 
 # The stamp: a second make installs nothing. Torch comes first, so that no other package chooses one.
 $(VENV)/installed: requirements.txt requirements-torch.txt setup.py pyproject.toml

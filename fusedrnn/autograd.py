@@ -27,10 +27,11 @@ def layer(cell, input, hx, cx, weights, batch_sizes=None, batch_first=False):
         cx: (D, B, H) initial cell states of the lstm, or None for zeros.
         weights: for each of the D directions (weight_ih, weight_hh, bias_ih, bias_hh, weight_hr), None where there is none.
         batch_sizes: (T,) int64 on the CPU, as in a PackedSequence.
+        batch_first: see input.
 
     Returns:
-        output (T, B, D*P) in this order of memory, also if `batch_first`, or (rows, D*P); hy (D, B, P); and cy (D, B, H), None
-        for cells without one.
+        output `(T, B, D*P)` in this order of memory, also if `batch_first`, or `(rows, D*P)`; hy (D, B, P); and cy (D, B, H),
+        None for cells without one.
     """
     tensors = [input, hx, cx]
     for group in weights:
@@ -86,6 +87,16 @@ class Layer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, cell, batch_sizes, batch_first, *tensors):
+        """Run the layer and keep what backward needs.
+
+        Args:
+            ctx: autograd's.
+            cell, batch_sizes, batch_first: as in `layer`.
+            tensors: input, hx, cx, and the weights of all directions, one after the other.
+
+        Returns:
+            output, hy and cy, as `layer`.
+        """
         input, hx, cx, *weights = tensors
         outputs = _forward(cell, batch_sizes, batch_first, input, hx, cx, _groups(weights), save=True)
         Layer.keep(ctx, cell, batch_sizes, batch_first, tensors, outputs)
@@ -94,7 +105,12 @@ class Layer(torch.autograd.Function):
 
     @staticmethod
     def keep(ctx, cell, batch_sizes, batch_first, tensors, outputs):
-        """What backward needs."""
+        """Keep what backward needs.
+
+        Args:
+            ctx, cell, batch_sizes, batch_first, tensors: as in `Layer.forward`.
+            outputs: the operator's.
+        """
         output, _, _, saved, states = outputs
         ctx.cell, ctx.batch_first = cell, batch_first
         ctx.set_materialize_grads(False)
@@ -102,6 +118,15 @@ class Layer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_output, grad_hy, grad_cy, *_):
+        """Compute the gradients of all arguments of forward.
+
+        Args:
+            ctx: as forward left it.
+            grad_output, grad_hy, grad_cy: gradients of its results, None where there is none.
+
+        Returns:
+            a gradient for each argument, None where none is wanted.
+        """
         grads = (grad_output, grad_hy, grad_cy if ctx.cell == "lstm" else None)
         wanted = ctx.needs_input_grad[3:]
         if all(grad is None for grad in grads):
@@ -118,10 +143,25 @@ class TransformedLayer(Layer):
 
     @staticmethod
     def forward(cell, batch_sizes, batch_first, input, hx, cx, *weights):
+        """Run the layer.
+
+        Args:
+            cell, batch_sizes, batch_first, input, hx, cx: as in `layer`.
+            weights: of all directions, one after the other.
+
+        Returns:
+            all five results of the operator.
+        """
         return _forward(cell, batch_sizes, batch_first, input, hx, cx, _groups(weights), save=True)
 
     @staticmethod
     def setup_context(ctx, inputs, outputs):
+        """Keep what backward needs.
+
+        Args:
+            ctx: autograd's.
+            inputs, outputs: of forward.
+        """
         cell, batch_sizes, batch_first, *tensors = inputs
         ctx.mark_non_differentiable(*outputs[3:])
         Layer.keep(ctx, cell, batch_sizes, batch_first, tensors, outputs)

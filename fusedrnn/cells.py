@@ -53,7 +53,14 @@ class FusedCell(RNNCellBase):
         return hy if cy is None else (hy, cy)
 
     def reason_for_stock(self, input: Tensor, hx=None) -> str | None:
-        """Why this call runs on torch's own kernels, or is refused by torch; None if it runs on the engine."""
+        """Why this call runs on torch's own kernels, or is refused by torch; None if it runs on the engine.
+
+        Args:
+            input, hx: as for the call, which is not made.
+
+        Returns:
+            words that end "... because <reason>", or None.
+        """
         h, c = self._split_states(hx)
         states = [state for state in (h, c) if state is not None]
         reason = select.reason_for_fallback(input, states, self._weights_by_name())
@@ -89,7 +96,7 @@ class FusedCell(RNNCellBase):
 class RNNCell(FusedCell):
     """One step of Elman's network, tanh or ReLU: torch.nn.RNNCell on the fused engine.
 
-    h' = tanh(W_ih x + b_ih + W_hh h + b_hh)
+        h' = tanh(W_ih x + b_ih + W_hh h + b_hh)
 
     Args:
         input_size: I, features of an input.
@@ -98,11 +105,8 @@ class RNNCell(FusedCell):
         nonlinearity: "tanh" or "relu".
         device, dtype: of the parameters.
 
-    Call:
-        input (B, I) or (I,); hx (B, H) or (H,), None for zeros. Returns h', shaped as hx.
-
     Raises:
-        what torch.nn.RNNCell raises, in its words.
+        TypeError: where torch.nn.RNNCell raises it, in its words.
 
     >>> import torch
     >>> RNNCell(10, 20)(torch.randn(3, 10)).shape
@@ -115,10 +119,23 @@ class RNNCell(FusedCell):
 
     def __init__(self, input_size: int, hidden_size: int, bias: bool = True, nonlinearity: str = "tanh", device=None,
                  dtype=None) -> None:
+        """Take what the class says under Arguments."""
         super().__init__(input_size, hidden_size, bias, num_chunks=1, device=device, dtype=dtype)
         self.nonlinearity = nonlinearity
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """Take one step.
+
+        Args:
+            input: (B, I) or (I,).
+            hx: the state (B, H) or (H,), None for zeros.
+
+        Returns:
+            the new state h', shaped as hx.
+
+        Raises:
+            RuntimeError, ValueError: where torch.nn.RNNCell raises them, in its words.
+        """
         return self._call(input, hx)
 
     def _cell(self) -> str | None:
@@ -128,17 +145,14 @@ class RNNCell(FusedCell):
 class LSTMCell(FusedCell):
     """One step of long short-term memory: torch.nn.LSTMCell on the fused engine.
 
-    i, f, o = sigmoid(W_ih x + b_ih + W_hh h + b_hh), each its own rows; g = tanh(...) likewise
-    c' = f c + i g,  h' = o tanh(c')
+        i, f, o = sigmoid(W_ih x + b_ih + W_hh h + b_hh), each its own rows; g = tanh(...) likewise
+        c' = f c + i g,  h' = o tanh(c')
 
     Args:
         input_size, hidden_size, bias, device, dtype: as in `RNNCell`.
 
-    Call:
-        input (B, I) or (I,); hx a pair (h, c), each (B, H) or (H,), or None for zeros. Returns (h', c').
-
     Raises:
-        what torch.nn.LSTMCell raises, in its words.
+        TypeError: where torch.nn.LSTMCell raises it, in its words.
 
     >>> import torch
     >>> h, c = LSTMCell(10, 20)(torch.randn(3, 10))
@@ -149,9 +163,22 @@ class LSTMCell(FusedCell):
     stock = torch.nn.LSTMCell
 
     def __init__(self, input_size: int, hidden_size: int, bias: bool = True, device=None, dtype=None) -> None:
+        """Take what the class says under Arguments."""
         super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """Take one step.
+
+        Args:
+            input: (B, I) or (I,).
+            hx: the states (h, c), each (B, H) or (H,), or None for zeros.
+
+        Returns:
+            the new states (h', c'), shaped as hx.
+
+        Raises:
+            RuntimeError, ValueError: where torch.nn.LSTMCell raises them, in its words.
+        """
         return self._call(input, hx)
 
     def _cell(self) -> str:
@@ -167,17 +194,14 @@ class LSTMCell(FusedCell):
 class GRUCell(FusedCell):
     """One step of a gated recurrent unit: torch.nn.GRUCell on the fused engine.
 
-    r, z = sigmoid(W_ih x + b_ih + W_hh h + b_hh), each its own rows
-    n = tanh(W_in x + b_in + r (W_hn h + b_hn)),  h' = (1 - z) n + z h
+        r, z = sigmoid(W_ih x + b_ih + W_hh h + b_hh), each its own rows
+        n = tanh(W_in x + b_in + r (W_hn h + b_hn)),  h' = (1 - z) n + z h
 
     Args:
         input_size, hidden_size, bias, device, dtype: as in `RNNCell`.
 
-    Call:
-        As `RNNCell`.
-
     Raises:
-        what torch.nn.GRUCell raises, in its words.
+        TypeError: where torch.nn.GRUCell raises it, in its words.
 
     >>> import torch
     >>> GRUCell(10, 20)(torch.randn(10)).shape
@@ -187,9 +211,21 @@ class GRUCell(FusedCell):
     stock = torch.nn.GRUCell
 
     def __init__(self, input_size: int, hidden_size: int, bias: bool = True, device=None, dtype=None) -> None:
+        """Take what the class says under Arguments."""
         super().__init__(input_size, hidden_size, bias, num_chunks=3, device=device, dtype=dtype)
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """Take one step.
+
+        Args:
+            input, hx: as in `RNNCell.forward`.
+
+        Returns:
+            the new state h', shaped as hx.
+
+        Raises:
+            RuntimeError, ValueError: where torch.nn.GRUCell raises them, in its words.
+        """
         return self._call(input, hx)
 
     def _cell(self) -> str:

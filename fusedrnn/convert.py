@@ -25,8 +25,10 @@ def convert(model: nn.Module, to: str = "fused") -> nn.Module:
     Args:
         model: any module; a single layer too.
         to: "fused", or "torch" for the way back (torch.ao.quantization, for one, looks for stock layers).
+
     Returns:
         model itself.
+
     Raises:
         ValueError: `to` is neither.
 

@@ -17,8 +17,10 @@ def explain(module: nn.Module, input: Tensor | PackedSequence, hx=None) -> str:
     Args:
         module: a layer or cell of fusedrnn, or of torch.nn.
         input, hx: as for the call.
+
     Returns:
         a few lines to print: the call, the kernel that runs, and a line for each kernel that does not.
+
     Raises:
         TypeError: module is no recurrent layer or cell.
 

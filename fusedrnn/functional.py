@@ -16,7 +16,14 @@ from .reference import Weights
 
 def group_weights(params: Sequence[Tensor | None], has_biases: bool, num_layers: int,
                   num_directions: int) -> list[list[Weights]]:
-    """Cut torch's flat list of weights into layers of directions of (ih, hh, bias_ih, bias_hh, hr), None if absent.
+    """Cut torch's flat list of weights into layers of directions.
+
+    Args:
+        params, has_biases, num_layers: as in `lstm`.
+        num_directions: 1 or 2.
+
+    Returns:
+        for each layer, for each direction: (weight_ih, weight_hh, bias_ih, bias_hh, weight_hr), None if absent.
 
     Raises:
         ValueError: the count is that of no layer. A direction has 2 weights, 2 biases if has_biases, and 1 projection
@@ -43,7 +50,19 @@ def group_weights(params: Sequence[Tensor | None], has_biases: bool, num_layers:
 def stack(cell: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, params: Sequence[Tensor | None],
           has_biases: bool, num_layers: int, dropout: float, train: bool, bidirectional: bool, batch_first: bool,
           batch_sizes: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Run the engine layer upon layer, on arguments already known to suit it. cy is None but for "lstm"."""
+    """Run the engine layer upon layer, on arguments already known to suit it: see `fusedrnn.select`.
+
+    Args:
+        cell: the engine's name of it, a key of `fusedrnn.reference.CELLS`.
+        input, params, has_biases, num_layers, dropout, train, bidirectional, batch_first, batch_sizes: as in `lstm`.
+        hx, cx: initial states `(L*D, B, P)` and `(L*D, B, H)`, or None for zeros.
+
+    Returns:
+        output, hy and cy as in `lstm`; cy is None but for "lstm".
+
+    Raises:
+        ValueError, RuntimeError: as in `lstm`.
+    """
     num_directions = 2 if bidirectional else 1
     layers = group_weights(params, has_biases, num_layers, num_directions)
     if batch_sizes is not None and hx is None:
@@ -69,14 +88,32 @@ def stack(cell: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, params
 
 
 def stack_cast(dtype: torch.dtype, cell, input, hx, cx, params, *options) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`stack` under torch's autocast, which would give a result of this dtype: cast everything to it and run."""
+    """`stack` under torch's autocast, which would give a result of this dtype: cast everything to it and run.
+
+    Args:
+        dtype: of the result.
+        cell, input, hx, cx, params, options: as in `stack`.
+
+    Returns:
+        output, hy and cy as in `stack`.
+    """
     input, hx, cx, *params = (None if t is None else t.to(dtype) for t in (input, hx, cx, *params))
     with torch.autocast(input.device.type, enabled=False):
         return stack(cell, input, hx, cx, params, *options)
 
 
 def zero_states(cell: str, input: Tensor, batch: int, layers: list[list[Weights]]) -> tuple[Tensor, Tensor | None]:
-    """Initial states of zeros: hx (L*D, B, P), and cx (L*D, B, H) for "lstm"."""
+    """Initial states of zeros.
+
+    Args:
+        cell: as in `stack`.
+        input: gives dtype and device.
+        batch: B.
+        layers: as `group_weights` returns them.
+
+    Returns:
+        hx `(L*D, B, P)`, and cx `(L*D, B, H)` for "lstm", otherwise None.
+    """
     _, weight_hh, _, _, weight_hr = layers[0][0]
     P = weight_hh.size(1)
     H = P if weight_hr is None else weight_hr.size(1)
@@ -116,13 +153,20 @@ def lstm(input: Tensor, hx: tuple[Tensor, Tensor] | None, params: Sequence[Tenso
 
     Args:
         input: (T, B, I), (B, T, I) if batch_first, or with batch_sizes the data (N, I) of a PackedSequence.
-        hx: (h (L*D, B, P), c (L*D, B, H)), or None for zeros. Of a PackedSequence: in its sorted order.
-        params: for each layer, for each direction: weight_ih (4H, I or D*P), weight_hh (4H, P), then if has_biases
+        hx: h `(L*D, B, P)` and c `(L*D, B, H)`, or None for zeros. Of a PackedSequence: in its sorted order.
+        params: for each layer, for each direction: weight_ih `(4H, I or D*P)`, weight_hh (4H, P), then if has_biases
             bias_ih (4H,), bias_hh (4H,), then with projections weight_hr (P, H). Gates in the order i, f, g, o.
+        has_biases: whether params has biases.
+        num_layers: L, layers one upon the other.
         dropout: probability with which an element between two layers is zeroed, if train.
+        train: whether there is dropout.
+        bidirectional: D is 2 then, otherwise 1.
+        batch_first: see input.
         batch_sizes: (T,) int64 on the CPU; batch_first does not count then.
+
     Returns:
-        output (T, B, D*P), (B, T, D*P) or (N, D*P); hy (L*D, B, P); cy (L*D, B, H).
+        output `(T, B, D*P)`, `(B, T, D*P)` or `(N, D*P)`; hy `(L*D, B, P)`; cy `(L*D, B, H)`.
+
     Raises:
         ValueError: the number of params fits no such layers.
         RuntimeError: a shape does not fit.
@@ -143,8 +187,22 @@ def gru(input: Tensor, hx: Tensor | None, params: Sequence[Tensor], has_biases: 
         batch_sizes: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Gated recurrent unit: torch.gru on the fused engine.
 
-    As `lstm`, but hx is one tensor (L*D, B, H) or None, weights have 3H rows (gates r, z, n), there are no projections,
-    and (output, hy) is returned.
+    Args:
+        hx: `(L*D, B, H)`, or None for zeros.
+        params: as in `lstm`, with 3H rows to a weight, gates in the order r, z, n, and without projections.
+        input, has_biases, num_layers, dropout, train, bidirectional, batch_first, batch_sizes: as in `lstm`.
+
+    Returns:
+        output `(T, B, D*H)`, `(B, T, D*H)` or `(N, D*H)`; hy `(L*D, B, H)`.
+
+    Raises:
+        ValueError, RuntimeError: as in `lstm`.
+
+    >>> import torch
+    >>> m = torch.nn.GRU(3, 5)
+    >>> output, hy = gru(torch.randn(7, 2, 3), None, list(m.parameters()))
+    >>> output.shape, hy.shape
+    (torch.Size([7, 2, 5]), torch.Size([1, 2, 5]))
     """
     return _run("gru", input, hx, None, params, has_biases, num_layers, dropout, train, bidirectional,
                 batch_first and batch_sizes is None, batch_sizes)[:2]
@@ -155,10 +213,23 @@ def rnn(input: Tensor, hx: Tensor | None, params: Sequence[Tensor], has_biases: 
         nonlinearity: str = "tanh", batch_sizes: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Elman's network: torch.rnn_tanh or torch.rnn_relu on the fused engine.
 
-    As `gru`, with H rows to a weight.
+    Args:
+        params: as in `gru`, with H rows to a weight.
+        nonlinearity: "tanh" or "relu".
+        input, hx, has_biases, num_layers, dropout, train, bidirectional, batch_first, batch_sizes: as in `gru`.
+
+    Returns:
+        output and hy, as in `gru`.
 
     Raises:
-        ValueError: nonlinearity is neither "tanh" nor "relu".
+        ValueError: nonlinearity is neither "tanh" nor "relu", or as in `lstm`.
+        RuntimeError: as in `lstm`.
+
+    >>> import torch
+    >>> m = torch.nn.RNN(3, 5, nonlinearity="relu")
+    >>> output, hy = rnn(torch.randn(7, 2, 3), None, list(m.parameters()), nonlinearity="relu")
+    >>> output.shape, hy.shape
+    (torch.Size([7, 2, 5]), torch.Size([1, 2, 5]))
     """
     if nonlinearity not in ("tanh", "relu"):
         raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
@@ -167,10 +238,24 @@ def rnn(input: Tensor, hx: Tensor | None, params: Sequence[Tensor], has_biases: 
 
 
 def rnn_tanh(*args, **kwargs) -> tuple[Tensor, Tensor]:
-    """`rnn` with nonlinearity "tanh"."""
+    """`rnn` with nonlinearity "tanh".
+
+    Args:
+        args, kwargs: as for `rnn`, but for the nonlinearity.
+
+    Returns:
+        output and hy, as `rnn`.
+    """
     return rnn(*args, nonlinearity="tanh", **kwargs)
 
 
 def rnn_relu(*args, **kwargs) -> tuple[Tensor, Tensor]:
-    """`rnn` with nonlinearity "relu"."""
+    """`rnn` with nonlinearity "relu".
+
+    Args:
+        args, kwargs: as for `rnn`, but for the nonlinearity.
+
+    Returns:
+        output and hy, as `rnn`.
+    """
     return rnn(*args, nonlinearity="relu", **kwargs)

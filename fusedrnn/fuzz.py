@@ -1,6 +1,6 @@
 """Random calls that are made on torch.nn and on fusedrnn and compared in everything that can be seen.
 
-A failed case is repeated by one line: ``python -m fusedrnn.fuzz SEED``; ``python -m fusedrnn.fuzz 0:9999`` looks for one.
+A failed case is repeated by one line: `python -m fusedrnn.fuzz SEED`; `python -m fusedrnn.fuzz 0:9999` looks for one.
 """
 
 from __future__ import annotations
@@ -25,33 +25,62 @@ LAYOUTS = ["contiguous", "transposed", "sliced", "expanded", "expanded middle"]
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One call of one module, with everything that can differ between two calls. See `random_case`."""
+    """One call of one module, with everything that can differ between two calls. See `random_case`.
+
+    Attributes:
+        seed: which case it is; also the seed of its numbers.
+        kind: "RNN", "LSTM" or "GRU".
+        options: arguments of the constructor.
+        T, B: steps and sequences.
+        lengths: of a packed input; None if it is padded.
+        unbatched: whether B is left out.
+        dtype: of all tensors.
+        input_layout, hx_layout: how their memory lies, one of `LAYOUTS`; None: no hx is given.
+        uses: the outputs in the loss.
+        cotangent: what comes back into an output, see `fusedrnn.testing.run_module`.
+        frozen: what needs no gradient, of ("input", "hx", "weights").
+        mode: "grad", "no_grad" or "inference".
+        training: whether the module is in training mode.
+        threads: torch.set_num_threads.
+        fault: a mistake that torch.nn refuses, or None.
+    """
 
     seed: int
-    kind: str  # "RNN", "LSTM", "GRU"
-    options: dict  # constructor arguments
+    kind: str
+    options: dict
     T: int
     B: int
-    lengths: tuple[int, ...] | None  # packed input, or None
+    lengths: tuple[int, ...] | None
     unbatched: bool
     dtype: torch.dtype
-    input_layout: str  # see _laid_out
-    hx_layout: str | None  # None: no hx given
-    uses: tuple[str, ...]  # outputs in the loss
+    input_layout: str
+    hx_layout: str | None
+    uses: tuple[str, ...]
     cotangent: str
-    frozen: tuple[str, ...]  # what needs no gradient, of ("input", "hx", "weights")
-    mode: str  # "grad", "no_grad", "inference"
+    frozen: tuple[str, ...]
+    mode: str
     training: bool
     threads: int
-    fault: str | None  # a mistake that torch.nn refuses, or None
+    fault: str | None
 
     def repro(self) -> str:
-        """One shell line that runs this case again, under the same instruction set."""
+        """How to run this case again, under the same instruction set.
+
+        Returns:
+            one line for the shell.
+        """
         isa = os.environ.get("FUSEDRNN_CPU_ISA")
         return f"{f'FUSEDRNN_CPU_ISA={isa} ' if isa else ''}python -m fusedrnn.fuzz {self.seed}"
 
     def modules(self, device="cpu"):
-        """Return (ours, stock) with the same weights."""
+        """Make the two modules.
+
+        Args:
+            device: where.
+
+        Returns:
+            (ours, stock), with the same weights.
+        """
         import fusedrnn
 
         return tuple(self._module(getattr(home, self.kind), device) for home in (fusedrnn, torch.nn))
@@ -62,7 +91,14 @@ class Case:
         return module.requires_grad_("weights" not in self.frozen)
 
     def tensors(self, device="cpu"):
-        """Return (input, hx) as the modules take them; input is padded even if the case is packed."""
+        """Draw the arguments of the call.
+
+        Args:
+            device: where.
+
+        Returns:
+            (input, hx) as the modules take them; input is padded even if the case is packed.
+        """
         generator = torch.Generator().manual_seed(self.seed)
 
         def draw(*shape, layout):
@@ -87,7 +123,16 @@ class Case:
         return input, (hx, draw(rows, *middle, options["hidden_size"], layout=self.hx_layout))
 
     def run(self, module, dtype=None, perturb=None, device="cpu"):
-        """Make the call, as `compare_runs` wants it."""
+        """Make the call, as `fusedrnn.testing.compare_runs` wants it.
+
+        Args:
+            module: one of the two.
+            dtype, perturb: what becomes of the tensors; None: nothing.
+            device: where.
+
+        Returns:
+            tensors by name.
+        """
         input, hx = self.tensors(device)
         leaves = make_leaves(input, hx, dtype, perturb)
         for name, leaf in leaves.items():
@@ -109,7 +154,16 @@ class Case:
         """Make the call on both modules and compare everything that can be seen.
 
         Values and gradients by the rule of `fusedrnn.testing`; shapes, dtypes, strides, which gradients are undefined,
-        exception type and text, and the state of the random generator exactly. Raises AssertionError with `repro()`.
+        exception type and text, and the state of the random generator exactly.
+
+        Args:
+            device: where.
+
+        Returns:
+            a row for each tensor; none where both refuse the call.
+
+        Raises:
+            AssertionError: something differs; its last line is `repro`'s.
         """
         threads = torch.get_num_threads()
         torch.set_num_threads(self.threads)
@@ -146,7 +200,14 @@ class Case:
 
 
 def strides(tensor: Tensor) -> list[int]:
-    """Strides of the dimensions where they mean something."""
+    """Strides of the dimensions where they mean something.
+
+    Args:
+        tensor: any.
+
+    Returns:
+        those of more than one element; none of an empty tensor.
+    """
     return [stride for stride, size in zip(tensor.stride(), tensor.shape) if size > 1 and tensor.numel()]
 
 
@@ -170,12 +231,16 @@ def _laid_out(shape, layout: str, generator: torch.Generator, dtype: torch.dtype
 def random_case(seed: int) -> Case:
     """Draw one case: cell, sizes, layers, directions, bias, projection, dtype, strides, lengths, states, loss, mode.
 
-    Example::
+    Args:
+        seed: the same case for the same number.
 
-        >>> from fusedrnn.fuzz import random_case
-        >>> case = random_case(7)
-        >>> case.kind, case.T, case.seed
-        ('LSTM', 1, 7)
+    Returns:
+        the case, not run yet.
+
+    >>> from fusedrnn.fuzz import random_case
+    >>> case = random_case(7)
+    >>> case.kind, case.T, case.seed
+    ('LSTM', 1, 7)
     """
     r = random.Random(seed)
 
@@ -232,7 +297,11 @@ def random_case(seed: int) -> Case:
 
 
 def main(arguments: list[str]) -> None:
-    """Run the cases whose seeds are given (``SEED`` or ``FIRST:LAST``); print every measure of a single one."""
+    """Run the cases whose seeds are given; print every measure of a single one.
+
+    Args:
+        arguments: `SEED` or `FIRST:LAST`, each.
+    """
     for argument in arguments:
         first, _, last = argument.partition(":")
         for seed in range(int(first), int(last or first) + 1):

@@ -11,7 +11,11 @@ from ._load import FOLDER
 
 
 def facts() -> dict[str, str]:
-    """Every line of the report, in order: {name: text}."""
+    """Every line of the report.
+
+    Returns:
+        {name: text}, in order.
+    """
     record = _C.build_record()
     try:
         selected = _C.cpu_isa()
@@ -44,6 +48,7 @@ def _gpu() -> str:
 
 
 def main() -> None:
+    """Print the report."""
     for name, text in facts().items():
         print(f"{name + ':':17} {text}")
 

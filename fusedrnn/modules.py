@@ -121,7 +121,14 @@ class FusedLayer(RNNBase):
             c is None or c.shape == (rows, *batch, self.hidden_size))
 
     def reason_for_stock(self, input: Sequence, hx=None) -> str | None:
-        """Why this call runs on torch's own kernels, or is refused by torch; None if it runs on the engine."""
+        """Why this call runs on torch's own kernels, or is refused by torch; None if it runs on the engine.
+
+        Args:
+            input, hx: as for the call, which is not made.
+
+        Returns:
+            words that end "... because <reason>", or None.
+        """
         data, batch_sizes = (input.data, input.batch_sizes) if isinstance(input, PackedSequence) else (input, None)
         h, c = self._split_states(hx)
         states = [state for state in (h, c) if state is not None]
@@ -154,8 +161,9 @@ class FusedLayer(RNNBase):
 class RNN(FusedLayer):
     """Elman's recurrent network, tanh or ReLU: torch.nn.RNN on the fused engine.
 
-    For layer k, h_t = tanh(W_ih x_t + b_ih + W_hh h_(t-1) + b_hh), where x_t is the input or
-    what layer k-1 gives at t.
+        h_t = tanh(W_ih x_t + b_ih + W_hh h_(t-1) + b_hh),  x_t: the input, or what the layer below gives at t
+
+    Source: Elman, "Finding structure in time" (1990), in the form of torch.nn.RNN.
 
     Args:
         input_size: I, features of an input.
@@ -168,12 +176,8 @@ class RNN(FusedLayer):
         bidirectional: a second direction runs from the end; D is 2 then, otherwise 1.
         device, dtype: of the parameters.
 
-    Call:
-        input (T, B, I), (B, T, I) if batch_first, (T, I) unbatched, or a PackedSequence; hx (L*D, B, H), unbatched
-        (L*D, H), or None for zeros. Returns the output, (T, B, D*H) or as the input is laid out, and hy, shaped as hx.
-
     Raises:
-        what torch.nn.RNN raises, in its words.
+        ValueError, TypeError: where torch.nn.RNN raises them, in its words.
 
     >>> import torch
     >>> output, hy = RNN(10, 20, 2)(torch.randn(5, 3, 10))
@@ -189,6 +193,7 @@ class RNN(FusedLayer):
 
     @_signature_of(_declared)
     def __init__(self, *args, **kwargs) -> None:
+        """Take what the class says under Arguments."""
         _refuse_proj_size(kwargs)
         if len(args) > 3:
             self.nonlinearity = args[3]
@@ -200,6 +205,18 @@ class RNN(FusedLayer):
         super().__init__(f"RNN_{self.nonlinearity.upper()}", *args, **kwargs)
 
     def forward(self, input: Sequence, hx: Tensor | None = None) -> tuple[Sequence, Tensor]:
+        """Run all layers over a sequence.
+
+        Args:
+            input: `(T, B, I)`, `(B, T, I)` if batch_first, `(T, I)` unbatched, or a PackedSequence.
+            hx: initial states `(L*D, B, H)`, unbatched `(L*D, H)`, or None for zeros.
+
+        Returns:
+            the output, `(T, B, D*H)` or as the input is laid out, and the last states hy, shaped as hx.
+
+        Raises:
+            RuntimeError, ValueError: where torch.nn.RNN raises them, in its words.
+        """
         return self._call(input, hx)
 
 
@@ -209,17 +226,16 @@ class LSTM(FusedLayer):
         i, f, o = sigmoid(W_ih x_t + b_ih + W_hh h_(t-1) + b_hh), each its own rows; g = tanh(...) likewise
         c_t = f c_(t-1) + i g,  h_t = o tanh(c_t),  and with projections h_t = W_hr o tanh(c_t)
 
+    Source: Hochreiter and Schmidhuber (1997); the forget gate: Gers, Schmidhuber and Cummins (2000); projections: Sak, Senior
+    and Beaufays, arXiv:1402.1128 (2014); in the form of torch.nn.LSTM.
+
     Args:
         proj_size: P > 0 projects h to P features: a state h is (..., P), c is (..., H). 0: no projection, and
             P below stands for H.
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype: as in `RNN`.
 
-    Call:
-        As `RNN`, but hx is a pair (h, c), (L*D, B, P) and (L*D, B, H), or None, and (output, (hy, cy)) is returned;
-        output (T, B, D*P).
-
     Raises:
-        what torch.nn.LSTM raises, in its words.
+        ValueError, TypeError: where torch.nn.LSTM raises them, in its words.
 
     >>> import torch
     >>> output, (hy, cy) = LSTM(10, 20, bidirectional=True)(torch.randn(5, 3, 10))
@@ -235,9 +251,22 @@ class LSTM(FusedLayer):
 
     @_signature_of(_declared)
     def __init__(self, *args, **kwargs) -> None:
+        """Take what the class says under Arguments."""
         super().__init__("LSTM", *args, **kwargs)
 
     def forward(self, input: Sequence, hx: Pair | None = None) -> tuple[Sequence, Pair]:
+        """Run all layers over a sequence.
+
+        Args:
+            input: as in `RNN.forward`.
+            hx: a pair of initial states, h `(L*D, B, P)` and c `(L*D, B, H)`, unbatched without B, or None for zeros.
+
+        Returns:
+            the output, `(T, B, D*P)` or as the input is laid out, and the last states (hy, cy), shaped as hx.
+
+        Raises:
+            RuntimeError, ValueError: where torch.nn.LSTM raises them, in its words.
+        """
         return self._call(input, hx)
 
     def _split_states(self, hx):
@@ -255,14 +284,13 @@ class GRU(FusedLayer):
         r, z = sigmoid(W_ih x_t + b_ih + W_hh h_(t-1) + b_hh), each its own rows
         n = tanh(W_in x_t + b_in + r (W_hn h_(t-1) + b_hn)),  h_t = (1 - z) n + z h_(t-1)
 
+    Source: Cho and others, arXiv:1406.1078 (2014), in the form of torch.nn.GRU: r multiplies after the recurrent product.
+
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype: as in `RNN`.
 
-    Call:
-        As `RNN`.
-
     Raises:
-        what torch.nn.GRU raises, in its words.
+        ValueError, TypeError: where torch.nn.GRU raises them, in its words.
 
     >>> import torch
     >>> output, hy = GRU(10, 20, batch_first=True)(torch.randn(3, 5, 10))
@@ -278,10 +306,22 @@ class GRU(FusedLayer):
 
     @_signature_of(_declared)
     def __init__(self, *args, **kwargs) -> None:
+        """Take what the class says under Arguments."""
         _refuse_proj_size(kwargs)
         super().__init__("GRU", *args, **kwargs)
 
     def forward(self, input: Sequence, hx: Tensor | None = None) -> tuple[Sequence, Tensor]:
+        """Run all layers over a sequence.
+
+        Args:
+            input, hx: as in `RNN.forward`.
+
+        Returns:
+            output and hy, as there.
+
+        Raises:
+            RuntimeError, ValueError: where torch.nn.GRU raises them, in its words.
+        """
         return self._call(input, hx)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
-"""One direction: weight_ih (G*H, I), weight_hh (G*H, P), bias_ih (G*H), bias_hh (G*H), weight_hr (P, H)."""
+"""One direction: weight_ih `(G*H, I)`, weight_hh `(G*H, P)`, bias_ih `(G*H,)`, bias_hh `(G*H,)`, weight_hr (P, H)."""
 
 
 # A step takes gates_x = x W_ih^T + b_ih and gates_h = h W_hh^T + b_hh, both (B, G*H), and the states before it, each
@@ -21,17 +21,41 @@ Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 
 def rnn_tanh(gates_x: Tensor, gates_h: Tensor, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """h' = tanh(gates_x + gates_h). Elman, "Finding structure in time" (1990); torch.nn.RNN."""
+    """h' = tanh(gates_x + gates_h). Elman, "Finding structure in time" (1990); torch.nn.RNN.
+
+    Args:
+        gates_x: x W_ih^T + b_ih, `(B, G*H)`; G is 1.
+        gates_h: h W_hh^T + b_hh, `(B, G*H)`.
+        states: those before the step, (h,), each (B, H).
+
+    Returns:
+        the states after the step, (h',).
+    """
     return (torch.tanh(gates_x + gates_h),)
 
 
 def rnn_relu(gates_x: Tensor, gates_h: Tensor, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """h' = max(0, gates_x + gates_h). Le, Jaitly, Hinton, arXiv:1504.00941 (2015); torch.nn.RNN."""
+    """h' = max(0, gates_x + gates_h). Le, Jaitly, Hinton, arXiv:1504.00941 (2015); torch.nn.RNN.
+
+    Args:
+        gates_x, gates_h, states: as in `rnn_tanh`.
+
+    Returns:
+        (h',).
+    """
     return (torch.relu(gates_x + gates_h),)
 
 
 def lstm(gates_x: Tensor, gates_h: Tensor, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """c' = f c + i g, h' = o tanh(c'). Gers, Schmidhuber, Cummins, "Learning to forget" (2000); torch.nn.LSTM."""
+    """c' = f c + i g, h' = o tanh(c'). Gers, Schmidhuber, Cummins, "Learning to forget" (2000); torch.nn.LSTM.
+
+    Args:
+        gates_x, gates_h: as in `rnn_tanh`; G is 4, in the order i, f, g, o.
+        states: (h, c), each (B, H).
+
+    Returns:
+        (h', c').
+    """
     _, c = states
     i, f, g, o = (gates_x + gates_h).chunk(4, -1)
     c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
@@ -40,7 +64,14 @@ def lstm(gates_x: Tensor, gates_h: Tensor, states: tuple[Tensor, ...]) -> tuple[
 
 def gru(gates_x: Tensor, gates_h: Tensor, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """h' = (1 - z) n + z h, n = tanh(n_x + r n_h). Cho and others, arXiv:1406.1078 (2014), as torch.nn.GRU has it:
-    the reset gate multiplies after the recurrent product, so the halves of the candidate stay apart."""
+    the reset gate multiplies after the recurrent product, so the halves of the candidate stay apart.
+
+    Args:
+        gates_x, gates_h, states: as in `rnn_tanh`; G is 3, in the order r, z, n.
+
+    Returns:
+        (h',).
+    """
     (h,) = states
     r_x, z_x, n_x = gates_x.chunk(3, -1)
     r_h, z_h, n_h = gates_h.chunk(3, -1)
@@ -58,9 +89,12 @@ def scan(step: Step, inputs: list[Tensor], states: tuple[Tensor, ...], weights: 
     """Carry the states through one direction of one layer.
 
     Args:
+        step: a cell's, of `CELLS`.
         inputs: one (b, I) tensor a step. b never grows: of B sequences sorted by length, the first b still run.
         states: before the first step, (h (B, P),) or (h (B, P), c (B, H)).
+        weights: of this direction, as `Weights` says.
         reverse: from the last step to the first.
+
     Returns:
         h after each step, (b, P) each, in the order of `inputs`; and the states after the last step taken.
     """
@@ -83,11 +117,19 @@ def layer(cell: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, weight
 
     Args:
         cell: a key of `CELLS`.
-        input: (T, B, I); (B, T, I) if batch_first; or the data (N, I) of a PackedSequence, with its batch_sizes (T,).
+        input: (T, B, I); (B, T, I) if batch_first; or the data (N, I) of a PackedSequence.
         hx, cx: (D, B, P) and (D, B, H), or None for zeros. cx for "lstm" only.
         weights: one tuple a direction; direction 1 runs in reverse.
+        batch_sizes: (T,), of a PackedSequence; None if padded.
+        batch_first: see input.
+
     Returns:
-        output (T, B, D*P) or (N, D*P); hy (D, B, P); cy (D, B, H), None but for "lstm".
+        output `(T, B, D*P)` or `(N, D*P)`; hy (D, B, P); cy (D, B, H), None but for "lstm".
+
+    >>> m = torch.nn.GRU(3, 5)
+    >>> output, hy, _ = layer("gru", torch.randn(7, 2, 3), None, None, [(*m.parameters(), None)])
+    >>> output.shape, hy.shape
+    (torch.Size([7, 2, 5]), torch.Size([1, 2, 5]))
     """
     if batch_sizes is not None:
         inputs = list(input.split(batch_sizes.tolist()))

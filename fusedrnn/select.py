@@ -44,6 +44,14 @@ def is_ordinary(input: Any, states: Sequence[Any], weights: Sequence[Any]) -> bo
     """True: plain tensors of one device and one dtype that an engine has, and no context that changes what a call means.
 
     False: the functions below have to look. This is the hot path of every call, hence the flat form.
+
+    Args:
+        input: what the module was given, or the data of a PackedSequence.
+        states: the initial states that were given, none or all.
+        weights: the module's, as they are now.
+
+    Returns:
+        whether the engine takes the call as it is.
     """
     if (
         _len_torch_function_stack()
@@ -81,6 +89,9 @@ def _all_like(input: Tensor, tensors: Sequence[Any]) -> bool:
 def cuda_kernel() -> str:
     """The kernel that tensors on CUDA are given to: the one that the environment variable FUSEDRNN_KERNEL names, or the best.
 
+    Returns:
+        one of `CUDA_KERNELS`.
+
     Raises:
         RuntimeError: there is none of that name.
     """
@@ -91,7 +102,14 @@ def cuda_kernel() -> str:
 
 
 def reason_against_cuda(device: torch.device) -> str | None:
-    """Why no kernel of ours takes tensors on this CUDA device; None if one does."""
+    """Why no kernel of ours takes tensors on this CUDA device; None if one does.
+
+    Args:
+        device: of the tensors.
+
+    Returns:
+        words that end "... because <reason>", or None.
+    """
     if not HAS_CUDA:
         return f"it was built without CUDA ({CUDA_WHY_NOT}); FUSEDRNN_CUDA=1 {BUILD} where nvcc is mends that"
     if cuda_kernel() == "torch":
@@ -111,6 +129,12 @@ def reason_for_fallback(input: Any, states: Sequence[Any], weights: Sequence[Any
     """Why the engine cannot take this call, in words that end "... because <reason>"; None if it can.
 
     Fake and meta tensors go the engine's way: its ops say which shapes they would return.
+
+    Args:
+        input, states, weights: as in `is_ordinary`.
+
+    Returns:
+        the reason, or None.
     """
     if is_exporting():
         return EXPORTING
@@ -173,7 +197,12 @@ def autocast_dtype(cell: str, input: Tensor, hx: Tensor | None, onednn: bool = F
     matrix products do: the state is added in, and its dtype wins where it is the wider one. float64 is never cast.
 
     Args:
+        cell: the engine's name of it.
+        input, hx: the call's; hx is None for zeros.
         onednn: this is an LSTM that torch would leave to oneDNN: a layer, padded, without projections.
+
+    Returns:
+        the dtype to cast everything to, or None.
     """
     device = input.device.type
     if not _is_any_autocast_enabled() or not torch.is_autocast_enabled(device) or input.dtype == torch.float64:
@@ -188,7 +217,13 @@ _warned: set[tuple[str, str]] = set()
 
 
 def warn_once(who: str, instead: str, reason: str) -> None:
-    """Say, the first time for this caller and reason, that torch's own kernels ran a call, and why."""
+    """Say, the first time for this caller and reason, that torch's own kernels ran a call, and why.
+
+    Args:
+        who: what was called, "fusedrnn.LSTM".
+        instead: what ran, "torch.nn.LSTM".
+        reason: as `reason_for_fallback` gives it.
+    """
     if reason in SILENT or is_compiling() or (who, reason) in _warned:
         return
     _warned.add((who, reason))

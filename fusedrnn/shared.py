@@ -16,7 +16,12 @@ from . import select
 def weights_by_name(module: nn.Module, names: Sequence[str]) -> list[Tensor | None]:
     """The weights as they are now: a name may hold another tensor at every call (parametrize, functional_call).
 
-    None stands for a weight that is absent.
+    Args:
+        module: a layer or cell.
+        names: of its weights.
+
+    Returns:
+        a weight for each name; None stands for one that is absent.
     """
     parameters = module._parameters  # nearly always there, and getattr takes many times as long
     weights = []
@@ -27,7 +32,14 @@ def weights_by_name(module: nn.Module, names: Sequence[str]) -> list[Tensor | No
 
 
 def split_pair(hx: Any) -> tuple:
-    """(h, c) of an LSTM's hx: (None, None) if it is None, (hx, None) if it is no pair of states, which fits no LSTM."""
+    """The two states of an LSTM's hx.
+
+    Args:
+        hx: what the caller gave.
+
+    Returns:
+        (h, c); (None, None) if hx is None; (hx, None) if it is no pair of states, which fits no LSTM.
+    """
     if hx is None:
         return None, None
     if isinstance(hx, (tuple, list)) and len(hx) == 2 and hx[0] is not None and hx[1] is not None:
@@ -36,7 +48,16 @@ def split_pair(hx: Any) -> tuple:
 
 
 def run_stock(module: nn.Module, input: Any, hx: Any, reason: str) -> Any:
-    """The call as torch.nn runs it. If torch raises, its error is all there is to say; if not, say why torch ran it."""
+    """The call as torch.nn runs it. If torch raises, its error is all there is to say; if not, say why torch ran it.
+
+    Args:
+        module: one of ours.
+        input, hx: the call's.
+        reason: as `fusedrnn.select.reason_for_fallback` gives it.
+
+    Returns:
+        what torch.nn returns.
+    """
     result = module.stock.forward(module, input, hx)
     name = module.stock.__name__
     select.warn_once(f"fusedrnn.{name}", f"torch.nn.{name}", reason)
@@ -44,7 +65,14 @@ def run_stock(module: nn.Module, input: Any, hx: Any, reason: str) -> Any:
 
 
 def as_stock(module: nn.Module) -> nn.Module:
-    """The module's torch.nn counterpart, holding the very same Parameters, buffers, submodules and hooks."""
+    """The module's torch.nn counterpart.
+
+    Args:
+        module: one of ours, which stays as it is.
+
+    Returns:
+        a module of class `stock`, holding the very same Parameters, buffers, submodules and hooks.
+    """
     from .convert import convert  # which imports the modules, which import this
 
     twin = object.__new__(type(module))
@@ -53,7 +81,15 @@ def as_stock(module: nn.Module) -> nn.Module:
 
 
 def record_as_leaf(module: nn.Module, input: Any, hx: Any) -> Proxy:
-    """Record a call of the module as one node of torch.fx's graph, as torch.fx does for torch.nn's own modules."""
+    """Record a call of the module as one node of torch.fx's graph, as torch.fx does for torch.nn's own modules.
+
+    Args:
+        module: the one called.
+        input, hx: the call's, at least one of them a Proxy.
+
+    Returns:
+        the Proxy of what the call will return.
+    """
     args = (input,) if hx is None else (input, hx)
     pair = hx if isinstance(hx, (tuple, list)) else (hx,)
     tracer = next(arg for arg in (input, *pair) if isinstance(arg, Proxy)).tracer

@@ -37,16 +37,24 @@ Tensors = dict[str, Tensor | None]
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """How far one tensor of ours, and of torch.nn, is from truth (largest absolute error)."""
+    """How far one tensor of ours, and of torch.nn, is from truth.
+
+    Attributes:
+        name: of the tensor.
+        ours, stock: largest absolute errors.
+        allowed: the most that `ours` may be.
+        scale: largest absolute value of the truth.
+    """
 
     name: str
     ours: float
     stock: float
     allowed: float
-    scale: float  # largest absolute value of the truth
+    scale: float
 
     @property
     def passed(self) -> bool:
+        """Whether our error is allowed."""
         return self.ours <= self.allowed
 
     def __str__(self) -> str:
@@ -60,18 +68,21 @@ def compare_tensors(name: str, ours: Tensor, stock: Tensor, truth: Tensor, stock
     """Measure `ours` and `stock` (same dtype) against `truth` (float64, same shape).
 
     Args:
+        name: for messages.
+        ours, stock, truth: the three tensors.
         stock_error: torch's error if it is already known to be larger than `stock` shows.
+
+    Returns:
+        the measure; `Measured.passed` says what came of it.
 
     Raises:
         AssertionError: shape or dtype is not that of `stock`, or NaN or infinity stands where `stock` has none.
 
-    Example::
-
-        >>> import torch
-        >>> from fusedrnn.testing import compare_tensors
-        >>> truth = torch.rand(8, dtype=torch.float64)
-        >>> compare_tensors("x", truth.float(), truth.float(), truth).passed
-        True
+    >>> import torch
+    >>> from fusedrnn.testing import compare_tensors
+    >>> truth = torch.rand(8, dtype=torch.float64)
+    >>> compare_tensors("x", truth.float(), truth.float(), truth).passed
+    True
     """
     assert ours.shape == stock.shape, f"{name}: shape {tuple(ours.shape)}, torch.nn has {tuple(stock.shape)}"
     assert ours.dtype == stock.dtype, f"{name}: dtype {ours.dtype}, torch.nn has {stock.dtype}"
@@ -97,17 +108,18 @@ def compare_modules(ours, stock, input, hx=None, *, uses=None, cotangent="normal
         seed: for dropout and for the numbers of the loss.
 
     Returns:
-        one row a tensor. Raises AssertionError with all of them if one does not pass.
+        one row a tensor.
 
-    Example::
+    Raises:
+        AssertionError: a tensor does not pass; the text has all rows.
 
-        >>> import torch, fusedrnn
-        >>> from fusedrnn.testing import compare_modules
-        >>> stock, ours = torch.nn.LSTM(3, 5), fusedrnn.LSTM(3, 5)
-        >>> _ = ours.load_state_dict(stock.state_dict())
-        >>> rows = compare_modules(ours, stock, torch.randn(7, 2, 3))
-        >>> rows[0].name
-        'output'
+    >>> import torch, fusedrnn
+    >>> from fusedrnn.testing import compare_modules
+    >>> stock, ours = torch.nn.LSTM(3, 5), fusedrnn.LSTM(3, 5)
+    >>> _ = ours.load_state_dict(stock.state_dict())
+    >>> rows = compare_modules(ours, stock, torch.randn(7, 2, 3))
+    >>> rows[0].name
+    'output'
     """
 
     def run(module, dtype=None, perturb=None) -> Tensors:
@@ -120,10 +132,20 @@ def compare_modules(ours, stock, input, hx=None, *, uses=None, cotangent="normal
 
 
 def compare_runs(run: Callable, ours, stock) -> list[Measured]:
-    """Apply the rule of this file to `run(module, dtype=None, perturb=None) -> tensors by name`.
+    """Apply the rule of this file to whatever can be run on two modules.
 
-    run makes one call with fresh leaves: cast to `dtype` if given, and passed through `perturb(tensor)` before that.
     torch.nn runs on one thread: on a busy machine its small steps wait longer for threads than they compute.
+
+    Args:
+        run: `run(module, dtype=None, perturb=None)` makes one call with fresh leaves, cast to `dtype` if given, and passed
+            through `perturb(tensor)` before that; it returns tensors by name.
+        ours, stock: the modules.
+
+    Returns:
+        one row a tensor.
+
+    Raises:
+        AssertionError: a tensor does not pass; the text has all rows.
     """
     got = run(ours)
     with one_thread():
@@ -132,7 +154,7 @@ def compare_runs(run: Callable, ours, stock) -> list[Measured]:
 
 @contextlib.contextmanager
 def one_thread():
-    """torch.set_num_threads(1) for a while."""
+    """A context in which torch has one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -182,15 +204,19 @@ def _judge(run: Callable, got: Tensors, stock) -> list[Measured]:
 
 
 def run_module(module, input, hx=None, *, uses=None, cotangent="normal", seed=0, wrt=None) -> Tensors:
-    """Run `module(input, hx)` and its backward; return every tensor by name.
+    """Run `module(input, hx)` and its backward.
 
     Args:
+        module: a layer or cell.
+        input, hx: as it takes them.
         uses: which outputs the loss uses, a subset of ("output", "hy", "cy"); None: all; (): no backward.
         cotangent: what comes back into an output: "normal", "expanded" (one number, stride 0), "transposed" memory.
+        seed: of the numbers of the loss.
         wrt: tensors by name to differentiate for, beside the module's parameters that require a gradient.
 
     Returns:
-        "output", "hy", "cy" (a cell: "hy", "cy") and "grad NAME"; a gradient that torch leaves undefined is None.
+        tensors by name: "output", "hy", "cy" (a cell: "hy", "cy") and "grad NAME"; a gradient that torch leaves
+            undefined is None.
     """
     result = module(input) if hx is None else module(input, hx)
     found = named_outputs(result, is_cell=not hasattr(module, "num_layers"))
@@ -206,7 +232,15 @@ def run_module(module, input, hx=None, *, uses=None, cotangent="normal", seed=0,
 
 
 def named_outputs(result, is_cell: bool = False) -> dict[str, Tensor]:
-    """The tensors that a module returned, as "output", "hy", "cy"; a packed output by its data."""
+    """The tensors that a module returned, by name.
+
+    Args:
+        result: what it returned.
+        is_cell: whether it is a cell, which has no "output".
+
+    Returns:
+        "output", "hy", "cy", those there are; a packed output by its data.
+    """
     if is_cell:
         return {"hy": result} if isinstance(result, Tensor) else {"hy": result[0], "cy": result[1]}
     output, hidden = result
@@ -215,7 +249,16 @@ def named_outputs(result, is_cell: bool = False) -> dict[str, Tensor]:
 
 
 def make_leaves(input, hx, dtype=None, perturb=None) -> dict[str, Tensor]:
-    """Fresh leaves "input", "hx", "cx" with the strides of the tensors given, in `dtype` if that is not None."""
+    """Fresh leaves with the strides of the tensors given.
+
+    Args:
+        input, hx: as a module takes them.
+        dtype: of the leaves, if not None.
+        perturb: what every tensor passes through before that, if not None.
+
+    Returns:
+        "input", "hx", "cx", those there are.
+    """
     tensors = {"input": input.data if isinstance(input, PackedSequence) else input}
     if hx is not None:
         tensors |= {"hx": hx} if isinstance(hx, Tensor) else {"hx": hx[0], "cx": hx[1]}
@@ -224,7 +267,15 @@ def make_leaves(input, hx, dtype=None, perturb=None) -> dict[str, Tensor]:
 
 
 def assemble(input, hx, leaves: dict[str, Tensor]):
-    """(input, hx) as the module takes them, made of `leaves`."""
+    """Make a module's arguments of leaves.
+
+    Args:
+        input, hx: what they shall look like.
+        leaves: as `make_leaves` returns them.
+
+    Returns:
+        (input, hx).
+    """
     data = leaves["input"]
     if isinstance(input, PackedSequence):
         data = PackedSequence(data, input.batch_sizes, input.sorted_indices, input.unsorted_indices)
@@ -234,7 +285,15 @@ def assemble(input, hx, leaves: dict[str, Tensor]):
 
 
 def perturbed(module, perturb):
-    """`module` with every parameter passed through `perturb`, in place."""
+    """Pass every parameter through a function, in place.
+
+    Args:
+        module: any.
+        perturb: takes and returns a tensor.
+
+    Returns:
+        module itself.
+    """
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.copy_(perturb(parameter.detach()))

@@ -192,10 +192,11 @@ def test_sdist_holds_all_sources(checkout, tmp_path):
     (archive,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(archive) as content:
         packed = {name.partition("/")[2] for name in content.getnames()}
-    folders = ("csrc", "fusedrnn", "tests", "examples", "benchmarks")
+    folders = ("csrc", "fusedrnn", "tests", "examples", "benchmarks", "docs")
     sources = [path for folder in folders for path in (checkout / folder).rglob("*") if path.is_file()]
     wanted = {str(path.relative_to(checkout)) for path in sources if path.suffix not in (".so", ".o")}
     wanted |= {"setup.py", "pyproject.toml", "MANIFEST.in", "Makefile", "requirements.txt", "requirements-torch.txt"}
+    wanted |= {"README.md", "CHANGELOG.md", "CONTRIBUTING.md"}
     assert not wanted - packed
     assert not [name for name in packed if name.endswith((".so", ".o")) or name.startswith("build/")]
 
