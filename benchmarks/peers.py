@@ -40,7 +40,9 @@ class PeerModule(torch.nn.Module):
             self.register_parameter(name, parameter)
         self.train(stock.training)
 
-    def direction(self, input: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias_ih: Tensor, bias_hh: Tensor) -> tuple[Tensor, States]:
+    def direction(
+        self, input: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias_ih: Tensor, bias_hh: Tensor
+    ) -> tuple[Tensor, States]:
         """One layer in one direction, first step to last, from states of zeros: (output (T, B, H), last states)."""
         raise NotImplementedError
 
@@ -132,17 +134,18 @@ def run_block(cell: str, gates: Tensor, states: list[Tensor], weight_hh: Tensor,
 
 
 class TorchCompile:
-    """torch.compile in its default mode. The first call compiles a block and the steps left over, whatever T: about a minute."""
+    """torch.compile in its default mode. The first call compiles a block and the steps left over: a minute, whatever T."""
 
     name = "torch-compile"
 
     def refuses(self, case: Case) -> str | None:
-        compiler = os.environ.get("CXX", "g++")
-        triton = importlib.util.find_spec("triton") is None
+        compiler = os.environ.get("CXX", "g++")  # as inductor chooses it
+        no_compiler = case.device == "cpu" and shutil.which(compiler) is None
+        no_triton = case.device == "cuda" and importlib.util.find_spec("triton") is None
         return first_reason(
             (case.shape.packed, "torch-compile takes no PackedSequence"),
-            (case.device == "cpu" and shutil.which(compiler) is None, f"torch.compile needs a C++ compiler, and there is no {compiler}"),
-            (case.device == "cuda" and triton, "torch.compile needs triton, which is not installed"),
+            (no_compiler, f"torch.compile needs a C++ compiler, and there is no {compiler}"),
+            (no_triton, "torch.compile needs triton, which is not installed"),
         )
 
     def module(self, case: Case, dtype: torch.dtype) -> torch.nn.Module:
@@ -155,6 +158,9 @@ class TorchCompile:
 # ---------------------------------------------------------------------------------------------------------------------
 # FlashRNN
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+FLASHRNN_NAMES = {"rnn": "elman", "gru": "gru", "lstm": "lstm"}
 
 
 class FlashRNNModule(PeerModule):
@@ -182,8 +188,7 @@ class FlashRNNModule(PeerModule):
         recurrent, bias = weight_hh.view(G, 1, H, H), bias_hh.view(G, 1, H)
         if self.cell == "gru":
             recurrent, bias = recurrent.roll(1, 0), torch.cat([bias.roll(1, 0), bias.new_zeros(1, 1, H)])
-        function = "elman" if self.cell == "rnn" else self.cell
-        dtype = str(input.dtype).removeprefix("torch.")
+        function, dtype = FLASHRNN_NAMES[self.cell], str(input.dtype).removeprefix("torch.")
         states, last = flashrnn(gates, recurrent, bias, function=function, backend=backend, dtype=dtype)  # (S, B, T, 1, H)
         return states[0, :, :, 0].transpose(0, 1), tuple(last[:, :, 0, 0].unbind(0))
 
@@ -199,10 +204,11 @@ def flashrnn_backend(case: Case) -> str:
 def _fused_or_not(cell: str, B: int, H: int, dtype: str) -> str:
     from flashrnn import flashrnn
 
-    G, function = CELLS[cell], "elman" if cell == "rnn" else cell
+    G = CELLS[cell]
     zeros = functools.partial(torch.zeros, dtype=getattr(torch, dtype), device="cuda")
+    arguments = zeros(B, 2, G, 1, H), zeros(G, 1, H, H), zeros(G, 1, H)
     try:  # the library builds and tries the kernel, forward and backward, before it runs it
-        flashrnn(zeros(B, 2, G, 1, H), zeros(G, 1, H, H), zeros(G, 1, H), function=function, backend="cuda_fused", dtype=dtype)
+        flashrnn(*arguments, function=FLASHRNN_NAMES[cell], backend="cuda_fused", dtype=dtype)
     except (RuntimeError, ValueError):  # it does not start, or no tiling fits this size on this chip
         return "cuda"
     return "cuda_fused"

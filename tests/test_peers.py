@@ -135,7 +135,10 @@ def test_torch_compile_refuses_without_a_compiler(monkeypatch):
 
 
 def flashrnn_stand_in(gates, recurrent, bias, states=None, function="lstm", backend="cuda_fused", dtype="bfloat16"):
-    """flashrnn() as its package documents it: (B, T, G, N, D), (G, N, D, D), (G, N, D) -> (S, B, T, N, D), (S, B, 1, N, D)."""
+    """flashrnn() as its package documents it.
+
+    (B, T, G, N, D), (G, N, D, D), (G, N, D) -> (S, B, T, N, D), (S, B, 1, N, D), N heads, S states.
+    """
     B, T, _, N, D = gates.shape
     assert states is None and N == 1 and dtype == str(gates.dtype).removeprefix("torch.")
     every, h, c = [], gates.new_zeros(B, D), gates.new_zeros(B, D)
