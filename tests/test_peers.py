@@ -105,7 +105,8 @@ def inductor_cache(tmp_path_factory):
 @pytest.mark.parametrize("cell", shapes.CELLS)
 @pytest.mark.parametrize("mode", shapes.MODES)
 def test_torch_compile_computes_what_torch_computes(cell, mode, inductor_cache):
-    case = case_of(cell, mode, layers=2, bidirectional=True)
+    leaves_a_step = (cell, mode) == ("rnn", "inference")  # after one block; a shape more to compile
+    case = case_of(cell, mode, T=3 if leaves_a_step else 4, layers=2, bidirectional=True)
     peer = peers.TorchCompile()
     if reason := peer.refuses(case):
         pytest.skip(reason)
@@ -113,13 +114,6 @@ def test_torch_compile_computes_what_torch_computes(cell, mode, inductor_cache):
     with torch._dynamo.config.patch(error_on_recompile=True):  # all is compiled now: the clock sees none of it
         assert workload.kernel() == "inductor/2-steps"
         workload.call()
-
-
-def test_torch_compile_runs_the_steps_left_over(inductor_cache):
-    peer = peers.TorchCompile()
-    if reason := peer.refuses(case_of("rnn")):
-        pytest.skip(reason)
-    judged(case_of("rnn", T=3), peer)
 
 
 def test_torch_compile_refuses_without_a_compiler(monkeypatch):
