@@ -134,7 +134,7 @@ def run_block(cell: str, gates: Tensor, states: list[Tensor], weight_hh: Tensor,
 
 
 class TorchCompile:
-    """torch.compile in its default mode. The first call compiles a block and what is left over: about a minute, whatever T."""
+    """torch.compile in its default mode. The first call compiles a block and the rest: about a minute, whatever T."""
 
     name = "torch-compile"
 
