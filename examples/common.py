@@ -33,7 +33,8 @@ def parser(doc: str, plot: str | None = None, **defaults: int) -> argparse.Argum
     found.add_argument("--module", choices=[*PACKAGES, "both"], default="both", help="default: both, in turns")
     found.add_argument("--seed", type=seed, default=0, help="default 0")
     if plot:
-        found.add_argument("--plot", type=picture, metavar="FILE", default=Path(plot), help=f'default {plot}; "none" for none')
+        hint = f'default {plot}; "none" for none'
+        found.add_argument("--plot", type=picture, metavar="FILE", default=Path(plot), help=hint)
     for name, value in defaults.items():
         found.add_argument(f"--{name}", type=positive, default=value, help=f"default {value}")
     return found
