@@ -62,10 +62,15 @@ def picture(text: str) -> Path:
     return path
 
 
+def packages(args) -> list[str]:
+    """The names of those that --module asks for, in the order of their turns."""
+    return list(PACKAGES) if args.module == "both" else [args.module]
+
+
 def build(args, make: Callable) -> dict[str, torch.nn.Module]:
     """{package: make(its namespace)} for each package that --module asks for, all from the same seed."""
     models = {}
-    for name in PACKAGES if args.module == "both" else [args.module]:
+    for name in packages(args):
         torch.manual_seed(args.seed)
         models[name] = make(PACKAGES[name])
     return models
@@ -109,11 +114,15 @@ class Race:
         self.bar.clear()
         print(f"{line}\n", end="", flush=True)
 
+    def ratio(self) -> float | None:
+        """How many times faster fusedrnn's median turn is; None if only one package ran."""
+        medians = [statistics.median(self.seconds[name]) for name in self.models]
+        return medians[0] / medians[1] if len(medians) == 2 else None
+
     def speed_up(self, turn: str = "an epoch") -> str:
-        """How many times faster fusedrnn's median turn is, as words; only how long it is if only one package ran."""
-        medians = {name: statistics.median(seconds) for name, seconds in self.seconds.items()}
-        times = ", ".join(f"{duration(seconds)} with {name}" for name, seconds in medians.items())
-        ratio = f", {medians['torch'] / medians['fusedrnn']:.2f}x as fast" if len(medians) == 2 else ""
+        """How long a median turn is with each package, and the ratio, as words."""
+        times = ", ".join(f"{duration(statistics.median(self.seconds[name]))} with {name}" for name in self.models)
+        ratio = f", {self.ratio():.2f}x as fast" if self.ratio() else ""
         return f"; {turn} takes {times}{ratio}"
 
 
