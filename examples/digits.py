@@ -43,12 +43,12 @@ class RowReader(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Scores (B, 10) of images (B, rows, columns)."""
         output, last = self.rnn(images)
-        h_n = last[0] if isinstance(last, tuple) else last
+        h_n = last[0] if isinstance(last, tuple) else last  # an LSTM's last is (h_n, c_n)
         return self.linear(output[:, -1] if self.read == "output" else h_n[-1])
 
 
 @torch.no_grad()
-def predict(model: nn.Module, images: Tensor) -> Tensor:
+def predict(model: RowReader, images: Tensor) -> Tensor:
     """The digit (N,) each image (N, rows, columns) is taken for."""
     return torch.cat([model(part).argmax(1) for part in images.split(1000)])
 
@@ -56,20 +56,18 @@ def predict(model: nn.Module, images: Tensor) -> Tensor:
 def train(args, models: dict[str, nn.Module], learn, test) -> tuple[dict, common.Race]:
     """Trains the models in turns and prints a line an epoch: ({measure: {package: [value an epoch]}}, the race)."""
     images, labels = learn
-    optimizers = {name: torch.optim.Adam(model.parameters(), lr=DEFAULTS[args.cell]["rate"]) for name, model in models.items()}
+    optimizers = {name: torch.optim.Adam(model.parameters(), args.rate) for name, model in models.items()}
     schedules = {name: torch.optim.lr_scheduler.CosineAnnealingLR(optimizers[name], args.epochs) for name in models}
     race = common.Race(models, args.epochs, -(-len(images) // args.batch))
     history = {"loss": {name: [] for name in models}, "accuracy": {name: [] for name in models}, "seconds": race.seconds}
     print("     " + "".join(f"{title:^{12 * len(models)}}" for title in MEASURES.values()).rstrip())
     print("epoch" + "".join(f"{name:>12}" for _ in MEASURES for name in models))
     for epoch, name, model in race:
-        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(args.seed + epoch))
-        total = 0.0
+        total, order = 0.0, torch.randperm(len(images), generator=torch.Generator().manual_seed(args.seed + epoch))
         for index in order.split(args.batch):
             loss = nn.functional.cross_entropy(model(images[index]), labels[index])
             optimizers[name].zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # a plain RNN's gradients explode now and then
             optimizers[name].step()
             total += loss.item() * len(index)
             race.step()
@@ -78,68 +76,63 @@ def train(args, models: dict[str, nn.Module], learn, test) -> tuple[dict, common
         history["loss"][name].append(total / len(images))
         history["accuracy"][name].append((predict(model, test[0]) == test[1]).float().mean().item())
         if name == list(models)[-1]:
-            formats = zip(MEASURES, ("12.6f", "12.2%", "12.3f"))
-            race.print(f"{epoch:5}" + "".join(f"{history[measure][name][-1]:{form}}" for measure, form in formats for name in models))
+            row = zip(history.values(), ("12.6f", "12.2%", "12.3f"))
+            race.print(f"{epoch:5}" + "".join(f"{values[-1]:{form}}" for named, form in row for values in named.values()))
     return history, race
 
 
 def draw(args, history, race, test, digits: Tensor) -> None:
     """The picture: losses, accuracies and times by epoch, and ten test images with what they were taken for."""
-    styles = {"torch": {"linewidth": 6}, "fusedrnn": {"linewidth": 1.6}}
     with common.drawing(args.plot, [[*MEASURES], ["digits"] * 3], height_ratios=[3, 1], figsize=(11, 5.4)) as axes:
         for measure, title in MEASURES.items():
             axis, epochs = axes[measure], range(1, args.epochs + 1)
             for name, values in history[measure].items():
-                style = {"color": common.COLOURS[name], **styles[name]}
+                style = {"color": common.COLOURS[name], "linewidth": 6 if name == "torch" else 1.6}
                 if measure == "seconds":  # a line is the median; the machine's own hiccups fall outside the picture
                     axis.scatter(epochs, values, s=18, color=style["color"])
                     axis.axhline(statistics.median(values), **style)
                 else:
                     axis.plot(epochs, values, label=name, marker="." if len(values) == 1 else "", **style)
-            axis.set_title(title, loc="left", fontweight="bold")
             axis.set_xlabel("epoch")
+            axis.set_title(title, loc="left", fontweight="bold")
             axis.xaxis.get_major_locator().set_params(integer=True)
             axis.grid(axis="y", color="#eeeeee")
-        axes["loss"].set_yscale("log")
+        axes["loss"].semilogy()
         axes["loss"].legend(frameon=False)
         axes["accuracy"].yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
         axes["seconds"].set_ylim(0, 2 * max(map(statistics.median, race.seconds.values())))
         if race.ratio():
             axes["seconds"].set_title(f"{race.ratio():.2f}x as fast", loc="right", color=common.COLOURS["fusedrnn"])
-        images, labels = test[0][:10], test[1][:10]
-        width = images.shape[2] + 2
-        strip = torch.cat([nn.functional.pad(image, (1, 1)) for image in images], 1)
-        axes["digits"].imshow(strip.numpy(), cmap="gray_r")
-        axes["digits"].spines[:].set_visible(False)
-        axes["digits"].set_yticks([])
-        axes["digits"].set_xticks([width * (i + 0.5) - 0.5 for i in range(len(labels))],
-                                  [f"{label}, read {digit}" for label, digit in zip(labels, digits)])
-        axes["digits"].tick_params(length=0)
-        for text, label, digit in zip(axes["digits"].get_xticklabels(), labels, digits):
-            text.set_color("black" if label == digit else common.COLOURS["fusedrnn"])
+        axis, labels = axes["digits"], test[1][:10]
+        strip = torch.cat([nn.functional.pad(image, (1, 1)) for image in test[0][:10]], 1)
+        axis.imshow(strip.numpy(), cmap="gray_r")
+        axis.set_axis_off()
+        width = len(strip[0]) / len(labels)
+        for i, (label, digit) in enumerate(zip(labels, digits)):
+            colour = "black" if label == digit else common.COLOURS["fusedrnn"]
+            axis.text(width * (i + 0.5) - 0.5, -len(strip) / 8, f"{label}, read {digit}", ha="center", color=colour)
 
 
 def parse() -> argparse.ArgumentParser:
     parser = common.parser(__doc__, plot="digits.png")
     parser.add_argument("--cell", choices=[*DEFAULTS], default="LSTM", type=str.upper)
-    parser.add_argument("--read", choices=["output", "hidden"], default="output", help="the last output (default) or h_n[-1]")
+    parser.add_argument("--read", choices=["output", "hidden"], default="output", help="last output (default) or h_n[-1]")
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="MNIST's idx files")
     parser.add_argument("--epochs", type=common.positive, help="default 25, or 2 with --data")
     for name in ("hidden", "layers", "batch"):
-        known = ", ".join(f"{values[name]} for {cell}" for cell, values in DEFAULTS.items())
-        parser.add_argument(f"--{name}", type=common.positive, help=f"default {known}")
+        parser.add_argument(f"--{name}", type=common.positive, help="default: what tutorials give the cell")
     return parser
 
 
 def run(args) -> str:
     learn, test = load_mnist(args.data) if args.data else load_small()
-    args.epochs = args.epochs or (2 if args.data else 25)
-    for name in ("hidden", "layers", "batch"):
-        setattr(args, name, getattr(args, name) or DEFAULTS[args.cell][name])
+    for name, value in {"epochs": 2 if args.data else 25, **DEFAULTS[args.cell]}.items():
+        setattr(args, name, getattr(args, name, None) or value)
     _, rows, columns = learn[0].shape
-    print(f"{len(learn[0]):,} images of {rows}x{columns} to learn from, {len(test[0]):,} to test; {args.cell} of {args.hidden} "
-          f"units x {args.layers}, batch {args.batch}, reads the last {args.read}, {torch.get_num_threads()} threads\n")
-    models = common.build(args, lambda package: RowReader(package, args.cell, columns, args.hidden, args.layers, args.read))
+    sizes = columns, args.hidden, args.layers
+    print(f"{len(learn[0]):,} images of {rows}x{columns} to learn from, {len(test[0]):,} to test; "
+          f"{args.cell} of {args.hidden} units x {args.layers}, batch {args.batch}, {torch.get_num_threads()} threads\n")
+    models = common.build(args, lambda package: RowReader(package, args.cell, *sizes, args.read))
     history, race = train(args, models, learn, test)
     predicted = {name: predict(model, test[0][:10]) for name, model in models.items()}
     print()
@@ -149,8 +142,8 @@ def run(args) -> str:
     draw(args, history, race, test, digits)
     scores = ", ".join(f"{history['accuracy'][name][-1]:.2%} with {name}" for name in models)
     gap = max(max(losses) - min(losses) for losses in zip(*history["loss"].values()))
-    return f"{args.cell} reads {scores} of unseen digits right{f', losses differ by at most {gap:.0e}' * (len(models) == 2)}" \
-           f"{race.speed_up()}"
+    agree = f"; losses differ by at most {gap:.0e}" * (len(models) == 2)
+    return f"{args.cell} reads unseen digits right: {scores}{agree}{race.speed_up()}"
 
 
 if __name__ == "__main__":
