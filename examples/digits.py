@@ -60,8 +60,9 @@ def train(args, models: dict[str, nn.Module], learn, test) -> tuple[dict, common
     schedules = {name: torch.optim.lr_scheduler.CosineAnnealingLR(optimizers[name], args.epochs) for name in models}
     race = common.Race(models, args.epochs, -(-len(images) // args.batch))
     history = {"loss": {name: [] for name in models}, "accuracy": {name: [] for name in models}, "seconds": race.seconds}
-    print("     " + "".join(f"{title:^{12 * len(models)}}" for title in MEASURES.values()).rstrip())
-    print("epoch" + "".join(f"{name:>12}" for _ in MEASURES for name in models))
+    width, forms = 24 // len(models), (".6f", ".2%", ".3f")
+    print("     " + "".join(f"{title:>24}" for title in MEASURES.values()))
+    print("epoch" + "".join(f"{name:>{width}}" for _ in MEASURES for name in models))
     for epoch, name, model in race:
         total, order = 0.0, torch.randperm(len(images), generator=torch.Generator().manual_seed(args.seed + epoch))
         for index in order.split(args.batch):
@@ -76,8 +77,8 @@ def train(args, models: dict[str, nn.Module], learn, test) -> tuple[dict, common
         history["loss"][name].append(total / len(images))
         history["accuracy"][name].append((predict(model, test[0]) == test[1]).float().mean().item())
         if name == list(models)[-1]:
-            row = zip(history.values(), ("12.6f", "12.2%", "12.3f"))
-            race.print(f"{epoch:5}" + "".join(f"{values[-1]:{form}}" for named, form in row for values in named.values()))
+            row = [f"{of[name][-1]:{width}{form}}" for of, form in zip(history.values(), forms) for name in models]
+            race.print(f"{epoch:5}" + "".join(row))
     return history, race
 
 
@@ -104,13 +105,12 @@ def draw(args, history, race, test, digits: Tensor) -> None:
         if race.ratio():
             axes["seconds"].set_title(f"{race.ratio():.2f}x as fast", loc="right", color=common.COLOURS["fusedrnn"])
         axis, labels = axes["digits"], test[1][:10]
-        strip = torch.cat([nn.functional.pad(image, (1, 1)) for image in test[0][:10]], 1)
-        axis.imshow(strip.numpy(), cmap="gray_r")
+        strip = torch.cat([nn.functional.pad(image, (1, 1, 1, 1)) for image in test[0][:10]], 1)
+        axis.imshow(strip.numpy(), cmap="gray_r", extent=(0, len(labels), 0, 1))
         axis.set_axis_off()
-        width = len(strip[0]) / len(labels)
         for i, (label, digit) in enumerate(zip(labels, digits)):
             colour = "black" if label == digit else common.COLOURS["fusedrnn"]
-            axis.text(width * (i + 0.5) - 0.5, -len(strip) / 8, f"{label}, read {digit}", ha="center", color=colour)
+            axis.text(i + 0.5, 1, f"{label}, read {digit}", ha="center", color=colour)
 
 
 def parse() -> argparse.ArgumentParser:
@@ -138,7 +138,6 @@ def run(args) -> str:
     print()
     for name, digits in {"truth": test[1][:10], **predicted}.items():
         print(f"{name:9}", *digits.tolist())
-    print()
     draw(args, history, race, test, digits)
     scores = ", ".join(f"{history['accuracy'][name][-1]:.2%} with {name}" for name in models)
     gap = max(max(losses) - min(losses) for losses in zip(*history["loss"].values()))
