@@ -89,7 +89,7 @@ def compare_by_hand(args, text: Tensor, characters: int) -> float:
 
 
 def parse() -> argparse.ArgumentParser:
-    parser = common.parser(__doc__, hidden=192, batch=32, piece=50, epochs=5, steps=60)
+    parser = common.parser(__doc__, hidden=128, batch=16, piece=50, epochs=8, steps=120)
     parser.add_argument("--cell", choices=["RNN", "LSTM", "GRU"], default="GRU", type=str.upper, help="default GRU")
     parser.add_argument("--data", type=Path, metavar="FILE", help="a text in UTF-8")
     parser.add_argument("--temperature", type=float, default=0.5, help="default 0.5")
@@ -111,7 +111,7 @@ def run(args) -> str:
           f"{args.hidden} units, {args.batch} streams, pieces of {args.piece}, {args.steps} an epoch; bits a character")
     learn, test = (streams(part, args.batch) for part in (numbers[:-held], numbers[-held:]))
     models = common.build(args, lambda package: Writer(package, args.cell, len(alphabet), args.hidden))
-    optimizers = {name: torch.optim.Adam(model.parameters(), 0.005) for name, model in models.items()}
+    optimizers = {name: torch.optim.Adam(model.parameters(), 0.01) for name, model in models.items()}
     race, states, scores = common.Race(models, args.epochs, args.steps), {}, {}
     for epoch, name, model in race:
         losses = []
@@ -125,7 +125,8 @@ def run(args) -> str:
         scores[name] = model.bits(test)
         race.print(f"epoch {epoch}, {name}: learning {np.mean(losses):.4f}, unseen text {scores[name]:.4f}")
         if name == list(models)[-1]:
-            race.print("\n" + indent(model.write(alphabet, 240, args.temperature, args.seed).strip(), "    | ") + "\n")
+            sample = model.write(alphabet, 240, args.temperature, args.seed + epoch).strip()
+            race.print(indent(sample, "    | ", lambda line: True) + "\n")
     score = ", ".join(f"{score:.3f} with {name}" for name, score in scores.items())
     return (f"{args.cell} needs for a character of unseen text, in bits: {score}; by hand in numpy, losses of "
             f"{SHOWN[-1]} steps differ by at most {apart:.0e}{race.speed_up(f'an epoch of {args.steps} steps')}")
