@@ -115,9 +115,11 @@ class Race:
         print(f"{line}\n", end="", flush=True)
 
     def ratio(self) -> float | None:
-        """How many times faster fusedrnn's median turn is; None if only one package ran."""
-        medians = [statistics.median(self.seconds[name]) for name in self.models]
-        return medians[0] / medians[1] if len(medians) == 2 else None
+        """How many times faster fusedrnn's median turn is than torch's; None unless these two ran and nothing else."""
+        if set(self.models) != set(PACKAGES):
+            return None
+        theirs, ours = (statistics.median(self.seconds[name]) for name in PACKAGES)
+        return theirs / ours
 
     def speed_up(self, turn: str = "an epoch") -> str:
         """How long a median turn is with each package, and the ratio, as words."""

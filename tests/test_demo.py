@@ -152,8 +152,8 @@ def test_wrong_paths(capsys, tmp_path):
 
 
 @pytest.mark.parametrize("words", [
-    "--epochs 0", "--batch -1", "--hidden x", "--cell CNN", "--module jax", "--read middle", "--seed -1", "--plot digits.txt",
-    "--plot nowhere/digits.png",
+    "--epochs 0", "--batch -1", "--hidden x", "--cell CNN", "--module jax", "--read middle", "--seed -1",
+    "--plot digits.txt", "--plot nowhere/digits.png",
 ])  # fmt: skip
 def test_wrong_options(capsys, words):
     with pytest.raises(SystemExit) as stopped:
