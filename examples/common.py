@@ -32,6 +32,7 @@ def parser(doc: str, plot: str | None = None, **defaults: int) -> argparse.Argum
     found = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     found.add_argument("--module", choices=[*PACKAGES, "both"], default="both", help="default: both, in turns")
     found.add_argument("--seed", type=seed, default=0, help="default 0")
+    found.add_argument("--threads", type=positive, default=1, help="default 1: small steps gain little from more")
     if plot:
         hint = f'default {plot}; "none" for none'
         found.add_argument("--plot", type=picture, metavar="FILE", default=Path(plot), help=hint)
@@ -168,6 +169,7 @@ def main(parse: Callable[[], argparse.ArgumentParser], run: Callable, argv: list
     words = parse()
     words.prog = name
     args = words.parse_args(argv)
+    torch.set_num_threads(args.threads)
     try:
         print(f"result: {run(args)}")
     except Refused as error:

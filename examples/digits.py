@@ -131,7 +131,7 @@ def run(args) -> str:
     _, rows, columns = learn[0].shape
     sizes = columns, args.hidden, args.layers
     print(f"{len(learn[0]):,} images of {rows}x{columns} to learn from, {len(test[0]):,} to test; "
-          f"{args.cell} of {args.hidden} units x {args.layers}, batch {args.batch}, {torch.get_num_threads()} threads\n")
+          f"{args.cell} of {args.hidden} units x {args.layers}, batch {args.batch}, threads: {args.threads}\n")
     models = common.build(args, lambda package: RowReader(package, args.cell, *sizes, args.read))
     history, race = train(args, models, learn, test)
     predicted = {name: predict(model, test[0][:10]) for name, model in models.items()}

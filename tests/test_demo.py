@@ -24,10 +24,9 @@ ROW = re.compile(r" *(\d+) +([\d.]+) +([\d.]+) +([\d.]+)% +([\d.]+)% +([\d.]+) +
 
 
 @pytest.fixture(autouse=True)
-def one_thread(monkeypatch):
-    """More threads gain little in such small steps and lose much on a busy machine. No window for the picture."""
+def no_window(monkeypatch):
+    """No window for the picture."""
     monkeypatch.setenv("MPLBACKEND", "agg")
-    torch.set_num_threads(1)
 
 
 def run(*words):
