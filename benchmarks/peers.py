@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import _disable_current_modes, is_in_torch_dis
 
 from fusedrnn.reference import CELLS as STEPS
 
-from .providers import build
+from .providers import Provider, build
 from .shapes import CELLS, Case
 
 States = tuple[Tensor, ...]  # after the last step, (B, H) each: (h,) or (h, c)
@@ -105,6 +105,7 @@ class CompiledBlocks(PeerModule):
 
     def __init__(self, case: Case, dtype: torch.dtype):
         super().__init__(case, dtype)
+        self.step = f"rnn_{case.shape.nonlinearity}" if case.cell == "rnn" else case.cell
         # Every shape is compiled for itself, and torch refuses to compile a function for more than a few.
         torch.compiler.reset()
         self.block = torch.compile(run_block, fullgraph=True, dynamic=False)
@@ -118,14 +119,14 @@ class CompiledBlocks(PeerModule):
         # torch runs nothing compiled under a dispatch mode that is not its own, such as one that lists operators.
         with _disable_current_modes() if is_in_torch_dispatch_mode() else contextlib.nullcontext():
             for block in gates.split(BLOCK):
-                output, *states = self.block(self.cell, block, states, weight_hh, bias_hh)
+                output, *states = self.block(self.step, block, states, weight_hh, bias_hh)
                 outputs.append(output)
         return torch.cat(outputs), tuple(states)
 
 
-def run_block(cell: str, gates: Tensor, states: list[Tensor], weight_hh: Tensor, bias_hh: Tensor) -> tuple[Tensor, ...]:
+def run_block(step_name: str, gates: Tensor, states: list[Tensor], weight_hh: Tensor, bias_hh: Tensor) -> tuple[Tensor, ...]:
     """Output (T, B, H) and last states of a few steps, from their gates x W_ih^T + b_ih, (T, B, G*H)."""
-    step = STEPS["rnn_tanh" if cell == "rnn" else cell]
+    step = STEPS[step_name]
     outputs = []
     for gates_x in gates.unbind(0):
         states = step(gates_x, linear(states[0], weight_hh, bias_hh), states)
@@ -133,7 +134,7 @@ def run_block(cell: str, gates: Tensor, states: list[Tensor], weight_hh: Tensor,
     return torch.stack(outputs), *states
 
 
-class TorchCompile:
+class TorchCompile(Provider):
     """torch.compile in its default mode. The first call compiles a block and the rest: about a minute, whatever T."""
 
     name = "torch-compile"
@@ -144,6 +145,7 @@ class TorchCompile:
         no_triton = case.device == "cuda" and importlib.util.find_spec("triton") is None
         return first_reason(
             (case.shape.packed, "torch-compile takes no PackedSequence"),
+            (case.mode == "backward", "torch.compile frees in backward what a second one would need"),
             (no_compiler, f"torch.compile needs a C++ compiler, and there is no {compiler}"),
             (no_triton, "torch.compile needs triton, which is not installed"),
         )
@@ -214,7 +216,7 @@ def _fused_or_not(cell: str, B: int, H: int, dtype: str) -> str:
     return "cuda_fused"
 
 
-class FlashRNN:
+class FlashRNN(Provider):
     """NX-AI's FlashRNN (pip install flashrnn), arXiv:2412.07752. The first call has nvcc build the kernel: minutes.
 
     Args:
@@ -233,6 +235,7 @@ class FlashRNN:
         return (
             only_one_direction(self.name, case)
             or first_reason(
+                (case.cell == "rnn" and case.shape.nonlinearity != "tanh", f"flashrnn's RNN has no {case.shape.nonlinearity}"),
                 (on_cuda and case.device != "cuda", "flashrnn needs CUDA"),
                 (on_cuda and case.dtype not in self.dtypes, f"flashrnn has no kernel for {case.dtype}"),
                 (on_cuda and not has_nvcc(), "flashrnn builds its kernels with nvcc, which was not found"),
@@ -287,7 +290,7 @@ class HasteModule(PeerModule):
         return output, tuple(state[0] for state in (last if self.cell == "lstm" else (last,)))
 
 
-class Haste:
+class Haste(Provider):
     """LMNT's Haste (pip install haste_pytorch, which nvcc builds), 0.5.0rc0 being the last; no change since 2023."""
 
     name = "haste"
@@ -310,4 +313,4 @@ class Haste:
         return f"haste/{case.cell}"
 
 
-PEERS = {"torch-compile": TorchCompile, "flashrnn": FlashRNN, "haste": Haste}
+PEERS: dict[str, type[Provider]] = {"torch-compile": TorchCompile, "flashrnn": FlashRNN, "haste": Haste}

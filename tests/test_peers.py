@@ -41,7 +41,7 @@ def test_the_file_imports_no_peer():
 
 
 @pytest.mark.parametrize("cell", shapes.CELLS)
-@pytest.mark.parametrize("mode", shapes.MODES)
+@pytest.mark.parametrize("mode", shapes.USUAL_MODES)
 @pytest.mark.parametrize("layers, bidirectional", [(1, False), (2, True)])
 def test_modules_have_the_parameters_of_torch(cell, mode, layers, bidirectional):
     case = case_of(cell, mode, layers=layers, bidirectional=bidirectional)
@@ -103,7 +103,7 @@ def inductor_cache(tmp_path_factory):
 
 # Slow: each compiles a block forward, and backward for training; two layers in two directions are to share theirs.
 @pytest.mark.parametrize("cell", shapes.CELLS)
-@pytest.mark.parametrize("mode", shapes.MODES)
+@pytest.mark.parametrize("mode", shapes.USUAL_MODES)
 def test_torch_compile_computes_what_torch_computes(cell, mode, inductor_cache):
     leaves_a_step = (cell, mode) == ("rnn", "inference")  # after one block; a shape more to compile
     case = case_of(cell, mode, T=3 if leaves_a_step else 4, layers=2, bidirectional=True)
@@ -114,6 +114,10 @@ def test_torch_compile_computes_what_torch_computes(cell, mode, inductor_cache):
     with torch._dynamo.config.patch(error_on_recompile=True):  # all is compiled now: the clock sees none of it
         assert workload.kernel() == "inductor/2-steps"
         workload.call()
+
+
+def test_torch_compile_refuses_to_go_back_twice():
+    assert peers.TorchCompile().refuses(case_of(mode="backward")) == "torch.compile frees in backward what a second one would need"
 
 
 def test_torch_compile_refuses_without_a_compiler(monkeypatch):
@@ -164,7 +168,7 @@ def flashrnn(request, monkeypatch):
 
 
 @pytest.mark.parametrize("cell", shapes.CELLS)
-@pytest.mark.parametrize("mode", shapes.MODES)
+@pytest.mark.parametrize("mode", shapes.USUAL_MODES)
 def test_flashrnn_is_given_the_weights_in_its_order(cell, mode, flashrnn):
     peer, case = peers.FlashRNN("vanilla"), case_of(cell, mode, "float64")
     assert peer.refuses(case) is None
@@ -242,7 +246,7 @@ def haste(request, monkeypatch):
 
 
 @pytest.mark.parametrize("cell", peers.HasteModule.ORDER)
-@pytest.mark.parametrize("mode", shapes.MODES)
+@pytest.mark.parametrize("mode", shapes.USUAL_MODES)
 def test_haste_is_given_the_weights_in_its_order(cell, mode, haste):
     workload = judged(case_of(cell, mode, "float64"), peers.Haste())
     assert workload.kernel() == f"haste/{cell}"
