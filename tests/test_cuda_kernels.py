@@ -158,7 +158,8 @@ PLANTS = {
         "block.cuh", r"block < depth_blocks;", "block < depth_blocks - MADE;",
         {"plain": wrong()}, cases=STAYING),
     "list_goes_on": Plant(
-        "walk.h", r"begin \+ ListedRows::kMost - 2\) rows", "begin + ListedRows::kMost - (MADE ? 0 : 2)) rows",
+        "walk.h", r"rows\.end = begin \+ ListedRows::kMost - 2;",
+        "rows.end = begin + ListedRows::kMost - (MADE ? 0 : 2);",
         {"plain": f"{wrong()}|{CRASH}"}, cases="--most-macs 600 --persistent 1"),
     "next_first": Plant(
         "walk.h", r"first - rows\.rows\(d, s \+ 1\)", "first - rows.rows(d, MADE ? s : s + 1)",

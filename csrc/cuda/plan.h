@@ -82,16 +82,18 @@ inline ProductPlan plan_product(const Chip& chip, const LayerParams& p, bool tf3
 constexpr int most_block_tiles(int sum_bytes) { return sum_bytes == 8 ? 1 : 2; }
 
 // The same product where a block keeps all weights for all steps: rows of the batch are spread over the multiprocessors, and a
-// block's warps take its tiles of units and of rows in turn. `stays` is false if the weights are too large.
+// block's warps take its tiles of units and of rows in turn. `stays` is false if the weights are
+// too large, or the steps too few.
 inline ProductPlan plan_block(const Chip& chip, const LayerParams& p, bool tf32, int64_t units, int gates, int64_t depth) {
   const int sum_bytes = p.dtype == Dtype::kFloat64 ? 8 : 4;
   ProductPlan plan{};
   plan.depth_blocks = ceil_div(depth, block_depth(p.dtype, tf32));
   plan.unit_tiles = ceil_div(units, kUnits);
   plan.shared_bytes = plan.unit_tiles * kUnits * gates * plan.depth_blocks * block_depth(p.dtype, tf32) * bytes_of(p.dtype);
-  plan.stays = plan.shared_bytes <= chip.shared_bytes;
+  constexpr int64_t kLeastSteps = 2;  // a single one gains nothing from weights that stay. Not measured yet.
+  plan.stays = plan.shared_bytes <= chip.shared_bytes && p.steps.T >= kLeastSteps;
   const int64_t tiles = ceil_div(p.steps.B, kTileRows), blocks = std::max<int64_t>(1, chip.multiprocessors / p.D);
-  const int64_t block_tiles = ceil_div(tiles, blocks);
+  const int64_t block_tiles = std::max<int64_t>(1, ceil_div(tiles, blocks));
   plan.tiles = block_tiles == 1 ? 1 : most_block_tiles(sum_bytes);
   plan.groups = int(ceil_div(block_tiles, plan.tiles));
   plan.split = 1;

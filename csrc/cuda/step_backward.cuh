@@ -120,8 +120,8 @@ struct BackwardCell : BackwardBase<A> {
     Sum grad_new[Cell::kStates];  // but for what comes through the product
   };
   FUSEDRNN_DEVICE Inputs fetch(int d, const Now& now, int64_t b, int64_t u) const {
+    if (b >= now.count) return {};
     Inputs in;
-    if (b >= now.count) return in;
     const int64_t H = p.H, at = this->state_at(d, b, u, H), row = now.first + b;
     const S zero = narrow<S>(Sum(0));
     const S* saved_row = static_cast<const S*>(p.saved) + (row * p.D + d) * Cell::kSaved * H + u;
