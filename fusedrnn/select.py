@@ -112,10 +112,15 @@ def chip(device: torch.device) -> tuple[int, int] | None:
 
 
 def reason_against_block(device: torch.device, cell: str, dtype: torch.dtype, **sizes: int) -> str | None:
-    """Why a layer's forward pass on CUDA is not one launch for all its steps (csrc/cuda/block.cuh); None if it is.
+    """Why a layer's forward pass on CUDA is not one launch for all its steps (csrc/cuda/block.cuh).
 
     Args:
-        sizes: T, B, H, P (or H without projections) and D, the directions.
+        device: the CUDA device that runs it.
+        cell: as the engine names it, such as "rnn_tanh".
+        dtype: of all tensors. TF32 or not makes no difference: the numbers take the same room.
+        sizes: T, B, H, P (H without projections) and D, the number of directions.
+    Returns:
+        the reason in words; None if it is one launch.
     """
     if cuda_kernel() == "step":
         return "FUSEDRNN_KERNEL=step asks for a launch a step"
@@ -124,7 +129,6 @@ def reason_against_block(device: torch.device, cell: str, dtype: torch.dtype, **
     found = chip(device)
     if found is None:
         return "there is no GPU to ask whether the weights fit"
-    # TF32 or not, the numbers take the same room.
     multiprocessors, shared = found
     name = str(dtype).removeprefix("torch.")
     plan = _C.cuda_plan(cell, name, **sizes, multiprocessors=multiprocessors, shared_bytes=shared)["cell"]
