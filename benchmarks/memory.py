@@ -26,7 +26,7 @@ import sys
 
 import torch
 
-from .providers import provider_named
+from .registry import provider_named
 from .shapes import Case
 from .suites import case_named
 from .workload import Workload

@@ -1,7 +1,7 @@
 """Who is measured. A provider makes a module for a case and tells which kernel served a call.
 
-PROVIDERS holds them by name; every provider gets the same weights and the same input. Anything with the members of
-Provider can be one.
+Every provider gets the same weights and the same input. Here are torch and fusedrnn; others are in peers.py, and
+registry.py has all by name.
 """
 
 from __future__ import annotations
@@ -9,8 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from collections.abc import Callable
-from typing import Protocol
 
 import torch
 
@@ -19,22 +17,26 @@ from .shapes import Case
 CLASS_NAMES = {"rnn": "RNN", "gru": "GRU", "lstm": "LSTM"}
 
 
-class Provider(Protocol):
+class Provider:
     """What the benchmark needs to know of one who is measured."""
 
     name: str
 
     def refuses(self, case: Case) -> str | None:
         """Why this case cannot be run, in a few words; None if it can."""
+        return None
 
     def module(self, case: Case, dtype: torch.dtype) -> torch.nn.Module:
         """A module with the parameters of torch.nn's, under the same names, called like it; made on the CPU."""
+        raise NotImplementedError
 
     def kernel(self, case: Case, operators: set[str]) -> str:
         """What served a call, told by the names of the operators that torch dispatched during one."""
+        raise NotImplementedError
 
     def around(self) -> contextlib.AbstractContextManager:
         """The settings that every call is made under."""
+        return contextlib.nullcontext()
 
 
 def build(namespace, case: Case, dtype: torch.dtype) -> torch.nn.Module:
@@ -72,7 +74,7 @@ def cudnn_algorithm(case: Case, multiprocessors: int = 132) -> str:
     return "+".join(dict.fromkeys(found))
 
 
-class TorchProvider:
+class TorchProvider(Provider):
     """torch.nn: oneDNN for a padded LSTM on a CPU, a loop of small operators for all else; cuDNN on a GPU.
 
     Args:
@@ -81,9 +83,6 @@ class TorchProvider:
 
     def __init__(self, name: str = "torch", plain: bool = False):
         self.name, self.plain = name, plain
-
-    def refuses(self, case: Case) -> str | None:
-        return None
 
     def module(self, case: Case, dtype: torch.dtype) -> torch.nn.Module:
         return build(torch.nn, case, dtype)
@@ -104,7 +103,7 @@ class TorchProvider:
             yield
 
 
-class FusedProvider:
+class FusedProvider(Provider):
     """fusedrnn, whichever of its kernels it chooses; the row says "torch" if a call left the fused path.
 
     Args:
@@ -159,23 +158,3 @@ def set_environment(settings: dict[str, str | None]) -> None:
             os.environ.pop(name, None)
         else:
             os.environ[name] = value
-
-
-PROVIDERS: dict[str, Callable[[], Provider]] = {
-    "torch": TorchProvider,
-    "fusedrnn": FusedProvider,
-    # torch without cuDNN and oneDNN
-    "torch-plain": lambda: TorchProvider("torch-plain", plain=True),
-    # torch once more: `--providers torch,torch-again` shows how far apart two equal things measure.
-    "torch-again": lambda: TorchProvider("torch-again"),
-    # each kernel of ours by force
-    **{f"fusedrnn-{isa}": lambda isa=isa: FusedProvider(f"fusedrnn-{isa}", isa) for isa in ("baseline", "avx2", "avx512")},
-    "fusedrnn-step": lambda: FusedProvider("fusedrnn-step", cuda="step"),
-}
-
-
-def provider_named(name: str) -> Provider:
-    """A provider by name. ValueError with the names there are."""
-    if name not in PROVIDERS:
-        raise ValueError(f"no provider is called {name!r}; there are {', '.join(PROVIDERS)}")
-    return PROVIDERS[name]()

@@ -27,7 +27,8 @@ import torch
 from . import gate, limits, machine, rows, table, timing
 from .memory import Meter
 from .progress import Progress
-from .providers import PROVIDERS, Provider, TorchProvider, provider_named
+from .providers import Provider, TorchProvider
+from .registry import PROVIDERS, provider_named
 from .shapes import MODES, Case
 from .suites import SUITES, cases, suites_of
 from .workload import Workload

@@ -15,7 +15,7 @@ import types
 import pytest
 import torch
 
-from benchmarks import compare, gate, gpu, limits, machine, memory, plot, providers, report, rows, run
+from benchmarks import compare, gate, gpu, limits, machine, memory, plot, providers, registry, report, rows, run
 from benchmarks import shapes, suites, table, timing
 from benchmarks.progress import Progress
 from benchmarks.workload import Workload
@@ -59,7 +59,7 @@ def test_suites_of_the_field_are_whole():
     assert len(suites.cases("deepbench-train")) == 53
     assert len(suites.cases("deepbench-inference")) == 72 - 1
     relu = suites.case_named("rnn/training/T50-B16-I1760-H1760-relu")
-    assert providers.provider_named("torch").module(relu.cut(1), torch.float32).nonlinearity == "relu"
+    assert registry.provider_named("torch").module(relu.cut(1), torch.float32).nonlinearity == "relu"
     assert {case.shape.T for case in suites.cases("deepbench-train", steps=25)} == {25, 1}
     assert set(suites.suites_of("cpu")) == set(suites.SUITES) - {"gpu", "flashrnn"}
     names = [case.name for case in suites.cases("scaling", device="cpu", threads=4)]
@@ -226,7 +226,7 @@ class Wrong(providers.TorchProvider):
 
 
 def test_a_wrong_result_is_red_prints_no_speed_and_fails_the_run(monkeypatch, capsys, tmp_path):
-    monkeypatch.setitem(providers.PROVIDERS, "wrong", lambda: Wrong("wrong"))
+    monkeypatch.setitem(registry.PROVIDERS, "wrong", lambda: Wrong("wrong"))
     out = tmp_path / "rows.jsonl"
     arguments = ["--quick", "--no-memory", "--threads", "1", "--only", "rnn/inference/T1-", "--out", str(out)]
     assert run.main([*arguments, "--providers", "torch,wrong"]) == 1
@@ -240,7 +240,7 @@ def test_a_wrong_result_is_red_prints_no_speed_and_fails_the_run(monkeypatch, ca
 @pytest.mark.parametrize("packed", [False, True])
 def test_fusedrnn_passes_the_gate_and_its_kernel_is_named(cell, mode, packed):
     case = shapes.Case(shapes.Shape(9, 4, 8, 16, why=".", source="-", packed=packed), cell, mode)
-    ours, stock = (Workload(case, providers.provider_named(name)) for name in ("fusedrnn", "torch"))
+    ours, stock = (Workload(case, registry.provider_named(name)) for name in ("fusedrnn", "torch"))
     verdict = gate.judge(ours, stock)
     assert verdict.passed, verdict.worst
     assert ours.kernel().startswith("fused/")
@@ -249,7 +249,7 @@ def test_fusedrnn_passes_the_gate_and_its_kernel_is_named(cell, mode, packed):
 
 
 def test_training_computes_the_gradients_of_input_and_weights():
-    workload = Workload(suites.case_named("lstm/training/T37-B7-I19-H45"), providers.provider_named("torch"))
+    workload = Workload(suites.case_named("lstm/training/T37-B7-I19-H45"), registry.provider_named("torch"))
     assert [tuple(grad.shape) for grad in workload.call()] == [(37, 7, 19), (180, 19), (180, 45), (180,), (180,)]
 
 
@@ -348,11 +348,11 @@ def test_what_cannot_be_run_says_so(capsys, tmp_path):
 def test_settings_of_a_provider_end_with_it(monkeypatch):
     monkeypatch.setenv("FUSEDRNN_KERNEL", "torch")
     monkeypatch.delenv("FUSEDRNN_CPU_ISA", raising=False)
-    with providers.provider_named("fusedrnn-baseline").around():
+    with registry.provider_named("fusedrnn-baseline").around():
         assert (os.environ["FUSEDRNN_CPU_ISA"], os.environ["FUSEDRNN_KERNEL"]) == ("baseline", "torch")
     assert "FUSEDRNN_CPU_ISA" not in os.environ and os.environ["FUSEDRNN_KERNEL"] == "torch"
     before = torch.backends.mkldnn.enabled
-    with providers.provider_named("torch-plain").around():
+    with registry.provider_named("torch-plain").around():
         assert not torch.backends.mkldnn.enabled and not torch.backends.cudnn.enabled
     assert torch.backends.mkldnn.enabled == before
 

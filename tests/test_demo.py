@@ -1,4 +1,4 @@
-"""The demo: both trainings agree and learn, MNIST's files are read, and what is wrong is said in one line."""
+"""The demo, examples/digits.py: both trainings agree and learn, MNIST is read, what is wrong is said in one line."""
 
 import fcntl
 import gzip
@@ -17,17 +17,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from examples import digits
+from examples import common, digits, mnist
 
 ROOT = Path(__file__).resolve().parent.parent
 ROW = re.compile(r" *(\d+) +([\d.]+) +([\d.]+) +([\d.]+)% +([\d.]+)% +([\d.]+) +([\d.]+)")
 
 
 @pytest.fixture(autouse=True)
-def one_thread(monkeypatch):
-    """More threads gain little in such small steps and lose much on a busy machine. No window for the picture."""
+def no_window(monkeypatch):
+    """No window for the picture."""
     monkeypatch.setenv("MPLBACKEND", "agg")
-    torch.set_num_threads(1)
+
+
+def run(*words):
+    return common.main(digits.parse, digits.run, [str(word) for word in words])
 
 
 def rows(text):
@@ -36,7 +39,7 @@ def rows(text):
 
 def test_the_job(capsys, tmp_path):
     """As `make demo` runs it."""
-    assert digits.main(["--plot", str(tmp_path / "digits.png")]) == 0
+    assert run("--plot", tmp_path / "digits.png") == 0
     output = capsys.readouterr().out
     table = rows(output)
     assert [row[0] for row in table] == list(range(1, 26))
@@ -45,19 +48,38 @@ def test_the_job(capsys, tmp_path):
         assert accuracy == pytest.approx(torch_accuracy, abs=1.0)
     assert table[0][1] == pytest.approx(table[0][2], abs=1e-5)  # before rounding has been multiplied by training
     assert min(table[-1][3:5]) > 95
-    truth, stock, ours = (re.search(rf"^{name} +((?:\d ?)+)$", output, re.M)[1] for name in ("truth", *digits.PACKAGES))
+    truth, stock, ours = (re.search(rf"^{name} +((?:\d ?)+)$", output, re.M)[1] for name in ("truth", *common.PACKAGES))
     assert len(truth.split()) == len(stock.split()) == len(ours.split()) == 10
-    assert re.search(r"[\d.]+x as fast", output)
+    percent = f"{table[-1][3]:.2f}% with torch, {table[-1][4]:.2f}% with fusedrnn"
+    assert re.search(rf"^result: LSTM .*{percent}.* [\d.]+x as fast$", output.splitlines()[-1])
     assert (tmp_path / "digits.png").read_bytes()[:4] == b"\x89PNG"
 
 
-@pytest.mark.parametrize("kind", ["gru", "RNN"])
-def test_other_layers_and_sizes(capsys, tmp_path, kind):
-    words = f"--module {kind} --epochs 2 --batch 100 --hidden 19 --layers 2 --seed 3 --plot {tmp_path / 'curve.svg'}"
-    assert digits.main(words.split()) == 0
-    table = rows(capsys.readouterr().out)
+@pytest.mark.parametrize(("cell", "read"), [("gru", "output"), ("RNN", "hidden")])
+def test_other_layers_and_sizes(capsys, tmp_path, cell, read):
+    words = f"--cell {cell} --read {read} --epochs 2 --batch 100 --hidden 19 --layers 2 --seed 3"
+    assert run(*words.split(), "--plot", tmp_path / "curve.svg") == 0
+    output = capsys.readouterr().out
+    table = rows(output)
     assert len(table) == 2 and table[-1][1] == pytest.approx(table[-1][2], abs=1e-4)
+    assert f"{cell.upper()} of 19 units x 2, batch 100" in output
     assert "<svg" in (tmp_path / "curve.svg").read_text()
+
+
+@pytest.mark.parametrize(("cell", "sizes"), [("RNN", "128 units x 2, batch 100"), ("LSTM", "64 units x 1, batch 64")])
+def test_sizes_of_tutorials(capsys, cell, sizes):
+    assert run("--cell", cell, "--epochs", 1, "--module", "fusedrnn", "--plot", "none") == 0
+    assert f"{cell} of {sizes}" in capsys.readouterr().out
+
+
+def test_two_ways_to_read_the_last_step(capsys):
+    outputs = []
+    for read in ("output", "hidden"):
+        assert run("--read", read, "--epochs", 2, "--module", "torch", "--plot", "none") == 0
+        outputs.append(capsys.readouterr().out)
+    assert "fusedrnn" not in outputs[0] and "picture" not in outputs[0]
+    losses = [re.findall(r"^ +\d +([\d.]+)", output, re.M) for output in outputs]
+    assert len(losses[0]) == 2 and losses[0] == losses[1]
 
 
 def idx(array):
@@ -67,7 +89,7 @@ def idx(array):
 
 
 @pytest.fixture
-def mnist(tmp_path):
+def mnist_folder(tmp_path):
     """A folder with MNIST's four files, 90 and 30 images of noise; a mix of plain and .gz."""
     generator = torch.Generator().manual_seed(0)
     folder = tmp_path / "mnist"
@@ -81,13 +103,13 @@ def mnist(tmp_path):
 
 
 def run_with(folder, tmp_path):
-    return digits.main(["--data", str(folder), "--epochs", "1", "--hidden", "8", "--plot", str(tmp_path / "a.png")])
+    return run("--data", folder, "--epochs", 1, "--hidden", 8, "--plot", tmp_path / "a.png")
 
 
-def test_mnist(mnist, capsys, tmp_path):
-    assert run_with(mnist, tmp_path) == 0
+def test_mnist(mnist_folder, capsys, tmp_path):
+    assert run_with(mnist_folder, tmp_path) == 0
     assert "90 images of 28x28 to learn from, 30 to test" in capsys.readouterr().out
-    (train, _), (_, labels) = digits.load_mnist(mnist)
+    (train, _), (_, labels) = mnist.load_mnist(mnist_folder)
     assert train.shape == (90, 28, 28) and 0 <= train.min() and train.max() <= 1 and labels.tolist()[:3] == [0, 1, 2]
 
 
@@ -107,13 +129,14 @@ LABELS, IMAGES = "train-labels-idx1-ubyte", "train-images-idx3-ubyte.gz"
     (LABELS, lambda whole: b"", "no idx file"),
     (LABELS, lambda whole: idx(torch.arange(5)), "90 train images and 5 labels"),
     (LABELS, lambda whole: idx(torch.arange(90)), "digits are 0 to 9"),
+    (IMAGES, lambda whole: gzip.compress(idx(torch.zeros(90, 8, 8, dtype=torch.int64))), "of two sizes, 8x8 and 28x28"),
 ])  # fmt: skip
-def test_wrong_files(mnist, capsys, tmp_path, name, spoil, says):
-    content = spoil((mnist / name).read_bytes())
-    (mnist / name).unlink()
+def test_wrong_files(mnist_folder, capsys, tmp_path, name, spoil, says):
+    content = spoil((mnist_folder / name).read_bytes())
+    (mnist_folder / name).unlink()
     if content is not None:
-        (mnist / name).write_bytes(content)
-    refused(run_with(mnist, tmp_path), capsys, says)
+        (mnist_folder / name).write_bytes(content)
+    refused(run_with(mnist_folder, tmp_path), capsys, says)
 
 
 def refused(status, capsys, says):
@@ -124,15 +147,19 @@ def refused(status, capsys, says):
 
 def test_wrong_paths(capsys, tmp_path):
     refused(run_with(tmp_path / "nowhere", tmp_path), capsys, "is not a folder")
-    refused(run_with(tmp_path, tmp_path / "nowhere"), capsys, "in a folder that exists")
-    refused(digits.main(["--plot", str(tmp_path / "digits.txt")]), capsys, "not a .png, .svg or .pdf")
+    refused(run_with(tmp_path, tmp_path), capsys, "has no train-images-idx3-ubyte")
 
 
-@pytest.mark.parametrize("words", ["--epochs 0", "--batch -1", "--hidden x", "--module CNN"])
+@pytest.mark.parametrize("words", [
+    "--epochs 0", "--batch -1", "--hidden x", "--cell CNN", "--module jax", "--read middle", "--seed -1",
+    "--plot digits.txt", "--plot nowhere/digits.png",
+])  # fmt: skip
 def test_wrong_options(capsys, words):
     with pytest.raises(SystemExit) as stopped:
-        digits.main(words.split())
-    assert stopped.value.code == 2 and "Traceback" not in capsys.readouterr().err
+        run(*words.split())
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and "Traceback" not in error
+    assert error.splitlines()[-1].startswith(f"digits: error: argument {words.split()[0]}: ")
 
 
 def test_ctrl_c_leaves_a_clean_terminal(tmp_path):
@@ -158,7 +185,7 @@ def test_ctrl_c_leaves_a_clean_terminal(tmp_path):
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         os.close(terminal)
     assert sent and status == 130, text
-    assert "fusedrnn:" in text and "torch.nn:" in text  # there was a bar
+    assert "fusedrnn:" in text and "torch:" in text  # there was a bar
     assert "Traceback" not in text
     assert text.count("\x1b[?25l") == text.count("\x1b[?25h")  # the cursor is not hidden
     # All that follows the last row: the bar is overwritten with blanks, and the line erased.

@@ -1,0 +1,28 @@
+"""All providers by name, for the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from .peers import PEERS
+from .providers import FusedProvider, Provider, TorchProvider
+
+PROVIDERS: dict[str, Callable[[], Provider]] = {
+    "torch": TorchProvider,
+    "fusedrnn": FusedProvider,
+    # torch without cuDNN and oneDNN
+    "torch-plain": lambda: TorchProvider("torch-plain", plain=True),
+    # torch once more: `--providers torch,torch-again` shows how far apart two equal things measure.
+    "torch-again": lambda: TorchProvider("torch-again"),
+    # each kernel of ours by force
+    **{f"fusedrnn-{isa}": lambda isa=isa: FusedProvider(f"fusedrnn-{isa}", isa) for isa in ("baseline", "avx2", "avx512")},
+    "fusedrnn-step": lambda: FusedProvider("fusedrnn-step", cuda="step"),
+    **PEERS,
+}
+
+
+def provider_named(name: str) -> Provider:
+    """A provider by name. ValueError with the names there are."""
+    if name not in PROVIDERS:
+        raise ValueError(f"no provider is called {name!r}; there are {', '.join(PROVIDERS)}")
+    return PROVIDERS[name]()
