@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fusedrnn
 from benchmarks.memory import allocator_peak
-from benchmarks.providers import provider_named
+from benchmarks.registry import provider_named
 from benchmarks.suites import case_named
 from benchmarks.workload import Workload
 from conftest import CELLS, kind_of, make_pair, states_for
