@@ -132,9 +132,14 @@ class FusedProvider(Provider):
     def kernel(self, case: Case, operators: set[str]) -> str:
         from fusedrnn import _C, select
 
-        fused = any(name.startswith("fusedrnn.") for name in operators)
-        engine = f"cuda-{select.cuda_kernel()}" if case.device == "cuda" else _C.cpu_isa()
-        return f"fused/{engine}" if fused else "torch"
+        if not any(name.startswith("fusedrnn.") for name in operators):
+            return "torch"
+        if case.device == "cpu":
+            return f"fused/{_C.cpu_isa()}"
+        shape, cell = case.shape, f"rnn_{case.shape.nonlinearity}" if case.cell == "rnn" else case.cell
+        sizes = {"T": shape.T, "B": shape.B, "H": shape.H, "P": shape.H, "D": shape.directions}
+        in_one = select.reason_against_block(torch.device("cuda"), cell, getattr(torch, case.dtype), **sizes) is None
+        return f"fused/cuda-{'block' if in_one else 'step'}"
 
     @contextlib.contextmanager
     def around(self):

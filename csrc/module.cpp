@@ -49,25 +49,27 @@ py::dict describe(const fusedrnn::ProductPlan& plan) {
   using namespace py::literals;
   return py::dict("blocks"_a = plan.blocks(), "threads"_a = plan.threads(), "shared_bytes"_a = plan.shared_bytes,
                   "unit_tiles"_a = plan.unit_tiles, "batch_tiles"_a = plan.batch_tiles, "block_rows"_a = plan.block_rows,
-                  "depth_blocks"_a = plan.depth_blocks, "tiles"_a = plan.tiles, "split"_a = plan.split, "groups"_a = plan.groups);
+                  "depth_blocks"_a = plan.depth_blocks, "tiles"_a = plan.tiles, "split"_a = plan.split, "groups"_a = plan.groups,
+                  "stays"_a = plan.stays);
 }
 
 // How a chip would be given a layer's steps. dtype is as torch names it; P = H where there is no projection.
-py::dict cuda_plan(const std::string& cell, const std::string& dtype, int64_t B, int64_t H, int64_t P, int64_t D,
-                   int multiprocessors, int64_t shared_bytes, bool tf32) {
+py::dict cuda_plan(const std::string& cell, const std::string& dtype, int64_t T, int64_t B, int64_t H, int64_t P, int64_t D,
+                   int multiprocessors, int64_t shared_bytes, bool tf32, bool persistent) {
   using namespace py::literals;
   fusedrnn::LayerParams p{};
   const char* names[] = {"float32", "float64", "bfloat16", "float16"};  // in the order of Dtype
   const auto* name = std::find(std::begin(names), std::end(names), dtype);
   if (name == std::end(names)) throw py::value_error("dtype must be float32, float64, bfloat16 or float16, got '" + dtype + "'");
   p.dtype = fusedrnn::Dtype(name - names);
-  p.steps.B = B, p.H = H, p.P = P, p.D = D;
+  p.steps.T = T, p.steps.B = B, p.H = H, p.P = P, p.D = D;
+  if (P != H) p.weight_hr[0] = &p;  // there is one; plans do not look at it
   int gates = 0;
   fusedrnn::for_each_cell([&](int, auto type) {
     if (cell == decltype(type)::kName) gates = decltype(type)::kGates;
   });
   if (!gates) throw py::value_error("there is no cell '" + cell + "'");
-  const fusedrnn::StepPlan plan = fusedrnn::plan_step({multiprocessors, shared_bytes, 8}, p, gates, tf32);
+  const fusedrnn::StepPlan plan = fusedrnn::plan_step({multiprocessors, shared_bytes, 8}, p, gates, tf32, persistent);
   return py::dict("cell"_a = describe(plan.cell), "projection"_a = describe(plan.projection), "dh"_a = describe(plan.dh),
                   "dunprojected"_a = describe(plan.dunprojected));
 }
@@ -80,8 +82,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_record", &build_record, "dict: version, compiler, flags, torch and instruction sets of this build");
   m.def("cell_traits", &cell_traits, "{cell: {gates, pre, states, saved, x_pre: [gates], h_pre: [gates]}}");
   m.def("cpu_isas", &cpu_isas, "instruction sets that were built and that this processor has, the best last");
-  m.def("cuda_plan", &cuda_plan, py::arg("cell"), py::arg("dtype"), py::kw_only(), py::arg("B"), py::arg("H"), py::arg("P"),
-        py::arg("D"), py::arg("multiprocessors"), py::arg("shared_bytes"), py::arg("tf32") = false,
+  m.def("cuda_plan", &cuda_plan, py::arg("cell"), py::arg("dtype"), py::kw_only(), py::arg("T"), py::arg("B"), py::arg("H"), py::arg("P"),
+        py::arg("D"), py::arg("multiprocessors"), py::arg("shared_bytes"), py::arg("tf32") = false, py::arg("persistent") = true,
         "{kernel: {blocks and threads of its grid, what they take of the sums}} of the step kernels on such a GPU");
   m.def("cpu_isa", &cpu_isa, "the instruction set that a call would use now; RuntimeError if FUSEDRNN_CPU_ISA is wrong");
 }

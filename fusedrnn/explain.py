@@ -3,10 +3,10 @@
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from . import _C
+from . import _C, select
 from .cells import FusedCell
 from .convert import FUSED_OF_STOCK
-from .modules import FusedLayer
+from .modules import CELL_OF_MODE, FusedLayer
 
 INSTRUCTION_SETS = ("avx512", "avx2", "baseline")
 
@@ -41,7 +41,9 @@ def explain(module: nn.Module, input: Tensor | PackedSequence, hx=None) -> str:
     kernels = {f"torch.nn.{stock.__name__}": None if reason else "the fused engine takes the call"}
     elsewhere = f"the input is on {data.device}"
     on_cuda = data.device.type == "cuda"
-    kernels["fused CUDA kernels, step"] = reason if on_cuda else elsewhere
+    in_one = reason or (on_cuda and _reason_against_block(module, input)) or None
+    kernels["fused CUDA kernels, block"] = in_one if on_cuda else elsewhere
+    kernels["fused CUDA kernels, step"] = (reason or (None if in_one else "all steps go in one launch")) if on_cuda else elsewhere
     for isa in INSTRUCTION_SETS:
         kernels[f"fused engine, {isa}"] = elsewhere if on_cuda else reason or _reason_against(isa)
     packed = "packed " if data is not input else ""
@@ -51,6 +53,20 @@ def explain(module: nn.Module, input: Tensor | PackedSequence, hx=None) -> str:
     lines.append(f"  runs  {chosen}")
     lines += [f"  not   {name}: {why_not}" for name, why_not in kernels.items() if why_not]
     return "\n".join(lines)
+
+
+def _reason_against_block(module: FusedLayer | FusedCell, input: Tensor | PackedSequence) -> str | None:
+    """Why the call on CUDA is not one launch for all its steps; None if it is."""
+    data, H = input.data if isinstance(input, PackedSequence) else input, module.hidden_size
+    if isinstance(module, FusedCell):
+        sizes = {"T": 1, "B": len(data) if data.dim() == 2 else 1, "H": H, "P": H, "D": 1}
+        return select.reason_against_block(data.device, module._cell(), data.dtype, **sizes)
+    if isinstance(input, PackedSequence):
+        T, B = len(input.batch_sizes), int(input.batch_sizes[0])
+    else:
+        T, B = (data.shape[0], 1) if data.dim() == 2 else reversed(data.shape[:2]) if module.batch_first else data.shape[:2]
+    sizes = {"T": T, "B": B, "H": H, "P": module.proj_size or H, "D": 2 if module.bidirectional else 1}
+    return select.reason_against_block(data.device, CELL_OF_MODE[module.mode], data.dtype, **sizes)
 
 
 def _reason_against(isa: str) -> str | None:

@@ -28,8 +28,9 @@ from ._load import BUILD
 
 DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 DEVICES = frozenset({"cpu", "meta", "cuda"})
-#: What the environment variable FUSEDRNN_KERNEL may name for tensors on CUDA; unset, the best one runs.
-CUDA_KERNELS = ("step", "torch")
+#: What the environment variable FUSEDRNN_KERNEL may name for tensors on CUDA: "block" is all steps in one launch where that can
+#: be and "step" else, which is what runs if it is unset.
+CUDA_KERNELS = ("block", "step", "torch")
 OLDEST_CUDA = (8, 0)  # compute capability, as csrc/cuda/ops.cpp has it
 HAS_CUDA, CUDA_WHY_NOT = (_C.build_record()[key] for key in ("cuda", "cuda_why_not"))
 
@@ -99,6 +100,43 @@ def cuda_kernel() -> str:
     if wanted not in CUDA_KERNELS:
         raise RuntimeError(f"fusedrnn: FUSEDRNN_KERNEL must be one of {', '.join(CUDA_KERNELS)}, got '{wanted}'")
     return wanted
+
+
+@cache
+def chip(device: torch.device) -> tuple[int, int] | None:
+    """(multiprocessors, most shared memory of a block) of a CUDA device; None if there is none to ask."""
+    if not torch.cuda.is_available():
+        return None
+    found = torch.cuda.get_device_properties(device)
+    return found.multi_processor_count, found.shared_memory_per_block_optin
+
+
+def reason_against_block(device: torch.device, cell: str, dtype: torch.dtype, **sizes: int) -> str | None:
+    """Why a layer's forward pass on CUDA is not one launch for all its steps (csrc/cuda/block.cuh).
+
+    Args:
+        device: the CUDA device that runs it.
+        cell: as the engine names it, such as "rnn_tanh".
+        dtype: of all tensors. TF32 or not makes no difference: the numbers take the same room.
+        sizes: T, B, H, P (H without projections) and D, the number of directions.
+    Returns:
+        the reason in words; None if it is one launch.
+    """
+    if cuda_kernel() == "step":
+        return "FUSEDRNN_KERNEL=step asks for a launch a step"
+    if sizes["P"] != sizes["H"]:
+        return "with a projection a step is two products"
+    found = chip(device)
+    if found is None:
+        return "there is no GPU to ask whether the weights fit"
+    multiprocessors, shared = found
+    name = str(dtype).removeprefix("torch.")
+    plan = _C.cuda_plan(cell, name, **sizes, multiprocessors=multiprocessors, shared_bytes=shared)["cell"]
+    if plan["stays"]:
+        return None
+    if sizes["T"] == 1:
+        return "there is only one step"
+    return f"weight_hh does not fit into the {shared >> 10} KiB of shared memory of a block"
 
 
 def reason_against_cuda(device: torch.device) -> str | None:

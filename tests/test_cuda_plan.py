@@ -1,4 +1,4 @@
-"""How the step kernels divide a layer's work (csrc/cuda/plan.h): on every chip and at every shape it fits and covers the sums."""
+"""How the CUDA kernels divide a layer's work (csrc/cuda/plan.h): on every chip and at every shape it fits and covers the sums."""
 
 import itertools
 
@@ -12,6 +12,7 @@ CHIPS = {"A100": (108, 163 << 10), "H100": (132, 227 << 10), "H200": (132, 227 <
 BATCHES, WIDTHS = [0, 1, 7, 8, 9, 33, 64, 257, 2048, 1 << 20], [1, 15, 16, 17, 128, 1000, 1792, 4096]
 DTYPES = [("float32", False), ("float32", True), ("float64", False), ("bfloat16", False), ("float16", False)]
 DEPTH = {("float32", False): 4, ("float32", True): 16, ("float64", False): 2, ("bfloat16", False): 32, ("float16", False): 32}
+BYTES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
 GATES = {"rnn_tanh": 1, "rnn_relu": 1, "lstm": 4, "gru": 3}
 
 
@@ -19,7 +20,7 @@ def plans(cell, chip, dtype, tf32):
     multiprocessors, shared = CHIPS[chip]
     for B, H, D in itertools.product(BATCHES, WIDTHS, (1, 2)):
         for P in {H, max(1, H // 3)} if cell == "lstm" else {H}:
-            where = dict(B=B, H=H, P=P, D=D, multiprocessors=multiprocessors, shared_bytes=shared, tf32=tf32)
+            where = dict(T=1 + B % 3, B=B, H=H, P=P, D=D, multiprocessors=multiprocessors, shared_bytes=shared, tf32=tf32)
             yield where, _C.cuda_plan(cell, dtype, **where)
 
 
@@ -33,13 +34,24 @@ def test_every_plan_fits_and_covers(cell, chip, dtype, tf32):
         sums = {"cell": (H, GATES[cell], P), "projection": (P, 1, H), "dh": (P, 1, GATES[cell] * H), "dunprojected": (H, 1, P)}
         for name, (units, gates, depth) in sums.items():
             product, context = plan[name], (name, where, plan[name])
-            assert product["threads"] == 32 * product["split"] * product["groups"] <= 256, context
             assert product["shared_bytes"] <= CHIPS[chip][1], context
-            # What a block leaves in shared memory: 20 numbers for each row, gate and part of a sum.
-            warps = product["split"] * product["groups"]
-            assert product["shared_bytes"] == warps * gates * product["tiles"] * 8 * 20 * sum_bytes, context
             assert product["block_rows"] == 8 * product["tiles"] * product["groups"], context
-            assert product["blocks"] == product["unit_tiles"] * product["batch_tiles"] < 2**31, context
+            padded = product["unit_tiles"] * 16 * gates * product["depth_blocks"] * DEPTH[dtype, tf32]
+            if product["stays"]:  # a block has all weights and some rows for all steps
+                assert P == H and where["T"] > 1 and name in ("cell", "dh"), context
+                assert product["shared_bytes"] == padded * BYTES[dtype], context
+                assert product["threads"] == 32 * min(8, product["unit_tiles"] * product["groups"]), context
+                assert product["blocks"] == product["batch_tiles"], context
+                # Blocks for all multiprocessors, before a block has more rows than a warp takes at once.
+                assert product["groups"] == 1 or product["blocks"] * where["D"] <= max(where["multiprocessors"], where["D"]), context
+            else:
+                # What a block leaves in shared memory: 20 numbers for each row, gate and part of a sum.
+                warps = product["split"] * product["groups"]
+                assert product["shared_bytes"] == warps * gates * product["tiles"] * 8 * 20 * sum_bytes, context
+                assert product["threads"] == 32 * warps <= 256, context
+                assert product["blocks"] == product["unit_tiles"] * product["batch_tiles"] < 2**31, context
+                could = name in ("cell", "dh") and P == H and where["T"] > 1
+                assert not could or padded * BYTES[dtype] > CHIPS[chip][1], context
             # All units and rows, and no block without any.
             assert 0 <= product["unit_tiles"] * 16 - units < 16, context
             assert 0 <= product["batch_tiles"] * product["block_rows"] - B < product["block_rows"], context
@@ -48,12 +60,21 @@ def test_every_plan_fits_and_covers(cell, chip, dtype, tf32):
 
 
 def test_a_small_batch_is_spread_by_depth_and_a_large_one_by_rows():
-    plan = lambda B: _C.cuda_plan("lstm", "bfloat16", B=B, H=1024, P=1024, D=1, multiprocessors=132, shared_bytes=227 << 10)  # noqa: E731
+    plan = lambda B: _C.cuda_plan("lstm", "bfloat16", T=9, B=B, H=1024, P=1024, D=1, multiprocessors=132, shared_bytes=227 << 10)  # noqa: E731
     assert plan(16)["cell"]["split"] == 8 and plan(16)["cell"]["groups"] == 1
     assert plan(4096)["cell"]["groups"] == 8 and plan(4096)["cell"]["split"] == 1
+
+
+@pytest.mark.parametrize("cell, dtype, widest", [("rnn_tanh", "bfloat16", 320), ("gru", "bfloat16", 192), ("lstm", "float16", 160),
+                                                 ("lstm", "float32", 112), ("gru", "float32", 132), ("lstm", "float64", 80)])  # fmt: skip
+def test_widths_whose_weights_stay(cell, dtype, widest):
+    """On an H100, what the bytes allow: 227 KiB."""
+    plan = lambda H: _C.cuda_plan(cell, dtype, T=9, B=64, H=H, P=H, D=1, multiprocessors=132, shared_bytes=227 << 10)  # noqa: E731
+    assert plan(widest)["cell"]["stays"] and plan(widest)["dh"]["stays"] and not plan(widest + 1)["cell"]["stays"]
+    assert not _C.cuda_plan(cell, dtype, T=9, B=64, H=16, P=8, D=1, multiprocessors=132, shared_bytes=227 << 10)["cell"]["stays"]
 
 
 @pytest.mark.parametrize("cell, dtype, message", [("lstm", "int8", "dtype must be float32"), ("tree", "float32", "no cell 'tree'")])
 def test_unknown_names(cell, dtype, message):
     with pytest.raises(ValueError, match=message):
-        _C.cuda_plan(cell, dtype, B=1, H=1, P=1, D=1, multiprocessors=1, shared_bytes=1 << 16)
+        _C.cuda_plan(cell, dtype, T=1, B=1, H=1, P=1, D=1, multiprocessors=1, shared_bytes=1 << 16)

@@ -171,11 +171,15 @@ def first(result):
 
 
 @kinds
-def test_cuda(kind, fake_cuda):
+def test_cuda(kind, fake_cuda, monkeypatch):
     module, input = fake_cuda(kind, built=True)
+    monkeypatch.setattr(select, "chip", lambda device: (132, 227 << 10))
     text = explain(module, input)
-    assert runs(text) == "fused CUDA kernels, step"
+    assert runs(text) == f"fused CUDA kernels, {'step' if 'Cell' in kind else 'block'}"
+    assert ("block: there is only one step" if "Cell" in kind else "step: all steps go in one launch") in text
     assert text.count("the input is on cuda") == 3
+    monkeypatch.setattr(select, "chip", lambda device: (132, 255))
+    assert "Cell" in kind or "block: weight_hh does not fit into the 0 KiB of shared memory" in explain(module, input)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         output = first(module(input))
@@ -204,11 +208,12 @@ def test_cuda_that_was_not_built(kind, fake_cuda):
 def test_cuda_kernel_by_name(kind, fake_cuda, monkeypatch):
     module, input = fake_cuda(kind, built=True)
     monkeypatch.setenv("FUSEDRNN_KERNEL", "step")
-    assert runs(explain(module, input)) == "fused CUDA kernels, step"
+    text = explain(module, input)
+    assert runs(text) == "fused CUDA kernels, step" and "block: FUSEDRNN_KERNEL=step asks for a launch a step" in text
     monkeypatch.setenv("FUSEDRNN_KERNEL", "torch")
     assert runs(explain(module, input)) == f"torch.nn.{kind}" and "FUSEDRNN_KERNEL=torch" in explain(module, input)
     monkeypatch.setenv("FUSEDRNN_KERNEL", "persistent")
-    with pytest.raises(RuntimeError, match="FUSEDRNN_KERNEL must be one of step, torch, got 'persistent'"):
+    with pytest.raises(RuntimeError, match="FUSEDRNN_KERNEL must be one of block, step, torch, got 'persistent'"):
         module(input)
 
 

@@ -8,9 +8,10 @@ namespace fusedrnn {
 // Where and how a call runs.
 struct CudaContext {
   Chip chip;
-  void* stream;   // a cudaStream_t
-  bool overlaps;  // whether a grid may start before the one before it has ended
-  bool tf32;      // whether products of float32 numbers may go through the matrix units, rounded to TF32
+  void* stream;     // a cudaStream_t
+  bool overlaps;    // whether a grid may start before the one before it has ended
+  bool tf32;        // whether products of float32 numbers may go through the matrix units, rounded to TF32
+  bool persistent;  // whether one grid may do all steps, where it can
 };
 
 struct CudaBackwardParams : BackwardParams {

@@ -4,6 +4,9 @@
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 
+#include <cstdlib>
+#include <string_view>
+
 #include "on_cuda.h"
 
 namespace fusedrnn {
@@ -36,7 +39,9 @@ struct Gpu {
     STD_TORCH_CHECK(major >= 8, "fusedrnn: CUDA devices must be of compute capability 8.0 or newer, got one of ", major, ".x");
     const Chip chip{attribute(cudaDevAttrMultiProcessorCount, device),
                     attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device), major};
-    return {chip, current_stream(device), major >= 9, allow_tf32};
+    const char* wanted = std::getenv("FUSEDRNN_KERNEL");  // its other names are Python's matter
+    const bool persistent = !wanted || std::string_view(wanted) != "step";
+    return {chip, current_stream(device), major >= 9, allow_tf32, persistent};
   }
 };
 

@@ -27,16 +27,19 @@ struct ProductPlan {
   int64_t unit_tiles, batch_tiles;  // blocks of the grid: one direction's are their product
   int64_t depth_blocks;             // steps of a sum, of block_depth() numbers each
   int tiles;                        // of the batch, to a warp
-  int split, groups;                // warps of a block: `split` share a sum by its depth, `groups` the rows of the batch
+  int warps;                        // of a block
+  int split, groups;                // of which `split` share a sum by its depth, `groups` the rows of the batch
   int block_rows;                   // of the batch, to a block
   int64_t shared_bytes;
-  int64_t blocks() const { return unit_tiles * batch_tiles; }
-  int threads() const { return kWarp * split * groups; }
+  bool stays;                       // one grid does all steps, and each of its blocks keeps all weights (block.cuh)
+  int64_t blocks() const { return stays ? batch_tiles : unit_tiles * batch_tiles; }
+  int threads() const { return kWarp * warps; }
   int64_t padded_rows() const { return batch_tiles * block_rows; }
 };
 
 inline int64_t ceil_div(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
+constexpr int bytes_of(Dtype dtype) { return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2; }
 constexpr bool goes_by_matrix_units(Dtype dtype, bool tf32) {
   return dtype == Dtype::kBFloat16 || dtype == Dtype::kFloat16 || (dtype == Dtype::kFloat32 && tf32);
 }
@@ -70,7 +73,33 @@ inline ProductPlan plan_product(const Chip& chip, const LayerParams& p, bool tf3
     plan.split *= 2;
   plan.block_rows = kTileRows * plan.tiles * plan.groups;
   plan.batch_tiles = ceil_div(tiles, plan.tiles * plan.groups);
-  plan.shared_bytes = bytes(plan.split * plan.groups);
+  plan.warps = plan.split * plan.groups;
+  plan.shared_bytes = bytes(plan.warps);
+  return plan;
+}
+
+// Tiles of the batch to a warp of block.cuh, whose registers hold the inputs of the cell besides the sums. Not measured yet.
+constexpr int most_block_tiles(int sum_bytes) { return sum_bytes == 8 ? 1 : 2; }
+
+// The same product where a block keeps all weights for all steps: rows of the batch are spread over the multiprocessors, and a
+// block's warps take its tiles of units and of rows in turn. `stays` is false if the weights are
+// too large, or the steps too few.
+inline ProductPlan plan_block(const Chip& chip, const LayerParams& p, bool tf32, int64_t units, int gates, int64_t depth) {
+  const int sum_bytes = p.dtype == Dtype::kFloat64 ? 8 : 4;
+  ProductPlan plan{};
+  plan.depth_blocks = ceil_div(depth, block_depth(p.dtype, tf32));
+  plan.unit_tiles = ceil_div(units, kUnits);
+  plan.shared_bytes = plan.unit_tiles * kUnits * gates * plan.depth_blocks * block_depth(p.dtype, tf32) * bytes_of(p.dtype);
+  constexpr int64_t kLeastSteps = 2;  // a single one gains nothing from weights that stay. Not measured yet.
+  plan.stays = plan.shared_bytes <= chip.shared_bytes && p.steps.T >= kLeastSteps;
+  const int64_t tiles = ceil_div(p.steps.B, kTileRows), blocks = std::max<int64_t>(1, chip.multiprocessors / p.D);
+  const int64_t block_tiles = std::max<int64_t>(1, ceil_div(tiles, blocks));
+  plan.tiles = block_tiles == 1 ? 1 : most_block_tiles(sum_bytes);
+  plan.groups = int(ceil_div(block_tiles, plan.tiles));
+  plan.split = 1;
+  plan.warps = int(std::min<int64_t>(kMostWarps, plan.unit_tiles * plan.groups));
+  plan.block_rows = kTileRows * plan.tiles * plan.groups;
+  plan.batch_tiles = ceil_div(p.steps.B, plan.block_rows);
   return plan;
 }
 
@@ -80,9 +109,15 @@ struct StepPlan {
   ProductPlan cell, projection, dh, dunprojected;
 };
 
-inline StepPlan plan_step(const Chip& chip, const LayerParams& p, int gates, bool tf32) {
-  return {plan_product(chip, p, tf32, p.H, gates, p.P), plan_product(chip, p, tf32, p.P, 1, p.H),
-          plan_product(chip, p, tf32, p.P, 1, gates * p.H), plan_product(chip, p, tf32, p.H, 1, p.P)};
+// may_stay: whether kernels that keep their weights for all steps are to be used where they can.
+inline StepPlan plan_step(const Chip& chip, const LayerParams& p, int gates, bool tf32, bool may_stay) {
+  auto product = [&](int64_t units, int gates_of_sum, int64_t depth, bool alone) {
+    const ProductPlan block = plan_block(chip, p, tf32, units, gates_of_sum, depth);
+    return may_stay && alone && block.stays ? block : plan_product(chip, p, tf32, units, gates_of_sum, depth);
+  };
+  const bool alone = !p.weight_hr[0];  // a step is one kernel
+  return {product(p.H, gates, p.P, alone), product(p.P, 1, p.H, false), product(p.P, 1, gates * p.H, alone),
+          product(p.H, 1, p.P, false)};
 }
 
 }  // namespace fusedrnn

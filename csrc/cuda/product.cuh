@@ -174,34 +174,37 @@ struct BlockSums {
 // One kernel of a step. A Step is what differs from kernel to kernel, and is its argument:
 //   Arithmetic, kGates           of its product
 //   ProductPlan plan
-//   const Element* weights(d), states(d)
-//   int64_t multiplied(d)        rows whose sum is wanted; others take zero
-//   int64_t visited(d)           rows that are looked at
+//   const Element* weights(d), states(d, now)
+//   Now, step[d]                 what differs between the steps of one direction
+//   int64_t multiplied(now)      rows whose sum is wanted; others take zero
+//   int64_t visited(now)         rows that are looked at
 //   int64_t units
-//   finish(d, row, unit, sums)   what becomes of a unit's sums
+//   fetch(d, now, row, unit)     what a unit reads besides its sums: Inputs
+//   finish(d, now, row, unit, sums, inputs)   what becomes of them
 template <class Step, int kTiles>
 __global__ void __launch_bounds__(kMostWarps * kLanes, 1) step_kernel(const __grid_constant__ Step step) {
   using A = typename Step::Arithmetic;
   constexpr int kGates = Step::kGates;
   const int d = blockIdx.z;
+  const typename Step::Now& now = step.step[d];
   const BlockPlace place(step.plan);
-  const bool multiplies = place.first_row < step.multiplied(d);
+  const bool multiplies = place.first_row < step.multiplied(now);
   BlockSums<A, kGates, kTiles> sums(step.plan);
   const typename A::Element* weights =
       step.weights(d) + place.unit_tile * step.plan.depth_blocks * kRows * A::kDepth * kGates;
   prims::let_next_grid_start();  // whose threads wait for the end of this grid before they touch anything that it writes
   if (multiplies) sums.load_weights(weights, sums.part);  // which were packed before the first step
   prims::wait_for_previous_grid();
-  if (place.first_row >= step.visited(d)) return;
-  if (multiplies) sums.multiply(weights, step.states(d) + place.first_row * step.plan.depth_blocks * A::kDepth);
+  if (place.first_row >= step.visited(now)) return;
+  if (multiplies) sums.multiply(weights, step.states(d, now) + place.first_row * step.plan.depth_blocks * A::kDepth);
   for (int i = threadIdx.x; i < kUnits * step.plan.block_rows; i += blockDim.x) {
     const int64_t row = place.first_row + i / kUnits, unit = place.unit_tile * kUnits + i % kUnits;
-    if (row >= step.visited(d) || unit >= step.units) continue;
+    if (row >= step.visited(now) || unit >= step.units) continue;
     typename A::Sum total[kGates];
 #pragma unroll
     for (int gate = 0; gate < kGates; ++gate)
-      total[gate] = row < step.multiplied(d) ? sums.total(gate, i / kUnits, i % kUnits) : typename A::Sum(0);
-    step.finish(d, row, unit, total);
+      total[gate] = row < step.multiplied(now) ? sums.total(gate, i / kUnits, i % kUnits) : typename A::Sum(0);
+    step.finish(d, now, row, unit, total, step.fetch(d, now, row, unit));
   }
 }
 

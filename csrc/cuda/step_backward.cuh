@@ -4,20 +4,11 @@
 #pragma once
 #include "../arena.h"
 #include "engine.h"
+#include "block.cuh"
 #include "product.cuh"
+#include "walk.h"
 
 namespace fusedrnn {
-
-// What differs between the steps of one direction. The last grid of a pass has a step of no rows: it leaves the gradients of
-// the initial states.
-struct BackwardStep {
-  int64_t first;         // row of the sequence
-  int64_t count;         // rows of the step
-  int64_t before_first;  // the step whose states this one began with: its first row,
-  int64_t before_count;  //   and its rows; the others began with hx and cx
-  int64_t multiplied;    // rows that the later step had
-  int64_t visited;       // rows of this step, or of the later one if it has more: those rows began with the later step
-};
 
 template <class A>
 struct BackwardMemory {
@@ -37,34 +28,37 @@ struct BackwardBase {
   using Element = typename A::Element;
   using Sum = typename A::Sum;
   using S = typename A::Storage;
+  using Now = BackwardStep;
   static constexpr int kGates = 1;
+  static constexpr bool kBackward = true;
 
   CudaBackwardParams p;
   BackwardMemory<A> m;
   BackwardStep step[kMaxDirections];
   ProductPlan plan;
   int64_t units;
-  int turn;  // which of m.dpre the later step wrote
 
-  FUSEDRNN_DEVICE int64_t visited(int d) const { return step[d].visited; }
+  FUSEDRNN_DEVICE int64_t visited(const Now& now) const { return now.visited; }
   FUSEDRNN_DEVICE int64_t state_at(int d, int64_t b, int64_t u, int64_t width) const { return (d * p.steps.B + b) * width + u; }
   FUSEDRNN_DEVICE int64_t output_at(int d, int64_t row, int64_t u) const { return (row * p.D + d) * p.P + u; }
 
-  // The hidden state that row b of the step began with, and leaves it for the gradient of weight_hh.
-  FUSEDRNN_DEVICE S hidden_before(int d, int64_t b, int64_t u) const {
-    const BackwardStep& step = this->step[d];
+  // The hidden state that row b of the step began with.
+  FUSEDRNN_DEVICE S hidden_before(int d, const Now& now, int64_t b, int64_t u) const {
     const S* hx = static_cast<const S*>(p.hx);
-    const S h = b < step.before_count ? static_cast<const S*>(p.output)[output_at(d, step.before_first + b, u)]
-                : hx                  ? hx[state_at(d, b, u, p.P)]
-                                      : narrow<S>(Sum(0));
-    if (p.hidden_before) static_cast<S*>(p.hidden_before)[output_at(d, step.first + b, u)] = h;
-    return h;
+    return b < now.before_count ? static_cast<const S*>(p.output)[output_at(d, now.before_first + b, u)]
+           : hx                 ? hx[state_at(d, b, u, p.P)]
+                                : narrow<S>(Sum(0));
+  }
+  // For the gradient of weight_hh.
+  FUSEDRNN_DEVICE void leave_hidden_before(int d, const Now& now, int64_t b, int64_t u, S h) const {
+    if (p.hidden_before) static_cast<S*>(p.hidden_before)[output_at(d, now.first + b, u)] = h;
   }
 
-  // The whole gradient of the hidden state after the step: through the later one, past it, and from the output.
-  FUSEDRNN_DEVICE Sum whole_dh(int d, int64_t b, int64_t u, Sum through) const {
-    Sum total = through + m.dh[state_at(d, b, u, p.P)];
-    if (p.grad_output) total += Sum(widen(static_cast<const S*>(p.grad_output)[output_at(d, step[d].first + b, u)]));
+  // The gradient of the hidden state after the step that does not come through weight_hh: past the later step, and from the
+  // output.
+  FUSEDRNN_DEVICE Sum direct_dh(int d, const Now& now, int64_t b, int64_t u) const {
+    Sum total = m.dh[state_at(d, b, u, p.P)];
+    if (p.grad_output) total += Sum(widen(static_cast<const S*>(p.grad_output)[output_at(d, now.first + b, u)]));
     return total;
   }
 
@@ -79,22 +73,26 @@ template <class A>
 struct BackwardProjection : BackwardBase<A> {
   using Base = BackwardBase<A>;
   using typename Base::Element;
+  using typename Base::Now;
   using typename Base::S;
   using typename Base::Sum;
-  using Base::p, Base::m, Base::step, Base::turn;
+  using Base::p, Base::m;
   int64_t dprojected_blocks;
 
   FUSEDRNN_DEVICE const Element* weights(int d) const { return m.weight_hh[d]; }
-  FUSEDRNN_DEVICE const Element* states(int d) const { return m.dpre[turn] + d * m.dpre_size; }
-  FUSEDRNN_DEVICE int64_t multiplied(int d) const { return step[d].multiplied; }
+  FUSEDRNN_DEVICE const Element* states(int d, const Now& now) const { return m.dpre[now.turn] + d * m.dpre_size; }
+  FUSEDRNN_DEVICE int64_t multiplied(const Now& now) const { return now.multiplied; }
 
-  FUSEDRNN_DEVICE void finish(int d, int64_t b, int64_t u, const Sum (&sum)[1]) const {
-    if (b >= step[d].count) return this->leave_h(d, b, u, sum[0]);
-    const Sum dh = this->whole_dh(d, b, u, sum[0]);
-    this->hidden_before(d, b, u);
+  struct Inputs {};
+  FUSEDRNN_DEVICE Inputs fetch(int, const Now&, int64_t, int64_t) const { return {}; }
+
+  FUSEDRNN_DEVICE void finish(int d, const Now& now, int64_t b, int64_t u, const Sum (&sum)[1], const Inputs&) const {
+    if (b >= now.count) return this->leave_h(d, b, u, sum[0]);
+    const Sum dh = sum[0] + this->direct_dh(d, now, b, u);
+    this->leave_hidden_before(d, now, b, u, this->hidden_before(d, now, b, u));
     m.dh[this->state_at(d, b, u, p.P)] = Sum(0);
     m.dprojected[d * m.dprojected_size + packed_state_at<A>(dprojected_blocks, b, u)] = A::element(dh);
-    static_cast<S*>(p.grad_proj)[this->output_at(d, step[d].first + b, u)] = narrow<S>(dh);
+    static_cast<S*>(p.grad_proj)[this->output_at(d, now.first + b, u)] = narrow<S>(dh);
   }
 };
 
@@ -102,23 +100,55 @@ template <class Cell, class A>
 struct BackwardCell : BackwardBase<A> {
   using Base = BackwardBase<A>;
   using typename Base::Element;
+  using typename Base::Now;
   using typename Base::S;
   using typename Base::Sum;
-  using Base::p, Base::m, Base::step, Base::turn;
+  using Base::p, Base::m;
   static constexpr int kInner = Cell::kStates - 1;
   int64_t dpre_blocks;
 
   FUSEDRNN_DEVICE bool projected() const { return p.weight_hr[0]; }
   FUSEDRNN_DEVICE const Element* weights(int d) const { return projected() ? m.weight_hr[d] : m.weight_hh[d]; }
-  FUSEDRNN_DEVICE const Element* states(int d) const {
-    return projected() ? m.dprojected + d * m.dprojected_size : m.dpre[turn] + d * m.dpre_size;
+  FUSEDRNN_DEVICE const Element* states(int d, const Now& now) const {
+    return projected() ? m.dprojected + d * m.dprojected_size : m.dpre[now.turn] + d * m.dpre_size;
   }
-  FUSEDRNN_DEVICE int64_t multiplied(int d) const { return projected() ? step[d].count : step[d].multiplied; }
+  FUSEDRNN_DEVICE int64_t multiplied(const Now& now) const { return projected() ? now.count : now.multiplied; }
 
-  FUSEDRNN_DEVICE void finish(int d, int64_t b, int64_t u, const Sum (&sum)[1]) const {
-    const BackwardStep& step = this->step[d];
-    const int64_t H = p.H, at = this->state_at(d, b, u, H), row = step.first + b;
-    if (b >= step.count) {
+  // What a unit reads besides its sum. Nothing of a row that began with the later step.
+  struct Inputs {
+    S saved[slots(Cell::kSaved)], state[Cell::kStates], new_state[Cell::kStates];
+    Sum grad_new[Cell::kStates];  // but for what comes through the product
+  };
+  FUSEDRNN_DEVICE Inputs fetch(int d, const Now& now, int64_t b, int64_t u) const {
+    if (b >= now.count) return {};
+    Inputs in;
+    const int64_t H = p.H, at = this->state_at(d, b, u, H), row = now.first + b;
+    const S zero = narrow<S>(Sum(0));
+    const S* saved_row = static_cast<const S*>(p.saved) + (row * p.D + d) * Cell::kSaved * H + u;
+#pragma unroll
+    for (int k = 0; k < Cell::kSaved; ++k) in.saved[k] = saved_row[k * H];
+    if (projected()) {  // a cell whose hidden state may be projected does not look at state 0 in backward
+      in.state[0] = in.new_state[0] = zero;
+      in.grad_new[0] = Sum(0);
+    } else {
+      in.state[0] = this->hidden_before(d, now, b, u);
+      in.new_state[0] = static_cast<const S*>(p.output)[this->output_at(d, row, u)];
+      in.grad_new[0] = this->direct_dh(d, now, b, u);
+    }
+    if constexpr (kInner > 0) {
+      const int extra = kInner + projected();
+      const S* states = static_cast<const S*>(p.states) + d * extra * H + u;
+      const S* cx = static_cast<const S*>(p.cx);
+      in.state[1] = b < now.before_count ? states[(now.before_first + b) * p.D * extra * H] : cx ? cx[at] : zero;
+      in.new_state[1] = states[row * p.D * extra * H];
+      in.grad_new[1] = m.dinner[at];
+    }
+    return in;
+  }
+
+  FUSEDRNN_DEVICE void finish(int d, const Now& now, int64_t b, int64_t u, const Sum (&sum)[1], const Inputs& in) const {
+    const int64_t H = p.H, at = this->state_at(d, b, u, H), row = now.first + b;
+    if (b >= now.count) {
       if (!projected()) this->leave_h(d, b, u, sum[0]);
       if constexpr (kInner > 0)
         if (p.grad_cx) static_cast<S*>(p.grad_cx)[at] = narrow<S>(m.dinner[at]);
@@ -126,34 +156,23 @@ struct BackwardCell : BackwardBase<A> {
     }
     Sum saved[slots(Cell::kSaved)], state[Cell::kStates], new_state[Cell::kStates], grad_new[Cell::kStates];
     Sum grad_pre[Cell::kPre], grad_state[Cell::kStates];
-    const S* saved_row = static_cast<const S*>(p.saved) + (row * p.D + d) * Cell::kSaved * H + u;
 #pragma unroll
-    for (int k = 0; k < Cell::kSaved; ++k) saved[k] = Sum(widen(saved_row[k * H]));
-    if (projected()) {  // a cell whose hidden state may be projected does not look at state 0 in backward
-      state[0] = new_state[0] = Sum(0);
-      grad_new[0] = sum[0];
-    } else {
-      state[0] = Sum(widen(this->hidden_before(d, b, u)));
-      new_state[0] = Sum(widen(static_cast<const S*>(p.output)[this->output_at(d, row, u)]));
-      grad_new[0] = this->whole_dh(d, b, u, sum[0]);
+    for (int k = 0; k < Cell::kSaved; ++k) saved[k] = Sum(widen(in.saved[k]));
+#pragma unroll
+    for (int i = 0; i < Cell::kStates; ++i) {
+      state[i] = Sum(widen(in.state[i]));
+      new_state[i] = Sum(widen(in.new_state[i]));
+      grad_new[i] = in.grad_new[i];
     }
-    if constexpr (kInner > 0) {
-      const int extra = kInner + projected();
-      const S* states = static_cast<const S*>(p.states) + d * extra * H + u;
-      const S* cx = static_cast<const S*>(p.cx);
-      state[1] = b < step.before_count ? Sum(widen(states[(step.before_first + b) * p.D * extra * H]))
-                 : cx                  ? Sum(widen(cx[at]))
-                                       : Sum(0);
-      new_state[1] = Sum(widen(states[row * p.D * extra * H]));
-      grad_new[1] = m.dinner[at];
-    }
+    grad_new[0] += sum[0];
+    if (!projected()) this->leave_hidden_before(d, now, b, u, in.state[0]);
 
     Cell::backward(saved, state, new_state, grad_new, grad_pre, grad_state);
 
     S* grad_pre_row = static_cast<S*>(p.grad_pre) + (row * p.D + d) * Cell::kPre * H + u;
 #pragma unroll
     for (int k = 0; k < Cell::kPre; ++k) grad_pre_row[k * H] = narrow<S>(grad_pre[k]);
-    Element* dpre = m.dpre[1 - turn] + d * m.dpre_size;
+    Element* dpre = m.dpre[1 - now.turn] + d * m.dpre_size;
 #pragma unroll
     for (int g = 0; g < Cell::kGates; ++g)
       dpre[packed_state_at<A>(dpre_blocks, b, g * H + u)] = A::element(grad_pre[Cell::h_pre(g)]);
@@ -205,7 +224,7 @@ struct BackwardPass {
 
   BackwardPass(const CudaBackwardParams& p, const CudaContext& context, Arena& arena)
       : p(p), queue{context.stream, context.overlaps, context.chip.shared_bytes}, projected(p.weight_hr[0]),
-        plan(plan_step(context.chip, p, Cell::kGates, context.tf32)), dpre_blocks(plan.dh.depth_blocks),
+        plan(plan_step(context.chip, p, Cell::kGates, context.tf32, context.persistent)), dpre_blocks(plan.dh.depth_blocks),
         dprojected_blocks(projected ? plan.dunprojected.depth_blocks : 0),
         padded_rows(std::max(plan.dh.padded_rows(), projected ? plan.dunprojected.padded_rows() : 0)) {
     m.dpre_size = padded_rows * dpre_blocks * A::kDepth;
@@ -230,12 +249,14 @@ struct BackwardPass {
     BackwardCell<Cell, A> cell{};
     fill(cell, projected ? plan.dunprojected : plan.dh, p.H);
     cell.dpre_blocks = dpre_blocks;
+    const Walk walk{p.steps, true};
+    const int64_t steps = p.steps.T + 1;  // and one that leaves the gradients of the initial states
+    if (plan.dh.stays) return launch_blocks(Cell::kName, cell, walk, p.D, steps, queue);
     BackwardProjection<A> projection{};
     fill(projection, plan.dh, p.P);
     projection.dprojected_blocks = dprojected_blocks;
-    for (int64_t s = 0; s <= p.steps.T; ++s) {
-      for (int64_t d = 0; d < p.D; ++d) cell.step[d] = projection.step[d] = step(s, d);
-      cell.turn = projection.turn = int(s % 2);
+    for (int64_t s = 0; s < steps; ++s) {
+      for (int64_t d = 0; d < p.D; ++d) cell.step[d] = projection.step[d] = step_at(p, walk, d, s, walk.first(d, s));
       if constexpr (Cell::kStates > 1)
         if (projected) launch_step("projection backward", projection, D, s > 0, queue);
       launch_step(Cell::kName, cell, D, s > 0 || projected, queue);
@@ -247,15 +268,6 @@ struct BackwardPass {
     step.m = m;
     step.plan = plan;
     step.units = units;
-  }
-
-  // The s-th grid; the one behind the last step has no rows of its own.
-  BackwardStep step(int64_t s, int64_t d) const {
-    const int64_t T = p.steps.T, t = d ? s : T - 1 - s, later = d ? t - 1 : t + 1, before = d ? t + 1 : t - 1;
-    const int64_t count = s < T ? p.steps.rows(t) : 0, later_count = s > 0 ? p.steps.rows(later) : 0;
-    const bool begins = s + 1 >= T;  // no step before this one
-    return {s < T ? p.steps.row_offset(t) : 0, count, begins ? 0 : p.steps.row_offset(before),
-            begins ? 0 : std::min(p.steps.rows(before), count), later_count, std::max(count, later_count)};
   }
 };
 

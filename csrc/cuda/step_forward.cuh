@@ -3,19 +3,11 @@
 #pragma once
 #include "../arena.h"
 #include "engine.h"
+#include "block.cuh"
 #include "product.cuh"
+#include "walk.h"
 
 namespace fusedrnn {
-
-// What differs between the steps of one direction.
-struct ForwardStep {
-  const void* gates_x;   // of the step's first row
-  int64_t gates_x_row;   // elements from row to row
-  int64_t first;         // row of the sequence
-  int64_t count;         // rows of the step
-  int64_t staying;       // rows that go on to the next step; for the others this one is the last
-  int64_t multiplied;    // rows with a state to multiply: all, or none
-};
 
 // The memory of a pass, besides its tensors.
 template <class A>
@@ -34,50 +26,63 @@ struct ForwardCell {
   using Element = typename A::Element;
   using Sum = typename A::Sum;
   using S = typename A::Storage;
+  using Now = ForwardStep;
   static constexpr int kGates = Cell::kGates, kInner = Cell::kStates - 1;
+  static constexpr bool kBackward = false;
 
   ForwardParams p;
   ForwardMemory<A> m;
   ForwardStep step[kMaxDirections];
   ProductPlan plan;
   int64_t units, unprojected_blocks;
-  int turn;  // which of m.h is before the step
 
   FUSEDRNN_DEVICE const Element* weights(int d) const { return m.weight_hh[d]; }
-  FUSEDRNN_DEVICE const Element* states(int d) const { return m.h[turn] + d * m.h_size; }
-  FUSEDRNN_DEVICE int64_t multiplied(int d) const { return step[d].multiplied; }
-  FUSEDRNN_DEVICE int64_t visited(int d) const { return step[d].count; }
+  FUSEDRNN_DEVICE const Element* states(int d, const Now& now) const { return m.h[now.turn] + d * m.h_size; }
+  FUSEDRNN_DEVICE int64_t multiplied(const Now& now) const { return now.multiplied; }
+  FUSEDRNN_DEVICE int64_t visited(const Now& now) const { return now.count; }
+  FUSEDRNN_DEVICE int64_t state_at(int d, int64_t b, int64_t u) const { return (d * p.steps.B + b) * p.H + u; }
 
-  FUSEDRNN_DEVICE void finish(int d, int64_t b, int64_t u, const Sum (&sum)[kGates]) const {
-    const ForwardStep& step = this->step[d];
+  // What a unit reads besides its sums.
+  struct Inputs {
+    S gates_x[kGates];
+    Sum state[Cell::kStates];
+  };
+  FUSEDRNN_DEVICE Inputs fetch(int d, const Now& now, int64_t b, int64_t u) const {
+    Inputs in;
+    const S* gates_x = static_cast<const S*>(p.gates_x[d]) + now.gates_x_at + b * p.gates_x_row[d] + u;
+#pragma unroll
+    for (int g = 0; g < kGates; ++g) in.gates_x[g] = gates_x[g * p.H];
+    in.state[0] = p.weight_hr[0] ? Sum(0) : m.state[0][state_at(d, b, u)];
+    if constexpr (kInner > 0) in.state[1] = m.state[1][state_at(d, b, u)];
+    return in;
+  }
+
+  FUSEDRNN_DEVICE void finish(int d, const Now& now, int64_t b, int64_t u, const Sum (&sum)[kGates], const Inputs& in) const {
     const bool projected = p.weight_hr[0];
-    const int64_t H = p.H, row = step.first + b, state_at = (d * p.steps.B + b) * H + u;
-    const S* gates_x = static_cast<const S*>(step.gates_x) + b * step.gates_x_row + u;
+    const int64_t H = p.H, row = now.first + b, at = state_at(d, b, u);
     const S* bias = static_cast<const S*>(p.bias_hh[d]);
-    Sum pre[Cell::kPre] = {}, state[Cell::kStates], new_state[Cell::kStates], saved[slots(Cell::kSaved)];
+    Sum pre[Cell::kPre] = {}, new_state[Cell::kStates], saved[slots(Cell::kSaved)];
 #pragma unroll
     for (int g = 0; g < kGates; ++g) {
-      pre[Cell::x_pre(g)] += Sum(widen(gates_x[g * H]));
+      pre[Cell::x_pre(g)] += Sum(widen(in.gates_x[g]));
       pre[Cell::h_pre(g)] += sum[g] + (bias ? Sum(widen(bias[g * H + u])) : Sum(0));
     }
-    state[0] = projected ? Sum(0) : m.state[0][state_at];
-    if constexpr (kInner > 0) state[1] = m.state[1][state_at];
 
-    Cell::forward(pre, state, new_state, saved);
+    Cell::forward(pre, in.state, new_state, saved);
 
-    const bool last = b >= step.staying;
+    const bool last = b >= now.staying;
     if (projected) {
       m.unprojected[d * m.unprojected_size + packed_state_at<A>(unprojected_blocks, b, u)] = A::element(new_state[0]);
     } else {
       const S h = narrow<S>(new_state[0]);
-      m.state[0][state_at] = new_state[0];
-      m.h[1 - turn][d * m.h_size + packed_state_at<A>(plan.depth_blocks, b, u)] = A::element(new_state[0]);
+      m.state[0][at] = new_state[0];
+      m.h[1 - now.turn][d * m.h_size + packed_state_at<A>(plan.depth_blocks, b, u)] = A::element(new_state[0]);
       static_cast<S*>(p.output)[(row * p.D + d) * H + u] = h;
-      if (last) static_cast<S*>(p.hy)[state_at] = h;
+      if (last) static_cast<S*>(p.hy)[at] = h;
     }
     if constexpr (kInner > 0) {
-      m.state[1][state_at] = new_state[1];
-      if (last) static_cast<S*>(p.cy)[state_at] = narrow<S>(new_state[1]);
+      m.state[1][at] = new_state[1];
+      if (last) static_cast<S*>(p.cy)[at] = narrow<S>(new_state[1]);
     }
     if (!p.save) return;
     S* saved_row = static_cast<S*>(p.saved) + (row * p.D + d) * Cell::kSaved * H + u;
@@ -96,6 +101,7 @@ struct ForwardProjection {
   using Element = typename A::Element;
   using Sum = typename A::Sum;
   using S = typename A::Storage;
+  using Now = ForwardStep;
   static constexpr int kGates = 1;
 
   ForwardParams p;
@@ -103,19 +109,20 @@ struct ForwardProjection {
   ForwardStep step[kMaxDirections];
   ProductPlan plan;
   int64_t units, h_blocks;
-  int turn;
 
   FUSEDRNN_DEVICE const Element* weights(int d) const { return m.weight_hr[d]; }
-  FUSEDRNN_DEVICE const Element* states(int d) const { return m.unprojected + d * m.unprojected_size; }
-  FUSEDRNN_DEVICE int64_t multiplied(int d) const { return step[d].count; }
-  FUSEDRNN_DEVICE int64_t visited(int d) const { return step[d].count; }
+  FUSEDRNN_DEVICE const Element* states(int d, const Now&) const { return m.unprojected + d * m.unprojected_size; }
+  FUSEDRNN_DEVICE int64_t multiplied(const Now& now) const { return now.count; }
+  FUSEDRNN_DEVICE int64_t visited(const Now& now) const { return now.count; }
 
-  FUSEDRNN_DEVICE void finish(int d, int64_t b, int64_t u, const Sum (&sum)[1]) const {
-    const ForwardStep& step = this->step[d];
+  struct Inputs {};
+  FUSEDRNN_DEVICE Inputs fetch(int, const Now&, int64_t, int64_t) const { return {}; }
+
+  FUSEDRNN_DEVICE void finish(int d, const Now& now, int64_t b, int64_t u, const Sum (&sum)[1], const Inputs&) const {
     const S h = narrow<S>(sum[0]);
-    m.h[1 - turn][d * m.h_size + packed_state_at<A>(h_blocks, b, u)] = A::element(sum[0]);
-    static_cast<S*>(p.output)[((step.first + b) * p.D + d) * p.P + u] = h;
-    if (b >= step.staying) static_cast<S*>(p.hy)[(d * p.steps.B + b) * p.P + u] = h;
+    m.h[1 - now.turn][d * m.h_size + packed_state_at<A>(h_blocks, b, u)] = A::element(sum[0]);
+    static_cast<S*>(p.output)[((now.first + b) * p.D + d) * p.P + u] = h;
+    if (b >= now.staying) static_cast<S*>(p.hy)[(d * p.steps.B + b) * p.P + u] = h;
   }
 };
 
@@ -169,7 +176,7 @@ struct ForwardPass {
 
   ForwardPass(const ForwardParams& p, const CudaContext& context, Arena& arena)
       : p(p), queue{context.stream, context.overlaps, context.chip.shared_bytes}, projected(p.weight_hr[0]),
-        plan(plan_step(context.chip, p, Cell::kGates, context.tf32)), h_blocks(plan.cell.depth_blocks),
+        plan(plan_step(context.chip, p, Cell::kGates, context.tf32, context.persistent)), h_blocks(plan.cell.depth_blocks),
         unprojected_blocks(projected ? plan.projection.depth_blocks : 0),
         padded_rows(std::max(plan.cell.padded_rows(), projected ? plan.projection.padded_rows() : 0)) {
     m.h_size = padded_rows * h_blocks * A::kDepth;
@@ -191,22 +198,16 @@ struct ForwardPass {
     launch("enter_forward", enter_forward_kernel<A, Cell::kStates>, plain_grid(padded_rows * h_blocks * A::kDepth, int(p.D)), queue,
            enter);
 
-    ForwardCell<Cell, A> cell{p, m, {}, plan.cell, p.H, unprojected_blocks, 0};
-    ForwardProjection<A> projection{p, m, {}, plan.projection, p.P, h_blocks, 0};
+    ForwardCell<Cell, A> cell{p, m, {}, plan.cell, p.H, unprojected_blocks};
+    const Walk walk{p.steps, false};
+    if (plan.cell.stays) return launch_blocks(Cell::kName, cell, walk, p.D, p.steps.T, queue);
+    ForwardProjection<A> projection{p, m, {}, plan.projection, p.P, h_blocks};
     for (int64_t s = 0; s < p.steps.T; ++s) {
-      for (int64_t d = 0; d < p.D; ++d) cell.step[d] = projection.step[d] = step(s, d);
-      cell.turn = projection.turn = int(s % 2);
+      for (int64_t d = 0; d < p.D; ++d) cell.step[d] = projection.step[d] = step_at(p, walk, d, s, walk.first(d, s));
       launch_step(Cell::kName, cell, int(p.D), s > 0, queue);
       if constexpr (Cell::kStates > 1)
         if (projected) launch_step("projection", projection, int(p.D), true, queue);
     }
-  }
-
-  ForwardStep step(int64_t s, int64_t d) const {
-    const int64_t T = p.steps.T, t = d ? T - 1 - s : s, next = d ? t - 1 : t + 1, count = p.steps.rows(t);
-    const int64_t gates_x_at = p.steps.position(t, 0, p.gates_x_step[d], p.gates_x_row[d]);
-    return {static_cast<const typename A::Storage*>(p.gates_x[d]) + gates_x_at, p.gates_x_row[d], p.steps.row_offset(t), count,
-            s + 1 < T ? std::min(p.steps.rows(next), count) : 0, s > 0 || p.hx ? count : 0};
   }
 };
 

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "engine_problem.h"
+#include "cuda/walk.h"
 #include "kernel_probe.h"
 
 namespace test {
@@ -40,13 +41,14 @@ struct KernelCase : Case {
   const Arithmetic* arithmetic = nullptr;
   const fusedrnn::Chip* chip = nullptr;
   int order = 0;  // of the threads
+  bool persistent = false;
 
-  fusedrnn::CudaContext context() const { return {*chip, nullptr, chip->major >= 9, arithmetic->tf32}; }
+  fusedrnn::CudaContext context() const { return {*chip, nullptr, chip->major >= 9, arithmetic->tf32, persistent}; }
 };
 
 inline std::string text(const KernelCase& c, size_t number) {
   const fusedrnn::Chip& chip = *c.chip;
-  return std::string(c.arithmetic->name) + ", " + std::to_string(chip.multiprocessors) + " multiprocessors of " +
+  return std::string(c.arithmetic->name) + (c.persistent ? ", persistent, " : ", ") + std::to_string(chip.multiprocessors) + " multiprocessors of " +
          std::to_string(chip.major) + ".x with " + std::to_string(chip.shared_bytes >> 10) + " KiB, " + kOrders[c.order] +
          ", " + text(static_cast<const Case&>(c), number);
 }
@@ -66,6 +68,7 @@ inline std::vector<KernelCase> kernel_cases() {
     c.arithmetic = &arithmetic;
     c.chip = &kChips[random.below(std::size(kChips))];
     c.order = int(random.below(std::size(kOrders)));
+    c.persistent = random.below(2);
     cases.push_back(c);
   };
   for (int cell = 0; traits_of(cell).gates > 0; ++cell)
@@ -77,6 +80,11 @@ inline std::vector<KernelCase> kernel_cases() {
             for (int64_t B : {1, 2, 7, 8, 9, 17, 33})
               for (bool project : {false, true})
                 if (projects || !project) add(cell, arithmetic, D, packed, B, H, project, 6);
+          if (packed) {  // more steps than a kernel's argument lists
+            add(cell, arithmetic, D, packed, 3, 7, false, 6);
+            cases.back().T = fusedrnn::ListedRows::kMost + 14;
+            cases.back().persistent = true;
+          }
           for (auto [B, H] : {std::pair<int, int>{61, 33}, {125, 31}, {257, 17}, {3, 263}, {40, 131}})
             for (bool project : {false, true})
               if (projects || !project) add(cell, arithmetic, D, packed, B, H, project, 2);
@@ -107,7 +115,9 @@ class KernelProblem : public Problem {
     return worst;
   }
 
-  fusedrnn::StepPlan plan() const { return plan_step(context_.chip, forward_params(engines), int(G), context_.tf32); }
+  fusedrnn::StepPlan plan() const {
+    return plan_step(context_.chip, forward_params(engines), int(G), context_.tf32, context_.persistent);
+  }
 
  private:
   const fusedrnn::CudaContext context_;

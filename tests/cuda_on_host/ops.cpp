@@ -6,19 +6,24 @@
 namespace {
 
 fusedrnn::Chip chip{4, 99 << 10, 9};  // few multiprocessors, so that small shapes already meet the layouts of large ones
+bool persistent = true;
 
 struct Host {
   struct Guard {
     explicit Guard(int) {}
   };
-  static fusedrnn::CudaContext context(int, bool allow_tf32) { return {chip, nullptr, chip.major >= 9, allow_tf32}; }
+  static fusedrnn::CudaContext context(int, bool allow_tf32) {
+    return {chip, nullptr, chip.major >= 9, allow_tf32, persistent};
+  }
 };
 
-// The order in which threads run (cuda_on_host::Order), its seed, and the chip for which work is planned.
-void configure(int64_t order, int64_t seed, int64_t multiprocessors, int64_t major) {
+// The order in which threads run (cuda_on_host::Order), its seed, the chip for which work is planned, and whether kernels that
+// do all steps may be chosen.
+void configure(int64_t order, int64_t seed, int64_t multiprocessors, int64_t major, bool may_stay) {
   cuda_on_host::configure(int(order), uint64_t(seed));
   chip.multiprocessors = int(multiprocessors);
   chip.major = int(major);
+  persistent = may_stay;
 }
 
 }  // namespace
@@ -26,7 +31,7 @@ void configure(int64_t order, int64_t seed, int64_t multiprocessors, int64_t maj
 STABLE_TORCH_LIBRARY(fusedrnn_on_host, m) {
   m.def(fusedrnn::kForwardSchema);
   m.def(fusedrnn::kBackwardSchema);
-  m.def("configure(int order, int seed, int multiprocessors, int major) -> ()");
+  m.def("configure(int order, int seed, int multiprocessors, int major, bool persistent) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fusedrnn_on_host, CPU, m) {

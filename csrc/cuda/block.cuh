@@ -1,0 +1,100 @@
+// All steps of a pass in one grid, where the weights fit into the shared memory of a block: they are read once and stay, and a
+// block goes through the whole sequence with rows of the batch of its own. Blocks never wait for each other, and the threads
+// of a block meet once a step. The steps themselves, forward and backward, are those that a grid a step runs too
+// (step_forward.cuh, step_backward.cuh).
+#pragma once
+#include "product.cuh"
+#include "walk.h"
+
+namespace fusedrnn {
+
+template <class Step>
+struct BlockArgs {
+  Step step;
+  ListedRows rows;
+  int64_t first[kMaxDirections];  // row of step rows.begin
+};
+
+// A warp takes 16 units, all gates of each, and kTiles tiles of the block's rows, and keeps their sums in registers: a lane has
+// all gates of a unit, and runs the cell on them. The same lane comes back to the same units at every step.
+template <class Step, int kTiles>
+__global__ void __launch_bounds__(kMostWarps * kLanes, 1) block_kernel(const __grid_constant__ BlockArgs<Step> args) {
+  using A = typename Step::Arithmetic;
+  using Sum = typename A::Sum;
+  using Element = typename A::Element;
+  constexpr int kGates = Step::kGates, kWeights = kRows * A::kDepth, kStates = kColumns * A::kDepth;
+  const Step& step = args.step;
+  const ProductPlan& plan = step.plan;
+  const int d = blockIdx.z, lane = threadIdx.x % kLanes;
+  const int64_t first_row = int64_t(blockIdx.x) * plan.block_rows;
+
+  const int64_t count = plan.unit_tiles * plan.depth_blocks * kGates * kWeights;
+  Element* weights = prims::Shared{}.template take<Element>(count);
+  const Sixteen* from = reinterpret_cast<const Sixteen*>(step.weights(d));
+  for (int64_t i = threadIdx.x; i < count * int64_t(sizeof(Element)) / int64_t(sizeof(Sixteen)); i += blockDim.x)
+    reinterpret_cast<Sixteen*>(weights)[i] = from[i];
+  prims::block_sync();  // the weights are there
+
+  int64_t first = args.first[d];
+  for (int64_t s = args.rows.begin; s < args.rows.end; ++s) {
+    const typename Step::Now now = step_at(step.p, args.rows, d, s, first);
+    const Element* states = step.states(d, now) + first_row * plan.depth_blocks * A::kDepth;
+    for (int64_t item = threadIdx.x / kLanes; item < plan.unit_tiles * plan.groups; item += plan.warps) {
+      const int64_t unit_tile = item % plan.unit_tiles, tile = item / plan.unit_tiles * kTiles;
+      const int64_t item_row = first_row + tile * kTileRows;
+      if (item_row >= step.visited(now)) break;  // so have the groups of rows behind it
+      auto each = [&](const auto& fn) {  // fn(its place in the sums, row, unit) for what this lane has
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const int64_t row = item_row + n * kTileRows + 2 * (lane % 4) + i % 2;
+            const int64_t unit = unit_tile * kUnits + lane / 4 + 8 * (i / 2);
+            if (row < step.visited(now) && unit < step.units) fn(n, i, row, unit);
+          }
+      };
+      typename Step::Inputs inputs[kTiles][4];  // on their way while the product is made
+      each([&](int n, int i, int64_t row, int64_t unit) { inputs[n][i] = step.fetch(d, now, row, unit); });
+
+      Sum sum[kGates][kTiles][4] = {};
+      const int64_t depth_blocks = item_row < step.multiplied(now) ? plan.depth_blocks : 0;
+      for (int64_t block = 0; block < depth_blocks; ++block) {
+        typename A::States state[kTiles];
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n) state[n].load(states + ((tile + n) * plan.depth_blocks + block) * kStates, lane);
+#pragma unroll
+        for (int gate = 0; gate < kGates; ++gate) {
+          typename A::Weights weight;
+          weight.load(weights + ((unit_tile * plan.depth_blocks + block) * kGates + gate) * kWeights, lane);
+#pragma unroll
+          for (int n = 0; n < kTiles; ++n) A::multiply_add(sum[gate][n], weight, state[n]);
+        }
+      }
+      each([&](int n, int i, int64_t row, int64_t unit) {
+        Sum total[kGates];  // nothing for rows that have not begun, even where zero times a weight is not zero
+#pragma unroll
+        for (int gate = 0; gate < kGates; ++gate) total[gate] = row < step.multiplied(now) ? sum[gate][n][i] : Sum(0);
+        step.finish(d, now, row, unit, total, inputs[n][i]);
+      });
+    }
+    prims::block_sync();  // all rows have the states that the next step multiplies
+    first = first_of_next(args.rows, d, s, first, goes_up(d, Step::kBackward));
+  }
+}
+
+// Launches as many grids as it takes to list the rows of all steps; one, if all steps have the same.
+template <class Step>
+void launch_blocks(const char* name, const Step& step, const Walk& walk, int64_t directions, int64_t steps, const Queue& queue) {
+  constexpr int64_t kMostArguments = 4096;  // bytes, on every chip and by every CUDA
+  static_assert(sizeof(BlockArgs<Step>) <= kMostArguments, "a kernel's arguments must be no larger");
+  const Grid grid{step.plan.batch_tiles, int(directions), step.plan.threads(), step.plan.shared_bytes, false};
+  for (int64_t begin = 0; begin < steps;) {
+    BlockArgs<Step> args{step, list_rows(walk, directions, begin, steps), {}};
+    for (int64_t d = 0; d < directions; ++d) args.first[d] = walk.first(d, begin);
+    if (step.plan.tiles == 1) launch(name, block_kernel<Step, 1>, grid, queue, args);
+    else launch(name, block_kernel<Step, most_block_tiles(sizeof(typename Step::Sum))>, grid, queue, args);
+    begin = args.rows.end;
+  }
+}
+
+}  // namespace fusedrnn
