@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_padded_sequence, pad_sequence
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
 
 from examples import common
 
@@ -77,8 +77,8 @@ class Critic(nn.Module):
     def forward(self, texts: list[Tensor]) -> Tensor:
         padded, lengths = pad_sequence(texts), torch.tensor([len(text) for text in texts])
         packed = pack_padded_sequence(self.dropout(self.embed(padded)), lengths, enforce_sorted=False)
-        _, (h, _) = self.lstm(packed)
-        return self.linear(self.dropout(torch.cat([h[-2], h[-1]], 1))).squeeze(1)  # the upper layer's two directions
+        outputs, _ = pad_packed_sequence(self.lstm(packed)[0], padding_value=-1.0)  # what no output of an LSTM falls below
+        return self.linear(self.dropout(outputs.amax(0))).squeeze(1)
 
 
 def train_epoch(args, epoch, model, optimizer, texts, labels, race) -> tuple[float, float]:
@@ -109,7 +109,7 @@ def test(model, texts, labels, batch) -> tuple[float, float, Tensor]:
 
 
 def parse() -> argparse.ArgumentParser:
-    found = common.parser(__doc__, epochs=5, batch=64, hidden=64, embedding=64, length=400)
+    found = common.parser(__doc__, epochs=5, batch=64, hidden=32, embedding=64, length=400)
     found.add_argument("--data", type=Path, metavar="FOLDER", help="IMDB's reviews, unpacked")
     return found
 
@@ -124,7 +124,7 @@ def run(args) -> str:
     print(f"{len(train):,} reviews to learn from, {len(unseen):,} to test, {len(codes):,} words; bidirectional LSTM of "
           f"{args.hidden} units x 2, batch {args.batch}, {torch.get_num_threads()} threads\n")
     models = common.build(args, lambda package: Critic(package, 2 + len(codes), args.embedding, args.hidden, 0.5))
-    optimizers = {name: torch.optim.Adam(model.parameters(), 2e-3) for name, model in models.items()}
+    optimizers = {name: torch.optim.Adam(model.parameters(), 5e-3) for name, model in models.items()}
     race = common.Race(models, args.epochs, -(-len(train) // args.batch))
     accuracy, scores = {}, {}
     for epoch, name, model in race:
