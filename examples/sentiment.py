@@ -3,7 +3,7 @@
     python -m examples.sentiment                   10,605 snippets of reviews, which lie here
     python -m examples.sentiment --data FOLDER     the IMDB reviews: FOLDER/{train,test}/{pos,neg}/*.txt
 
-Texts of any length share a batch without padding (pack_padded_sequence). Both packages draw the same dropout from the same seed.
+Texts of any length share a batch (pack_padded_sequence). Both packages draw the same dropout from the same seed.
 """
 
 import argparse

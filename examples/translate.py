@@ -1,10 +1,11 @@
 """Translates dates as people write them to ISO 8601, letter by letter: one LSTM reads, another writes.
 
     python -m examples.translate                 "Monday, the 3rd of May 2021" becomes 2021-05-03
-    python -m examples.translate --forcing 1     the writer is always shown the true letters before the next (teacher forcing)
+    python -m examples.translate --forcing 1     the writer sees the true letters before (teacher forcing)
 
-The reader takes texts of any length (packed), in both directions; its last states are the writer's first. The writer runs over the whole date at once where it is shown the true
-letters, and step by step where it goes on from its own. Test dates never occur in training, in any spelling.
+The reader takes texts of any length (packed), in both directions; its last states are the writer's first. The writer runs
+over the whole date at once where it is shown the true letters, and step by step where it goes on from its own. Test dates
+never occur in training, in any spelling.
 """
 
 import argparse
