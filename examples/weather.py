@@ -114,9 +114,8 @@ def run(args) -> str:
         return (forecast - truth[test]).square().mean().sqrt().item()
 
     naive = {"same as now": rmse(now[test]), "same as a day before": rmse(before[test])}
-    print(f"{count:,} windows of {args.window} hours to learn from, {test.sum():,} later ones to test; {torch.get_num_threads()} "
-          f"threads\n\nerror (RMSE) {args.ahead} hours ahead, in degrees Celsius: "
-          + ", ".join(f"{name} {error:.2f}" for name, error in naive.items()))
+    print(f"{count:,} windows to learn from, {test.sum():,} later ones to test; {torch.get_num_threads()} threads\n\n"
+          f"RMSE in degrees Celsius, {args.ahead} hours ahead: " + ", ".join(f"{name} {error:.2f}" for name, error in naive.items()))
     errors, seconds, said = {}, {}, {}
     for kind, both in itertools.product(("RNN", "LSTM", "GRU"), (False, True)):
         label = f"{kind}, both ways" if both else kind
