@@ -9,9 +9,11 @@ each batch; gloo, or NCCL where each has a GPU of its own, averages the gradient
 
 import argparse
 import datetime
+import logging
 import os
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 import torch
@@ -19,6 +21,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
 from examples import common, weather
 from examples.streaming import WEEK, Forecaster
@@ -101,6 +104,7 @@ def join_group(rank: int, world: int, args, **rendezvous) -> str:
 
 def spawned(rank: int, args, folder: str) -> None:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // PROCESSES))
+    tqdm.set_lock(threading.RLock())  # its own is one between processes, and complains when one of them is killed
     result = join_group(rank, PROCESSES, args, init_method=f"file://{folder}/meeting")
     if rank == 0:
         Path(folder, "result").write_text(result)
@@ -122,10 +126,11 @@ def run(args) -> str:
             sys.exit(0)  # the first one tells
         return result
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all are on this machine, whatever name it goes by
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # one line, below, is enough
     with tempfile.TemporaryDirectory() as folder:
         try:
             mp.spawn(spawned, (args, folder), PROCESSES, daemon=True)  # daemons: none outlives this process
-        except mp.ProcessException as error:
+        except (mp.ProcessExitedException, mp.ProcessRaisedException) as error:
             sys.exit(f"parallel: {str(error).strip().splitlines()[-1]}")
         return Path(folder, "result").read_text()
 

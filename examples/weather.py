@@ -115,7 +115,7 @@ def run(args) -> str:
 
     naive = {"same as now": rmse(now[test]), "same as a day before": rmse(before[test])}
     print(f"{count:,} windows to learn from, {test.sum():,} later ones to test; {torch.get_num_threads()} threads\n\n"
-          f"RMSE in degrees Celsius, {args.ahead} hours ahead: " + ", ".join(f"{name} {error:.2f}" for name, error in naive.items()))
+          f"RMSE in degrees, {args.ahead} hours ahead: " + ", ".join(f"{name} {error:.2f}" for name, error in naive.items()))
     errors, seconds, said = {}, {}, {}
     for kind, both in itertools.product(("RNN", "LSTM", "GRU"), (False, True)):
         label = f"{kind}, both ways" if both else kind
