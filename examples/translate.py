@@ -106,7 +106,7 @@ def translate(model: Translator, texts: list[str]) -> list[str]:
 
 
 def parse() -> argparse.ArgumentParser:
-    found = common.parser(__doc__, epochs=8, batches=100, batch=64, hidden=64, test=2000)
+    found = common.parser(__doc__, epochs=10, batches=100, batch=64, hidden=64, test=2000)
     found.add_argument("--forcing", type=float, default=0.5, help="share of batches with teacher forcing, default 0.5")
     return found
 
