@@ -76,7 +76,7 @@ class Race:
 
     def __iter__(self):
         total = len(self.models) * self.epochs * self.steps
-        with tqdm(total=total, leave=False, disable=self.quiet or None) as self.bar:  # gone when the block is left, by Ctrl-C too
+        with tqdm(total=total, leave=False, disable=self.quiet or None) as self.bar:  # gone when left, by Ctrl-C too
             for epoch in range(1, self.epochs + 1):
                 for name, model in self.models.items():
                     self.bar.set_description(name, refresh=False)

@@ -97,9 +97,9 @@ def parse() -> argparse.ArgumentParser:
 
 
 def run(args) -> str:
+    torch.set_num_threads(1)  # in layers as small as these a second thread of either package waits more than it works
     hours, values = load()
-    split = len(hours) * 3 // 4
-    inputs, mean, std = features(hours, values, split)
+    inputs, mean, std = features(hours, values, split := len(hours) * 3 // 4)
     if args.ahead > 24 or args.window + args.ahead > 24 * 28:
         raise common.Refused(f"--ahead is at most 24, with --window at most 672 hours, got {args.ahead} and {args.window}")
     ends = torch.arange(max(args.window, 24) - 1, len(hours) - args.ahead)  # the last hour that a forecast knows of
