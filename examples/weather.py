@@ -93,7 +93,7 @@ def draw(args, week, truth, forecasts, errors, seconds):
 
 
 def parse() -> argparse.ArgumentParser:
-    return common.parser(__doc__, plot="weather.png", epochs=3, hidden=32, batch=64, window=24, ahead=6)
+    return common.parser(__doc__, plot="weather.png", epochs=4, hidden=32, batch=64, window=24, ahead=6)
 
 
 def run(args) -> str:
