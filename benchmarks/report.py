@@ -235,8 +235,10 @@ def examples_block() -> str:
     """What the programs under examples/ printed last, from examples/output (written by `python -m examples`)."""
     lines = []
     for path in sorted((ROOT / "examples" / "output").glob("*.txt")):
-        command, *_, result = path.read_text().strip().splitlines()
-        lines.append([f"`{command.removeprefix('$ ')}`", result.removeprefix("result: ")])
+        *_, result = path.read_text().strip().splitlines()
+        picture = path.with_suffix(".svg").relative_to(ROOT)
+        shown = f" [picture]({picture.as_posix()})" if (ROOT / picture).exists() else ""
+        lines.append([f"[{path.stem}](examples/{path.stem}.py)", result.removeprefix("result: ") + shown])
     return markdown(["program", "what it printed"], lines).replace("---:", "---") if lines else "Not run yet."
 
 

@@ -80,18 +80,19 @@ def build(args, make: Callable) -> dict[str, torch.nn.Module]:
 class Race:
     """Trains the models in turns, so that whatever else the machine does slows all alike; measures each turn.
 
-    for epoch, name, model in race: ...    `race.step()` in between moves the progress bar, which is on terminals only;
-                                           `race.stop()` ends the time of the turn before the turn itself ends.
+    for epoch, name, model in race: ...    `race.step()` in between moves the progress bar, which is on terminals only,
+                                           and on none if `quiet`; `race.stop()` ends the time of the turn before the
+                                           turn itself ends.
     """
 
-    def __init__(self, models: dict[str, torch.nn.Module], epochs: int, steps: int):
-        self.models, self.epochs, self.steps = models, epochs, steps
+    def __init__(self, models: dict[str, torch.nn.Module], epochs: int, steps: int, quiet: bool = False):
+        self.models, self.epochs, self.steps, self.quiet = models, epochs, steps, quiet
         self.seconds: dict[str, list[float]] = {name: [] for name in models}
         self.turn: tuple[str, float] | None = None  # whose time is running, and since when
 
     def __iter__(self):
         total = len(self.models) * self.epochs * self.steps
-        with tqdm(total=total, leave=False, disable=None) as self.bar:  # gone when the block is left, by Ctrl-C too
+        with tqdm(total=total, leave=False, disable=self.quiet or None) as self.bar:  # gone when left, by Ctrl-C too
             for epoch in range(1, self.epochs + 1):
                 for name, model in self.models.items():
                     self.bar.set_description(name, refresh=False)

@@ -479,7 +479,7 @@ def project(tmp_path, monkeypatch):
     (tmp_path / "README.md").write_text(f"before\n{''.join(parts)}after\n")
     output = tmp_path / "examples" / "output" / "digits.txt"
     output.parent.mkdir(parents=True)
-    output.write_text("$ python -m examples.digits\nmany\nwords\nresult: 97 % of the digits\n")
+    output.write_text("python -m examples.digits\nmany\nwords\nresult: 97 % of the digits\n")
     monkeypatch.setattr(machine, "RESULTS", results)
     monkeypatch.setattr(report, "ROOT", tmp_path)
     return tmp_path
@@ -495,7 +495,7 @@ def test_report_writes_readme_and_checks_it(project, capsys):
     assert "| **0.50x** (0.49 to 0.51) |" in text and "| 2.00x |" in text
     for picture in ("cpu-speedup", "scaling-cost", "memory-peak"):
         assert f"(benchmarks/results/m/{picture}.svg)" in text and (project / f"benchmarks/results/m/{picture}.svg").exists()
-    assert "| `python -m examples.digits` | 97 % of the digits |" in text
+    assert "| [digits](examples/digits.py) | 97 % of the digits |" in text
     assert "| deepbench-train: DeepBench's 53 training configurations | 53 |" in text
     assert "| 19 | 0.75x (GRU training, T" in text
     page = (project / "benchmarks" / "results" / "m" / "README.md").read_text()
