@@ -129,6 +129,7 @@ def run(args) -> str:
     accuracy, scores = {}, {}
     for epoch, name, model in race:
         loss, right = train_epoch(args, epoch, model, optimizers[name], train, truth, race)
+        race.stop()
         unseen_loss, accuracy[name], scores[name] = test(model, unseen, unseen_truth, args.batch)
         race.print(f"epoch {epoch:2}  {name:8}  training: loss {loss:.4f}, accuracy {right:.1%}   "
                    f"test: loss {unseen_loss:.4f}, accuracy {accuracy[name]:.1%}")

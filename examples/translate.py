@@ -80,7 +80,6 @@ class Translator(nn.Module):
 def train_epoch(args, epoch, model, optimizer, schedule, dates, race) -> float:
     """Mean loss of an epoch; the same texts, in the same order, for each package."""
     draw = random.Random(f"{args.seed} {epoch}")
-    model.train()
     total = 0.0
     for _ in range(args.batches):
         batch = draw.sample(dates, args.batch)
@@ -100,7 +99,6 @@ def train_epoch(args, epoch, model, optimizer, schedule, dates, race) -> float:
 
 @torch.no_grad()
 def translate(model: Translator, texts: list[str]) -> list[str]:
-    model.eval()
     codes = model([encode(text) for text in texts]).argmax(-1).T.tolist()
     return ["".join("?" if code == START else LETTERS[code - 1] for code in row) for row in codes]
 
@@ -131,6 +129,7 @@ def run(args) -> str:
     written, right = {}, {}
     for epoch, name, model in race:
         loss = train_epoch(args, epoch, model, optimizers[name], schedules[name], dates, race)
+        race.stop()
         written[name] = translate(model, texts)
         right[name] = sum(map(str.__eq__, written[name], truth)) / len(truth)
         race.print(f"epoch {epoch:2}  {name:8}  loss {loss:.4f}  exact {right[name]:6.1%}")
