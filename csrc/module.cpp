@@ -84,6 +84,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_isas", &cpu_isas, "instruction sets that were built and that this processor has, the best last");
   m.def("cuda_plan", &cuda_plan, py::arg("cell"), py::arg("dtype"), py::kw_only(), py::arg("T"), py::arg("B"), py::arg("H"), py::arg("P"),
         py::arg("D"), py::arg("multiprocessors"), py::arg("shared_bytes"), py::arg("tf32") = false, py::arg("persistent") = true,
-        "{kernel: {blocks and threads of its grid, what they take of the sums}} of the step kernels on such a GPU");
+        "{kernel: {blocks and threads of its grid, what they take of the sums}} of the kernels on such a GPU");
   m.def("cpu_isa", &cpu_isa, "the instruction set that a call would use now; RuntimeError if FUSEDRNN_CPU_ISA is wrong");
 }

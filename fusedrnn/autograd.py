@@ -65,10 +65,10 @@ def _forward(cell, batch_sizes, batch_first, input, hx, cx, weights, save):
         if w_hr is not None:
             weight_hr.append(w_hr)
     return recurrence_forward(cell, gates_x, weight_hh, bias_hh, weight_hr, hx, cx, batch_sizes, save,
-                              _allows_tf32(input, batch_sizes, batch_first))
+                              allows_tf32(input, batch_sizes, batch_first))
 
 
-def _allows_tf32(input, batch_sizes, batch_first):
+def allows_tf32(input, batch_sizes, batch_first):
     """Whether torch lets float32 numbers be rounded to TF32 before they are multiplied: by cuDNN, which takes its layers, or by
     cuBLAS, which takes its cells, and here every single step."""
     if not input.is_cuda:
@@ -223,7 +223,7 @@ def _backward(ctx, grads, wanted):
     grad_pre, grad_hx, grad_cx, grad_weights = recurrence_backward(
         cell, steps_first, weight_hh, weight_hr, hx, cx, output, saved, states, batch_sizes, *grads, wanted[1], wanted[2],
         want_ih and not library_ih, want_hh and not library_hh, want_b_ih or want_b_hh, want_hr,
-        _allows_tf32(input, batch_sizes, batch_first),
+        allows_tf32(input, batch_sizes, batch_first),
     )
     del saved, states  # the largest tensors, and more are to be made
     for d in range(len(weights)):

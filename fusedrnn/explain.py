@@ -1,9 +1,11 @@
 """Say which kernel a call would run, and for every other kernel why not."""
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from . import _C, select
+from .autograd import allows_tf32
 from .cells import FusedCell
 from .convert import FUSED_OF_STOCK
 from .modules import CELL_OF_MODE, FusedLayer
@@ -59,13 +61,15 @@ def _reason_against_block(module: FusedLayer | FusedCell, input: Tensor | Packed
     """Why the call on CUDA is not one launch for all its steps; None if it is."""
     data, H = input.data if isinstance(input, PackedSequence) else input, module.hidden_size
     if isinstance(module, FusedCell):
-        sizes = {"T": 1, "B": len(data) if data.dim() == 2 else 1, "H": H, "P": H, "D": 1}
+        sizes = {"T": 1, "B": len(data) if data.dim() == 2 else 1, "H": H, "P": H, "D": 1, "tf32": False}  # of no matter: T is 1
         return select.reason_against_block(data.device, module._cell(), data.dtype, **sizes)
     if isinstance(input, PackedSequence):
         T, B = len(input.batch_sizes), int(input.batch_sizes[0])
     else:
         T, B = (data.shape[0], 1) if data.dim() == 2 else reversed(data.shape[:2]) if module.batch_first else data.shape[:2]
-    sizes = {"T": T, "B": B, "H": H, "P": module.proj_size or H, "D": 2 if module.bidirectional else 1}
+    batch_sizes = input.batch_sizes if isinstance(input, PackedSequence) else None
+    tf32 = data.dtype == torch.float32 and allows_tf32(data, batch_sizes, module.batch_first)
+    sizes = {"T": T, "B": B, "H": H, "P": module.proj_size or H, "D": 2 if module.bidirectional else 1, "tf32": tf32}
     return select.reason_against_block(data.device, CELL_OF_MODE[module.mode], data.dtype, **sizes)
 
 

@@ -111,14 +111,14 @@ def chip(device: torch.device) -> tuple[int, int] | None:
     return found.multi_processor_count, found.shared_memory_per_block_optin
 
 
-def reason_against_block(device: torch.device, cell: str, dtype: torch.dtype, **sizes: int) -> str | None:
+def reason_against_block(device: torch.device, cell: str, dtype: torch.dtype, **sizes) -> str | None:
     """Why a layer's forward pass on CUDA is not one launch for all its steps (csrc/cuda/block.cuh).
 
     Args:
         device: the CUDA device that runs it.
         cell: as the engine names it, such as "rnn_tanh".
-        dtype: of all tensors. TF32 or not makes no difference: the numbers take the same room.
-        sizes: T, B, H, P (H without projections) and D, the number of directions.
+        dtype: of all tensors.
+        sizes: T, B, H, P (H without projections), D, the number of directions, and tf32, whether float32 is multiplied as TF32.
     Returns:
         the reason in words; None if it is one launch.
     """

@@ -37,11 +37,17 @@ def layer_and_input(cell, layout="plain", dtype=torch.float32, T=11, B=37, I=19,
     return ours, stock, input
 
 
+def widths(*units):
+    """Layers whose weights stay in a block for all steps, and ones whose do not (csrc/cuda/plan.h)."""
+    return pytest.mark.parametrize("H", units)
+
+
+@widths(45, 130)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @dtypes
 @cells
-def test_accuracy(cell, dtype, layout):
-    ours, stock, input = layer_and_input(cell, layout, dtype)
+def test_accuracy(cell, dtype, layout, H):
+    ours, stock, input = layer_and_input(cell, layout, dtype, H=H)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         # torch.nn's: for bfloat16 it does not flatten its weights, and then says at every call that they are not flat.
@@ -59,28 +65,46 @@ def test_tf32(cell):
         assert not torch.equal(run_module(ours, input)["output"], exact["output"])
 
 
+@pytest.mark.parametrize("tf32", [False, True])
+@pytest.mark.parametrize("layout", ["both", "packed"])
 @cells
-def test_same_numbers_as_on_the_cpu(cell):
-    ours, _, input = layer_and_input(cell, "stacked", torch.float64)
+def test_block_and_step_kernels_agree(cell, layout, tf32, monkeypatch):
+    """Over more steps than one launch of the block kernel lists."""
+    ours, _, input = layer_and_input(cell, layout, T=300, H=64)
+    with fp32_precision(torch.backends.cudnn.rnn, "tf32" if tf32 else "ieee"):
+        in_blocks = run_module(ours, input)
+        monkeypatch.setenv("FUSEDRNN_KERNEL", "step")
+        in_steps = run_module(ours, input)
+    tolerance = 2e-2 if tf32 else 1e-4
+    for name in in_steps:
+        torch.testing.assert_close(in_blocks[name], in_steps[name], rtol=tolerance, atol=tolerance, msg=name)
+
+
+@widths(45, 130)
+@cells
+def test_same_numbers_as_on_the_cpu(cell, H):
+    ours, _, input = layer_and_input(cell, "stacked", torch.float64, H=H)
     on_gpu = run_module(ours, input)
     on_cpu = run_module(ours.cpu(), input.cpu())
     for name in on_cpu:
         torch.testing.assert_close(on_gpu[name].cpu(), on_cpu[name], rtol=1e-12, atol=1e-12, msg=name)
 
 
+@widths(64, 256)
 @pytest.mark.parametrize("layout", ["stacked", "packed"])
 @dtypes
 @cells
-def test_twenty_runs_same_bits(cell, dtype, layout):
-    ours, _, input = layer_and_input(cell, layout, dtype, T=40, B=64, H=256)
+def test_twenty_runs_same_bits(cell, dtype, layout, H):
+    ours, _, input = layer_and_input(cell, layout, dtype, T=40, B=64, H=H)
     first = run_module(ours, input)
     for _ in range(20):
         compare_all_equal(run_module(ours, input), first)
 
 
+@widths(64, 256)
 @cells
-def test_side_stream(cell):
-    ours, _, input = layer_and_input(cell, T=100, H=256)
+def test_side_stream(cell, H):
+    ours, _, input = layer_and_input(cell, T=100, H=H)
     expected = run_module(ours, input)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -91,9 +115,10 @@ def test_side_stream(cell):
     compare_all_equal(found, expected)
 
 
+@widths(45, 130)
 @cells
-def test_graph_capture_of_a_training_step(cell):
-    ours, _, input = layer_and_input(cell, "both", T=20)
+def test_graph_capture_of_a_training_step(cell, H):
+    ours, _, input = layer_and_input(cell, "both", T=20, H=H)
     leaf = input.clone().requires_grad_()
     wanted = [leaf, *ours.parameters()]
 

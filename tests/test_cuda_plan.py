@@ -65,13 +65,17 @@ def test_a_small_batch_is_spread_by_depth_and_a_large_one_by_rows():
     assert plan(4096)["cell"]["groups"] == 8 and plan(4096)["cell"]["split"] == 1
 
 
-@pytest.mark.parametrize("cell, dtype, widest", [("rnn_tanh", "bfloat16", 320), ("gru", "bfloat16", 192), ("lstm", "float16", 160),
-                                                 ("lstm", "float32", 112), ("gru", "float32", 132), ("lstm", "float64", 80)])  # fmt: skip
-def test_widths_whose_weights_stay(cell, dtype, widest):
+@pytest.mark.parametrize("cell, dtype, tf32, widest", [
+    ("rnn_tanh", "bfloat16", False, 320), ("gru", "bfloat16", False, 192), ("lstm", "float16", False, 160),
+    ("lstm", "float32", False, 112), ("gru", "float32", False, 132), ("gru", "float32", True, 128), ("lstm", "float64", False, 80),
+])  # fmt: skip
+def test_widths_whose_weights_stay(cell, dtype, tf32, widest):
     """On an H100, what the bytes allow: 227 KiB."""
-    plan = lambda H: _C.cuda_plan(cell, dtype, T=9, B=64, H=H, P=H, D=1, multiprocessors=132, shared_bytes=227 << 10)  # noqa: E731
-    assert plan(widest)["cell"]["stays"] and plan(widest)["dh"]["stays"] and not plan(widest + 1)["cell"]["stays"]
-    assert not _C.cuda_plan(cell, dtype, T=9, B=64, H=16, P=8, D=1, multiprocessors=132, shared_bytes=227 << 10)["cell"]["stays"]
+    chip = {"multiprocessors": 132, "shared_bytes": 227 << 10, "tf32": tf32}
+    plan = lambda H, P: _C.cuda_plan(cell, dtype, T=9, B=64, H=H, P=P, D=1, **chip)  # noqa: E731
+    for name in ("cell", "dh"):
+        assert plan(widest, widest)[name]["stays"]
+    assert not plan(widest + 1, widest + 1)["cell"]["stays"] and not plan(16, 8)["cell"]["stays"]
 
 
 @pytest.mark.parametrize("cell, dtype, message", [("lstm", "int8", "dtype must be float32"), ("tree", "float32", "no cell 'tree'")])

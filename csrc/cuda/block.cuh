@@ -39,22 +39,25 @@ __global__ void __launch_bounds__(kMostWarps * kLanes, 1) block_kernel(const __g
   for (int64_t s = args.rows.begin; s < args.rows.end; ++s) {
     const typename Step::Now now = step_at(step.p, args.rows, d, s, first);
     const Element* states = step.states(d, now) + first_row * plan.depth_blocks * A::kDepth;
-    for (int64_t item = threadIdx.x / kLanes; item < plan.unit_tiles * plan.groups; item += plan.warps) {
-      const int64_t unit_tile = item % plan.unit_tiles, tile = item / plan.unit_tiles * kTiles;
+    const int unit_tiles = int(plan.unit_tiles), items = unit_tiles * plan.groups;
+    for (int item = threadIdx.x / kLanes; item < items; item += plan.warps) {
+      const int unit_tile = item % unit_tiles, tile = item / unit_tiles * kTiles;
       const int64_t item_row = first_row + tile * kTileRows;
-      if (item_row >= step.visited(now)) break;  // so have the groups of rows behind it
+      if (item_row >= step.visited(now)) break;  // so are the groups of rows behind it
       auto each = [&](const auto& fn) {  // fn(its place in the sums, row, unit) for what this lane has
 #pragma unroll
         for (int n = 0; n < kTiles; ++n)
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             const int64_t row = item_row + n * kTileRows + 2 * (lane % 4) + i % 2;
-            const int64_t unit = unit_tile * kUnits + lane / 4 + 8 * (i / 2);
+            const int64_t unit = int64_t(unit_tile) * kUnits + lane / 4 + 8 * (i / 2);
             if (row < step.visited(now) && unit < step.units) fn(n, i, row, unit);
           }
       };
       typename Step::Inputs inputs[kTiles][4];  // on their way while the product is made
       each([&](int n, int i, int64_t row, int64_t unit) { inputs[n][i] = step.fetch(d, now, row, unit); });
+
+      prims::warp_sync();  // lanes without rows or units of their own multiply with the others
 
       Sum sum[kGates][kTiles][4] = {};
       const int64_t depth_blocks = item_row < step.multiplied(now) ? plan.depth_blocks : 0;

@@ -24,7 +24,7 @@ constexpr int most_tiles(int sum_bytes) { return sum_bytes == 8 ? 2 : 4; }
 
 // One kernel of a step: out (units, gates) of a product of depth K, for each row of the batch.
 struct ProductPlan {
-  int64_t unit_tiles, batch_tiles;  // blocks of the grid: one direction's are their product
+  int64_t unit_tiles, batch_tiles;  // blocks of the grid: one direction's are their product, or if it `stays` batch_tiles
   int64_t depth_blocks;             // steps of a sum, of block_depth() numbers each
   int tiles;                        // of the batch, to a warp
   int warps;                        // of a block

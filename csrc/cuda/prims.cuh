@@ -34,6 +34,15 @@ FUSEDRNN_DEVICE void block_sync(FUSEDRNN_ONLY_SITE) {
 #endif
 }
 
+// Waits for all threads of the warp: what a whole warp does together may follow.
+FUSEDRNN_DEVICE void warp_sync(FUSEDRNN_ONLY_SITE) {
+#if defined(FUSEDRNN_ON_HOST)
+  cuda_on_host::warp_sync(cuda_on_host::kWholeWarp, {"warp_sync", file, line});
+#else
+  __syncwarp();
+#endif
+}
+
 // Waits until the grid before this one on the stream has ended, and sees all it wrote. Every thread of a grid that was
 // launched with `overlaps` calls it before it touches what that grid wrote, and before it exits. Elsewhere it does nothing.
 FUSEDRNN_DEVICE void wait_for_previous_grid(FUSEDRNN_ONLY_SITE) {
@@ -85,7 +94,7 @@ FUSEDRNN_DEVICE void mma(__nv_bfloat16, float (&sum)[4], const uint32_t (&a)[4],
 #if defined(FUSEDRNN_ON_HOST)
   cuda_on_host::mma_m16n8k16_bf16(sum, a, b, file, line);
 #else
-  asm(
+  asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
@@ -95,7 +104,7 @@ FUSEDRNN_DEVICE void mma(__half, float (&sum)[4], const uint32_t (&a)[4], const 
 #if defined(FUSEDRNN_ON_HOST)
   cuda_on_host::mma_m16n8k16_f16(sum, a, b, file, line);
 #else
-  asm(
+  asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
@@ -107,7 +116,7 @@ FUSEDRNN_DEVICE void mma(float, float (&sum)[4], const uint32_t (&a)[4], const u
 #if defined(FUSEDRNN_ON_HOST)
   cuda_on_host::mma_m16n8k8_tf32(sum, a, b, file, line);
 #else
-  asm(
+  asm volatile(
       "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));

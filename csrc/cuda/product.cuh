@@ -173,7 +173,8 @@ struct BlockSums {
 
 // One kernel of a step. A Step is what differs from kernel to kernel, and is its argument:
 //   Arithmetic, kGates           of its product
-//   ProductPlan plan
+//   ProductPlan plan, and p with the sizes of the call
+//   kBackward                    the order of its walk, for block.cuh
 //   const Element* weights(d), states(d, now)
 //   Now, step[d]                 what differs between the steps of one direction
 //   int64_t multiplied(now)      rows whose sum is wanted; others take zero

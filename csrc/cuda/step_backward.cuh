@@ -1,4 +1,4 @@
-// The backward pass of a layer, one grid a step in the opposite order: the gradient of the states, which is the product of
+// The backward pass of a layer, step by step in the opposite order: the gradient of the states, which is the product of
 // the later step's gate gradients and weight_hh, and the cell backward in one kernel. With projections two: the gradient of
 // the projected state, then that of the state before it and the cell.
 #pragma once
@@ -54,12 +54,8 @@ struct BackwardBase {
     if (p.hidden_before) static_cast<S*>(p.hidden_before)[output_at(d, now.first + b, u)] = h;
   }
 
-  // The gradient of the hidden state after the step that does not come through weight_hh: past the later step, and from the
-  // output.
-  FUSEDRNN_DEVICE Sum direct_dh(int d, const Now& now, int64_t b, int64_t u) const {
-    Sum total = m.dh[state_at(d, b, u, p.P)];
-    if (p.grad_output) total += Sum(widen(static_cast<const S*>(p.grad_output)[output_at(d, now.first + b, u)]));
-    return total;
+  FUSEDRNN_DEVICE S grad_output(int d, const Now& now, int64_t b, int64_t u) const {
+    return p.grad_output ? static_cast<const S*>(p.grad_output)[output_at(d, now.first + b, u)] : narrow<S>(Sum(0));
   }
 
   FUSEDRNN_DEVICE void leave_h(int d, int64_t b, int64_t u, Sum through) const {
@@ -88,7 +84,8 @@ struct BackwardProjection : BackwardBase<A> {
 
   FUSEDRNN_DEVICE void finish(int d, const Now& now, int64_t b, int64_t u, const Sum (&sum)[1], const Inputs&) const {
     if (b >= now.count) return this->leave_h(d, b, u, sum[0]);
-    const Sum dh = sum[0] + this->direct_dh(d, now, b, u);
+    // Through the later step, past it, and from the output.
+    const Sum dh = sum[0] + m.dh[this->state_at(d, b, u, p.P)] + Sum(widen(this->grad_output(d, now, b, u)));
     this->leave_hidden_before(d, now, b, u, this->hidden_before(d, now, b, u));
     m.dh[this->state_at(d, b, u, p.P)] = Sum(0);
     m.dprojected[d * m.dprojected_size + packed_state_at<A>(dprojected_blocks, b, u)] = A::element(dh);
@@ -116,8 +113,8 @@ struct BackwardCell : BackwardBase<A> {
 
   // What a unit reads besides its sum. Nothing of a row that began with the later step.
   struct Inputs {
-    S saved[slots(Cell::kSaved)], state[Cell::kStates], new_state[Cell::kStates];
-    Sum grad_new[Cell::kStates];  // but for what comes through the product
+    S saved[slots(Cell::kSaved)], state[Cell::kStates], new_state[Cell::kStates], grad_output;
+    Sum grad_new[Cell::kStates];  // what comes past the later step; each is loaded and no more, so that no load waits for another
   };
   FUSEDRNN_DEVICE Inputs fetch(int d, const Now& now, int64_t b, int64_t u) const {
     if (b >= now.count) return {};
@@ -128,12 +125,13 @@ struct BackwardCell : BackwardBase<A> {
 #pragma unroll
     for (int k = 0; k < Cell::kSaved; ++k) in.saved[k] = saved_row[k * H];
     if (projected()) {  // a cell whose hidden state may be projected does not look at state 0 in backward
-      in.state[0] = in.new_state[0] = zero;
+      in.state[0] = in.new_state[0] = in.grad_output = zero;
       in.grad_new[0] = Sum(0);
     } else {
       in.state[0] = this->hidden_before(d, now, b, u);
       in.new_state[0] = static_cast<const S*>(p.output)[this->output_at(d, row, u)];
-      in.grad_new[0] = this->direct_dh(d, now, b, u);
+      in.grad_output = this->grad_output(d, now, b, u);
+      in.grad_new[0] = m.dh[at];
     }
     if constexpr (kInner > 0) {
       const int extra = kInner + projected();
@@ -164,7 +162,7 @@ struct BackwardCell : BackwardBase<A> {
       new_state[i] = Sum(widen(in.new_state[i]));
       grad_new[i] = in.grad_new[i];
     }
-    grad_new[0] += sum[0];
+    grad_new[0] += sum[0] + Sum(widen(in.grad_output));
     if (!projected()) this->leave_hidden_before(d, now, b, u, in.state[0]);
 
     Cell::backward(saved, state, new_state, grad_new, grad_pre, grad_state);

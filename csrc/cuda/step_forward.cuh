@@ -1,4 +1,4 @@
-// The forward pass of a layer, one grid a step: the recurrent product and the cell in one kernel, and with projections a second
+// The forward pass of a layer, step by step: the recurrent product and the cell in one kernel, and with projections a second
 // kernel for theirs. Both directions are in one grid (blockIdx.z).
 #pragma once
 #include "../arena.h"
@@ -44,14 +44,18 @@ struct ForwardCell {
 
   // What a unit reads besides its sums.
   struct Inputs {
-    S gates_x[kGates];
+    S gates_x[kGates], bias[kGates];
     Sum state[Cell::kStates];
   };
   FUSEDRNN_DEVICE Inputs fetch(int d, const Now& now, int64_t b, int64_t u) const {
     Inputs in;
     const S* gates_x = static_cast<const S*>(p.gates_x[d]) + now.gates_x_at + b * p.gates_x_row[d] + u;
+    const S* bias = static_cast<const S*>(p.bias_hh[d]);
 #pragma unroll
-    for (int g = 0; g < kGates; ++g) in.gates_x[g] = gates_x[g * p.H];
+    for (int g = 0; g < kGates; ++g) {
+      in.gates_x[g] = gates_x[g * p.H];
+      in.bias[g] = bias ? bias[g * p.H + u] : narrow<S>(Sum(0));
+    }
     in.state[0] = p.weight_hr[0] ? Sum(0) : m.state[0][state_at(d, b, u)];
     if constexpr (kInner > 0) in.state[1] = m.state[1][state_at(d, b, u)];
     return in;
@@ -60,12 +64,11 @@ struct ForwardCell {
   FUSEDRNN_DEVICE void finish(int d, const Now& now, int64_t b, int64_t u, const Sum (&sum)[kGates], const Inputs& in) const {
     const bool projected = p.weight_hr[0];
     const int64_t H = p.H, row = now.first + b, at = state_at(d, b, u);
-    const S* bias = static_cast<const S*>(p.bias_hh[d]);
     Sum pre[Cell::kPre] = {}, new_state[Cell::kStates], saved[slots(Cell::kSaved)];
 #pragma unroll
     for (int g = 0; g < kGates; ++g) {
       pre[Cell::x_pre(g)] += Sum(widen(in.gates_x[g]));
-      pre[Cell::h_pre(g)] += sum[g] + (bias ? Sum(widen(bias[g * H + u])) : Sum(0));
+      pre[Cell::h_pre(g)] += sum[g] + Sum(widen(in.bias[g]));
     }
 
     Cell::forward(pre, in.state, new_state, saved);
