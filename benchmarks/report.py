@@ -36,7 +36,7 @@ def speedup_text(pair: Pair | None) -> str:
     if pair is None:
         return ""
     if pair.verdict in ("RED", "unable"):
-        return {"RED": "**wrong**", "unable": "cannot run"}[pair.verdict]
+        return {"RED": "**wrong**", "unable": "not measured"}[pair.verdict]
     if pair.verdict:
         low, high = pair.ours["speedup_low"], pair.ours["speedup_high"]
         return f"**{pair.speedup:.2f}x** ({low:.2f} to {high:.2f})"

@@ -71,8 +71,15 @@ class Run:
         torch.set_num_threads(case.shape.threads or self.threads)
         try:
             return self._measure(case, able) + refused
+        except (torch.OutOfMemoryError, MemoryError) as error:  # the other cases can be measured all the same
+            why = f"out of memory: {str(error).splitlines()[0]}"
+            return [self._row(case, provider.name, gate="unable", gate_worst=why) for provider in able] + refused
         finally:
             torch.set_num_threads(self.threads)
+
+    def left_out(self, case: Case) -> list[dict]:
+        """The rows of a case that there is no time for."""
+        return [self._row(case, provider.name, gate="unable", gate_worst="no time was left") for provider in self.providers]
 
     def _measure(self, case: Case, providers: list[Provider]) -> list[dict]:
         workloads = [Workload(case, provider) for provider in providers]
@@ -151,7 +158,7 @@ class Run:
         threads = case.shape.threads or self.threads
         seconds = {f"p{q}": timing.quantile(times, q / 100) for q in (20, 50, 80)}
         speed = case.flops / seconds["p50"]
-        floor = limits.floor_seconds(case, gemm_peak, threads)
+        floor = limits.floor_seconds(case, self.gemm_peak, threads)  # of the best spell met: nothing is to go below it
         found = {
             "seconds": {k: float(f"{v:.5g}") for k, v in seconds.items()},
             "rounds": len(times),
@@ -237,8 +244,9 @@ def chosen_cases(options: argparse.Namespace, suite: str) -> list[Case]:
 
 
 def rows_file(options: argparse.Namespace, suite: str) -> pathlib.Path | None:
-    """Where the rows go: --out, or for a full run the place of committed rows."""
-    if options.out or options.quick or options.only or options.modes or options.providers != USUAL:
+    """Where the rows go: --out, or for a whole suite as it stands the place of committed rows."""
+    changed = [options.quick, options.only, options.modes, options.steps, options.minutes, options.threads, options.no_memory]
+    if options.out or any(changed) or options.providers != USUAL:
         return options.out
     return machine.RESULTS / machine.machine_name(options.device) / f"{suite}.jsonl"
 
@@ -257,15 +265,17 @@ def measure_all(run: Run, chosen: list[Case], write) -> tuple[list[dict], list[C
     try:
         for case in chosen:
             heavy = weight(case, run.effort)
-            if progress.seconds_until(heavy) > 60 * run.effort.minutes:
+            late = progress.seconds_until(heavy) > 60 * run.effort.minutes
+            if late:
                 left_out.append(case)
                 progress.forget(heavy)
-                continue
-            progress.show(case.name)
-            for row in run.measure(case):
+            else:
+                progress.show(case.name)
+            for row in run.left_out(case) if late else run.measure(case):
                 found.append(row)
                 write(row)
-            progress.advance(heavy)
+            if not late:
+                progress.advance(heavy)
     finally:
         progress.clear()
     return found, left_out

@@ -8,6 +8,7 @@
 // for another's at link time. (tests/test_build.py looks at the objects' symbols.)
 #pragma once
 #include <cstdint>
+#include <utility>
 
 #define FUSEDRNN_INLINE inline __attribute__((always_inline))
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors never cross a call boundary here
@@ -107,6 +108,28 @@ FUSEDRNN_INLINE void store(F* p, Vec<F> v, int n = Vec<F>::kLanes) {
     __builtin_memcpy(part, &v.raw, sizeof v.raw);
     for (int i = 0; i < n; ++i) p[i] = part[i];
   }
+}
+
+// The square of kLanes rows by kLanes lanes, turned over: blocks of kDistance change places across the diagonal, for distances
+// 1, 2, 4, ...
+template <class F, int kDistance, int... kLane>
+FUSEDRNN_INLINE void exchange_blocks(Vec<F> (&rows)[sizeof...(kLane)], std::integer_sequence<int, kLane...>) {
+  constexpr int kLanes = sizeof...(kLane);
+  using Bits = typename Vec<F>::RawBits;
+  constexpr Bits kUpper = {(kLane & kDistance ? kLanes + kLane - kDistance : kLane)...};
+  constexpr Bits kLower = {(kLane & kDistance ? kLanes + kLane : kLane + kDistance)...};
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    if (i & kDistance) continue;
+    const typename Vec<F>::Raw a = rows[i].raw, b = rows[i + kDistance].raw;
+    rows[i].raw = __builtin_shuffle(a, b, kUpper);
+    rows[i + kDistance].raw = __builtin_shuffle(a, b, kLower);
+  }
+  if constexpr (2 * kDistance < kLanes) exchange_blocks<F, 2 * kDistance>(rows, std::integer_sequence<int, kLane...>{});
+}
+template <class F, int kLanes>
+FUSEDRNN_INLINE void transpose(Vec<F> (&rows)[kLanes]) {
+  exchange_blocks<F, 1>(rows, std::make_integer_sequence<int, kLanes>{});
 }
 
 typedef uint32_t U32 __attribute__((vector_size(FUSEDRNN_VECTOR_BYTES)));

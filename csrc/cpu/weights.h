@@ -38,20 +38,32 @@ struct RowWeights {
     constexpr int kPanelWidth = kPanelVectors * kLanes;
     F* packed = panels + block * block_size();
     const int64_t count = valid(block);
-    constexpr int64_t kStrip = 64;  // k at a time, so that the lines written to stay in cache
-    static_assert(kTileDepth % kStrip == 0, "a strip lies within a pass");
+    constexpr int64_t kStrip = 128;  // k at a time, so that the lines written to stay in cache
+    static_assert(kTileDepth % kStrip == 0 && kStrip % kLanes == 0, "a strip lies within a pass");
     for (int64_t k = 0; k < depth; k += kStrip) {
-      const int64_t length = k + kStrip < depth ? kStrip : depth - k;
+      const int64_t end = k + kStrip < depth ? k + kStrip : depth;
       const int64_t pass_begin = k / kTileDepth * kTileDepth;
       const int64_t pass = depth - pass_begin < kTileDepth ? depth - pass_begin : kTileDepth;
       for (int64_t g = 0; g < kGates; ++g)
-        for (int64_t u = 0; u < kUnits; ++u) {
+        for (int64_t u = 0; u < kUnits; u += kLanes) {
           const int64_t at = g * kUnits + u, panel = at / kPanelWidth;
-          F* column = packed + (pass_begin * kPanels + panel * pass + k - pass_begin) * kPanelWidth + at % kPanelWidth;
-          const S* row = w + (g * units + block * kUnits + u) * depth + k;
-          for (int64_t i = 0; i < length; ++i) column[i * kPanelWidth] = u < count ? value(row[i]) : F(0);
+          F* columns = packed + (pass_begin * kPanels + panel * pass - pass_begin) * kPanelWidth + at % kPanelWidth;
+          const S* rows = w + (g * units + block * kUnits + u) * depth;
+          for (int64_t i = k; i < end; i += kLanes)
+            pack_square(columns + i * kPanelWidth, kPanelWidth, rows + i, count - u, lanes_left<F>(i, end));
         }
     }
+  }
+
+  // kLanes rows from `rows` on, `count` of them real, and of each `n` values, become columns.
+  FUSEDRNN_INLINE void pack_square(F* columns, int64_t width, const S* rows, int64_t count, int n) const {
+    Vec<F> square[kLanes];
+#pragma GCC unroll 16
+    for (int u = 0; u < kLanes; ++u) square[u] = u < count ? load(rows + u * depth, n) : Vec<F>(F(0));
+    transpose(square);
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i)
+      if (i < n) store(columns + i * width, square[i]);
   }
 
   // sums (rows, kWidth) += a (rows, depth) times the block.
