@@ -15,6 +15,7 @@ import contextlib
 import importlib.util
 import os
 import pathlib
+import shlex
 import shutil
 import signal
 import subprocess
@@ -36,13 +37,14 @@ def parts(python: str, out: pathlib.Path) -> list[tuple[str, str, float]]:
     arch = "{}.{}".format(*torch.cuda.get_device_capability()) if torch.cuda.is_available() else "9.0"
     workers = "-n 8" if importlib.util.find_spec("xdist") else ""
     chosen = "-k 'cuda and not on_host and not test_cuda_build and not test_cuda_kernels'"
+    rows = shlex.quote(str(out / "gpu.jsonl"))
     # Without torch's cache of blocks, a tensor's end is the end of an allocation, and memcheck sees what lies behind.
     uncached = "PYTORCH_NO_CUDA_MEMORY_CACHING=1"
     watch = "compute-sanitizer --error-exitcode 1 --report-api-errors no --target-processes all"
     return [
         ("build", f"FUSEDRNN_CUDA=1 TORCH_CUDA_ARCH_LIST={arch} {python} setup.py -q build_ext --inplace", 160),
         ("tests", f"{python} -m pytest -q tests {chosen} {workers} -rf --tb=short --maxfail=60 -p no:cacheprovider", 120),
-        ("speed", f"{python} -m benchmarks.run --suite gpu --quick --minutes 2 --out {out}/gpu.jsonl", 140),
+        ("speed", f"{python} -m benchmarks.run --suite gpu --quick --minutes 2 --out {rows}", 140),
         *((tool, f"{uncached} {watch} --tool {tool} {python} -m benchmarks.gpu --small", 40)
           for tool in ("memcheck", "racecheck", "synccheck")),
     ]  # fmt: skip
@@ -63,6 +65,9 @@ def run(name: str, command: str, limit: float, log: pathlib.Path) -> tuple[str, 
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+        finally:  # Ctrl-C, too
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
     return verdict, time.monotonic() - begin
 
 
@@ -103,12 +108,13 @@ def main(arguments: list[str] | None = None) -> int:
     if options.small:
         small()
         return 0
-    every = parts(sys.executable, options.out)
+    every = parts(sys.executable, options.out.resolve())
     names = [name for name, _, _ in every]
     chosen = options.only.split(",") if options.only else names
     unknown = [name for name in chosen if name not in names]
     if unknown:
         parser.error(f"there is no part {unknown[0]!r}; there are {', '.join(names)}")
+    options.out = options.out.resolve()  # the parts run in the project's folder
     options.out.mkdir(parents=True, exist_ok=True)
 
     rows, lines, bad = options.out / "gpu.jsonl", [], False
@@ -135,7 +141,9 @@ def main(arguments: list[str] | None = None) -> int:
     if rows.exists() and read(rows):
         home = machine.RESULTS / machine.machine_name("cuda")
         home.mkdir(parents=True, exist_ok=True)
-        shutil.copy(rows, home)
+        kept = home / rows.name
+        if not kept.exists() or all(row["quick"] for row in read(kept)):  # rows of a full run are worth more
+            shutil.copy(rows, kept)
         measured = pairs(read(rows))
         print(f"{table.case_table(measured)}\n\n{table.summary(measured)}")
     print("\nsummary\n" + "\n".join(lines))

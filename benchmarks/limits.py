@@ -20,7 +20,7 @@ import time
 
 import torch
 
-from .machine import ROOT
+from .machine import ROOT, cpu_model
 from .shapes import Case
 
 SOURCE = pathlib.Path(__file__).with_name("limits.cpp")
@@ -30,7 +30,7 @@ SECONDS = 0.1
 @functools.cache
 def _library() -> ctypes.CDLL | None:
     """limits.cpp, compiled for this very processor; None where there is no compiler."""
-    key = hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:16]
+    key = hashlib.sha256(SOURCE.read_bytes() + cpu_model().encode()).hexdigest()[:16]
     path = ROOT / "build" / f"limits-{key}.so"
     if not path.exists():
         path.parent.mkdir(exist_ok=True)
@@ -64,10 +64,20 @@ def meeting_seconds(threads: int) -> float | None:
 
 
 def gemm_peak(seconds: float = 1.5, size: int = 1024, device: str = "cpu", dtype: str = "float32") -> float:
-    """flop/s of torch.mm on square matrices: the best half's median, the machine's arithmetic in practice."""
+    """flop/s of torch.mm on square matrices: the best half's median, the machine's arithmetic in practice.
+
+    On a GPU float32 is multiplied as cuDNN's layers are told to (TF32 by default).
+    """
     a, b = (torch.rand(size, size, device=device).to(getattr(torch, dtype)) for _ in range(2))
     out = torch.empty_like(a)
-    return 2.0 * size**3 / _fast_half(lambda: torch.mm(a, b, out=out), seconds, device)
+    matmul, before = torch.backends.cuda.matmul, torch.backends.cuda.matmul.fp32_precision
+    try:
+        if device == "cuda":
+            matmul.fp32_precision = torch.backends.cudnn.rnn.fp32_precision
+        return 2.0 * size**3 / _fast_half(lambda: torch.mm(a, b, out=out), seconds, device)
+    finally:
+        if device == "cuda":
+            matmul.fp32_precision = before
 
 
 @functools.cache

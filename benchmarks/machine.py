@@ -84,6 +84,11 @@ def clock_mhz(device: str = "cpu") -> float | None:
     return max(map(float, found)) if found else None
 
 
+def float32_precision() -> dict[str, str]:
+    """How a GPU is told to multiply float32: in cuDNN's layers and our recurrences, and in other products."""
+    return {"rnn": torch.backends.cudnn.rnn.fp32_precision, "matmul": torch.backends.cuda.matmul.fp32_precision}
+
+
 def describe(device: str = "cpu") -> dict:
     """The part of a row that is the same for every case of a run."""
     return {
@@ -95,6 +100,7 @@ def describe(device: str = "cpu") -> dict:
         "isa": isa(),
         "threads": torch.get_num_threads(),
         "clock_mhz": clock_mhz(device),
+        "float32": float32_precision() if device == "cuda" else None,
         "load_before": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "versions": versions(),
         "commit": commit(),

@@ -126,8 +126,11 @@ def main(arguments: list[str] | None = None) -> int:
     asked = map(json.loads, sys.stdin) if options.cases == ["-"] else None
     for case in map(Case.from_json, asked) if asked else map(case_named, options.cases):
         torch.set_num_threads(case.shape.threads or threads)
-        able = [provider for provider in providers if not provider.refuses(case)]
-        print(json.dumps({provider.name: measure(case, provider) for provider in able}), flush=True)
+        found = {}
+        for provider in providers:
+            with contextlib.suppress(Exception):  # one that fails has no peaks, and is judged elsewhere
+                found |= {} if provider.refuses(case) else {provider.name: measure(case, provider)}
+        print(json.dumps(found), flush=True)
     return 0
 
 

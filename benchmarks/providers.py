@@ -52,8 +52,8 @@ def build(namespace, case: Case, dtype: torch.dtype) -> torch.nn.Module:
 def cudnn_algorithm(case: Case, multiprocessors: int = 132) -> str:
     """Which of cuDNN's algorithms torch asks for, on compute capability 8.0 or newer: persist-small, persist or standard.
 
-    Source: get_algo and its conditions in aten/src/ATen/native/cudnn/RNN.cpp. Where forward and backward differ, a training step
-    has both, as "forward+backward".
+    Source: get_algo and its conditions in aten/src/ATen/native/cudnn/RNN.cpp. Where forward and backward differ, a training
+    step has both, as "forward+backward".
     """
     shape, plain = case.shape, case.cell == "rnn"
 
@@ -104,7 +104,7 @@ class TorchProvider(Provider):
 
 
 class FusedProvider(Provider):
-    """fusedrnn, whichever of its kernels it chooses; the row says "torch" if a call left the fused path.
+    """fusedrnn, whichever of its kernels it chooses; it refuses what it would leave to torch.
 
     Args:
         isa: the CPU's instruction set to use instead of the best.
@@ -117,11 +117,14 @@ class FusedProvider(Provider):
         self.settings = {"FUSEDRNN_CPU_ISA": isa, "FUSEDRNN_KERNEL": cuda}
 
     def refuses(self, case: Case) -> str | None:
-        from fusedrnn import _C
+        from fusedrnn import _C, select
 
         isa = self.settings["FUSEDRNN_CPU_ISA"]
         if self.device not in (None, case.device):
             return f"a kernel for {self.device}"
+        if case.device == "cuda":
+            with self.around():
+                return select.reason_against_cuda(torch.device("cuda"))
         return f"this processor has no {isa}" if isa and isa not in _C.cpu_isas() else None
 
     def module(self, case: Case, dtype: torch.dtype) -> torch.nn.Module:

@@ -113,15 +113,19 @@ def growth_section(pairs: list[Pair]) -> str:
     for size in ("T", "B", "H", "threads"):
         ends = {}
         for column in columns:
-            points = plot.sweep([pair for pair in pairs if (pair.cell, pair.mode) == column], size)
+            some = [pair for pair in pairs if (pair.cell, pair.mode) == column and pair.speedup]
+            points = plot.sweep(some, size) if some else []
             if len(points) > 1:
                 ends[column] = points[0], points[-1]
         if not ends:
             continue
-        (low, _), (high, _) = next(iter(ends.values()))
+        low, high = min(first[0] for first, _ in ends.values()), max(last[0] for _, last in ends.values())
         factors = {"T": high / low, "B": high / low, "H": (high / low) ** 2, "threads": low / high}
         line = [f"{size} from {low} to {high}", f"{factors[size]:g}x"]
         for column in columns:
+            if column not in ends:
+                line.append("")
+                continue
             (_, first), (_, last) = ends[column]
             times = [[row["seconds"]["p50"] for row in (pair.theirs, pair.ours)] for pair in (first, last)]
             growth = [late / early for early, late in zip(*times)]

@@ -34,7 +34,7 @@ from .suites import SUITES, cases, suites_of
 from .workload import Workload
 
 USUAL = "torch,fusedrnn"
-LARGE = 5e10  # flops beyond which the gate judges a shortened case: float64 beside it would take longer than the measurement
+LARGE = 5e10  # flops beyond which the gate judges fewer steps: float64 beside them would take longer than the measurement
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,16 +108,16 @@ class Run:
         if self.device == "cuda":
             for i in sound:
                 with workloads[i].around():
-                    measured[i] |= timing.launch_times(workloads[i].call)
+                    measured[i] |= timing.launch_times(workloads[i].call, captures=case.mode != "backward")
                     measured[i]["peak_bytes"] = cuda_peak(workloads[i].call) if case.mode == "training" else None
         return measured
 
     def _judge(self, case: Case, workload: Workload) -> gate.Verdict:
         if type(workload.provider) is TorchProvider:
             return gate.judge(workload, workload)  # the one that others are held against, for which nothing more is made
-        if self.device == "cpu" and case.flops < LARGE:
+        short = case.shortened(LARGE)
+        if short == case:
             return gate.judge(workload, Workload(case, TorchProvider()))
-        short = case.shortened()
         return gate.judge(Workload(short, workload.provider), Workload(short, TorchProvider()))
 
     def _gemm_peak(self, case: Case) -> float:
@@ -218,8 +218,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         value = getattr(options, name)
         if value is not None and value < 1:
             parser.error(f"--{name} must be at least 1, got {value}")
+    if options.minutes is not None and options.minutes <= 0:
+        parser.error(f"--minutes must be above 0, got {options.minutes:g}")
     for name, known in (("providers", PROVIDERS), ("modes", MODES)):
-        unknown = [word for word in (getattr(options, name) or "").split(",") if word and word not in known]
+        words = getattr(options, name)
+        unknown = [word for word in words.split(",") if word not in known] if words is not None else []
         if unknown:
             parser.error(f"no {name.rstrip('s')} is called {unknown[0]!r}; there are {', '.join(known)}")
     options.modes = tuple(options.modes.split(",")) if options.modes else None
@@ -228,7 +231,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options.device = options.device or ("cuda" if on_gpu else "cpu")
     if options.device not in usable:
         parser.error(f"suite {options.suite} is not measured on {options.device}")
-    if options.device == "cuda" and not torch.cuda.is_available():
+    if options.device == "cuda" and not torch.cuda.is_available() and not options.list:
         parser.error(f"suite {options.suite} needs a GPU that torch sees")
     if options.suite == "all" and options.out:
         parser.error("--suite all writes a file for each suite: --out names only one")

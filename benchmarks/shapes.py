@@ -89,10 +89,9 @@ class Case:
     def name(self) -> str:
         return f"{self.cell}/{self.mode}/{self.shape.name}" + f"/{self.dtype}" * (self.dtype != "float32")
 
-    def shortened(self, most: int = 64) -> Case:
-        """The case with so few steps and sequences that it is soon computed in float64 beside it."""
-        shape = dataclasses.replace(self.shape, T=min(self.shape.T, most), B=min(self.shape.B, most))
-        return dataclasses.replace(self, shape=shape)
+    def shortened(self, most_flops: float) -> Case:
+        """The case with so few steps that it is soon computed in float64 beside it: about so many flops, but two steps."""
+        return self.cut(max(2, int(self.shape.T * most_flops / self.flops)))
 
     def cut(self, steps: int | None) -> Case:
         """The case with at most this many steps."""

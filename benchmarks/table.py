@@ -38,7 +38,9 @@ def grid(header: list[str], lines: list[list[str]], left: int = 1) -> str:
 def case_table(pairs: list[Pair]) -> str:
     """A line for each case: times, ratio with its interval, fractions of what the machine can, memory, losses."""
     header = ["shape", "cell", "mode", "kernel", "torch", "ours", "ratio", "95 %"]
-    header += ["GF/s", "of GEMM", "of cache bw", "of floor", "MiB torch", "MiB ours", ""]
+    header += ["GF/s", "of GEMM", "of cache bw", "of floor", "MiB torch", "MiB ours"]
+    on_gpu = any(pair.on_gpu for pair in pairs)
+    header += ["graph torch", "graph ours"] * on_gpu + [""]
     several = len({pair.ours["provider"] for pair in pairs}) > 1
     lines = []
     for pair in pairs:
@@ -46,13 +48,14 @@ def case_table(pairs: list[Pair]) -> str:
         name = f"{ours['provider']}: " if several else ""
         line = [pair.label, pair.cell, pair.mode, name + (ours["kernel"] or "-")]
         if pair.speedup is None:
-            line += ["-"] * 10
+            line += ["-"] * (10 + 2 * on_gpu)
         else:
             line += [seconds_text(theirs["seconds"]["p50"]), seconds_text(ours["seconds"]["p50"])]
             line += [f"{pair.speedup:.2f}", f"{ours['speedup_low']:.2f}..{ours['speedup_high']:.2f}"]
             line += [f"{ours['gflops']:.1f}", percent_text(ours["fraction_of_gemm_peak"])]
             line += [percent_text(ours["fraction_of_bandwidth"]), percent_text(ours.get("fraction_of_floor"))]
             line += [bytes_text(theirs["peak_bytes"]), bytes_text(ours["peak_bytes"])]
+            line += [seconds_text(row.get("graph_seconds")) for row in (theirs, ours)] * on_gpu
         notes = [pair.verdict] * bool(pair.verdict) + ["MEMORY"] * pair.more_memory
         notes += [f"({row['gate_worst']})" for row in (theirs, ours) if row["gate"] == "unable"]
         lines.append([*line, " ".join(notes)])

@@ -2,10 +2,11 @@
 
 The runs alternate A B, B A, A B, ... so that a slow spell of the machine, heat and clock speed meet all alike.
 
-On a CPU a sample is the mean time of a call over a block of calls that lasts at least BLOCK_SECONDS: within a block a
-call finds its own weights in the cache, as in a program that uses one module. On a GPU a sample is one call, by the
-GPU's own clock, after its second-level cache has been overwritten: what a layer finds there in a model is the work of
-other layers.
+On a CPU a sample is the mean time of a call over a block of calls that lasts at least BLOCK_SECONDS: within a block of
+several a call finds its own weights in the cache, as in a program that uses one module; a longer call follows the other
+provider's. On a GPU a sample is one call of an idle GPU, from before its first kernel to after its last by the GPU's
+own clock, after the second-level cache has been overwritten: what a layer finds there in a model is the work of other
+layers. What the host needs to launch kernels is part of it; launch_times tells it apart.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ WARM_SECONDS = 0.2  # a call as long as this warms itself up
 PATIENCE = 5  # times the seconds wished for, until long calls get fewer rounds than wished for
 FEWEST = 3
 FLUSH_BYTES = 256 << 20  # several times the second-level cache of any GPU there is
-RESAMPLES = 2000
+RESAMPLES, ENOUGH = 2000, 6
 LEVEL = 0.95
 
 
@@ -61,6 +62,7 @@ class CudaClock:
     def sample(self, call: Callable, repeats: int = 1) -> float:
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         self.flushed.zero_()
+        torch.cuda.synchronize()  # or the host would get ahead, by as much as the flush takes
         begin.record()
         call()
         end.record()
@@ -114,11 +116,11 @@ def interleave(
     return samples
 
 
-def launch_times(call: Callable, rounds: int = 20) -> dict[str, float | None]:
+def launch_times(call: Callable, rounds: int = 20, captures: bool = True) -> dict[str, float | None]:
     """What the host adds on a GPU: a call waited for, and the same call replayed as a CUDA graph, no host in between.
 
     Returns: {"eager_seconds": median time from call to result, "graph_seconds": the same of a replay, None if the call
-        cannot be captured}; both with warm caches.
+        cannot be captured, or not `captures`}; both with warm caches.
     """
 
     def median(action: Callable) -> float:
@@ -132,17 +134,21 @@ def launch_times(call: Callable, rounds: int = 20) -> dict[str, float | None]:
         return statistics.median(times)
 
     found = {"eager_seconds": median(call), "graph_seconds": None}
+    if not captures:
+        return found
+    usual = torch.cuda.current_stream()
     graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
+    side.wait_stream(usual)
     try:
         with torch.cuda.stream(side):
             call()
-        torch.cuda.current_stream().wait_stream(side)
+        usual.wait_stream(side)
         with torch.cuda.graph(graph):
             kept = call()
         found["graph_seconds"] = median(graph.replay)
         del kept
     except RuntimeError:  # a call that waits for the GPU, or copies lengths to it, has no graph
+        torch.cuda.set_stream(usual)  # a capture that fails at its end leaves its own
         torch.cuda.synchronize()
     return found
 
@@ -155,8 +161,12 @@ def quantile(values: list[float], q: float) -> float:
 def ratio_interval(numerator: list[float], denominator: list[float]) -> tuple[float, float, float]:
     """median(numerator) / median(denominator) and its 95 % bootstrap interval: (ratio, low, high).
 
-    Rounds are resampled in pairs, for the two samples of a round were taken under the same conditions.
+    Rounds are resampled in pairs, for the two samples of a round were taken under the same conditions. Fewer than
+    ENOUGH rounds cannot say so much: then the interval is from the least to the largest ratio of a round.
     """
+    if len(numerator) < ENOUGH:
+        ratios = sorted(a / b for a, b in zip(numerator, denominator))
+        return statistics.median(numerator) / statistics.median(denominator), ratios[0], ratios[-1]
     pairs = torch.tensor([numerator, denominator], dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
     chosen = torch.randint(pairs.shape[1], (RESAMPLES, pairs.shape[1]), generator=generator)

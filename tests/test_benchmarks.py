@@ -131,6 +131,9 @@ class FakeCuda:
     def CUDAGraph(self):
         return types.SimpleNamespace(replay=lambda: self.log.append("replay"))
 
+    def set_stream(self, stream):
+        self.log.append("usual stream")
+
     def stream(self, side):
         return contextlib.nullcontext()
 
@@ -148,7 +151,7 @@ def test_order_of_a_cuda_sample(monkeypatch):
     clock.flushed = types.SimpleNamespace(zero_=lambda: fake.log.append("flush"))
     call = lambda: fake.log.append("call")  # noqa: E731
     assert clock.repeats(call) == 1 and clock.sample(call, 1) == 2e-3
-    assert fake.log == ["call"] * 3 + ["flush", "event", "call", "event"]
+    assert fake.log == ["call"] * 3 + ["flush", "wait", "event", "call", "event"]
 
 
 @pytest.mark.parametrize("capturable", [True, False])
@@ -159,6 +162,8 @@ def test_launch_times(monkeypatch, capturable):
     assert found["eager_seconds"] > 0 and (found["graph_seconds"] is not None) == capturable
     assert fake.log[:6] == ["wait", "call", "wait"] * 2
     assert fake.log.count("replay") == 2 * capturable and fake.log.count("call") == 4
+    assert ("usual stream" in fake.log) == (not capturable)
+    assert timing.launch_times(lambda: None, rounds=1, captures=False)["graph_seconds"] is None
 
 
 def test_limits_of_this_machine():
@@ -190,6 +195,17 @@ def test_a_slow_spell_of_the_machine_leaves_the_ratio_alone():
     fast, spell = [1.0, 1.01, 0.99, 1.0, 1.02], [1.0, 1.0, 5.0, 5.0, 1.0]
     slowed = [a * b for a, b in zip(fast, spell)]
     assert timing.ratio_interval([2 * t for t in slowed], slowed) == pytest.approx((2, 2, 2))
+
+
+def test_few_rounds_claim_no_more_than_they_saw():
+    assert timing.ratio_interval([2.0, 3.0], [1.0, 1.0]) == (2.5, 2.0, 3.0)
+
+
+def test_a_case_is_judged_with_all_its_rows():
+    large = suites.case_named("lstm/training/T25-B128-I4096-H4096")
+    assert (large.shortened(1e9).shape.T, large.shortened(1e9).shape.B) == (2, 128)
+    small = suites.case_named("lstm/training/T37-B7-I19-H45")
+    assert small.shortened(run.LARGE) == small
 
 
 def test_geometric_mean():
@@ -310,6 +326,8 @@ def test_a_run_writes_whole_rows_and_prints_a_table(capsys, tmp_path):
         (["--providers", "torch,nobody"], "no provider is called 'nobody'"),
         (["--modes", "inference,sideways"], "no mode is called 'sideways'"),
         (["--steps", "0"], "at least 1, got 0"),
+        (["--modes", "inference,"], "no mode is called ''"),
+        (["--minutes", "0"], "above 0, got 0"),
         (["--device", "cuda"], "suite cpu is not measured on cuda"),
         (["--suite", "all", "--out", "rows.jsonl"], "--out names only one"),
     ],
@@ -325,7 +343,7 @@ def test_only_a_full_run_replaces_the_committed_rows():
     assert run.rows_file(run.parse([]), "cpu") == home / "cpu.jsonl"
     everything = run.parse(["--suite", "all", "--device", "cpu"])
     assert [run.rows_file(everything, suite).name for suite in everything.suites[:2]] == ["cpu.jsonl", "deepbench-train.jsonl"]
-    for partial in (["--quick"], ["--only", "lstm"], ["--providers", "torch,torch-again"], ["--modes", "forward"]):
+    for partial in (["--steps", "9"], ["--minutes", "9"], ["--threads", "1"], ["--quick"], ["--only", "lstm"], ["--providers", "torch,torch-again"], ["--modes", "forward"]):
         assert run.rows_file(run.parse(partial), "cpu") is None
 
 
@@ -360,7 +378,8 @@ def test_settings_of_a_provider_end_with_it(monkeypatch):
 def test_a_run_out_of_time_names_what_it_left_out(monkeypatch, capsys):
     monkeypatch.setattr(run, "QUICK", dataclasses.replace(run.QUICK, minutes=0.0))
     assert run.main(["--quick", "--no-memory", "--only", "gru/inference/T1-"]) == 0
-    assert "no time for 1 cases: gru/inference/T1-B1-I64-H64" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "no time for 1 cases: gru/inference/T1-B1-I64-H64" in printed and "unable (no time was left)" in printed
 
 
 # ---------------------------------------------------------------------------------------------------------------------
