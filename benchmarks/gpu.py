@@ -26,6 +26,7 @@ import torch
 
 from . import machine, table
 from .machine import ROOT
+from .providers import FusedProvider
 from .rows import pairs, read
 
 MINUTES = 9
@@ -77,23 +78,25 @@ def small(device: str = "cuda") -> None:
 
     import fusedrnn
 
-    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-        for tf32 in (False, True) if dtype == torch.float32 else (False,):
-            torch.backends.cudnn.rnn.fp32_precision = "tf32" if tf32 else "ieee"
-            for kind, sizes, options in (
-                ("RNN", (5, 33), {}),
-                ("RNN", (5, 17), {"nonlinearity": "relu", "bidirectional": True}),
-                ("GRU", (5, 33), {"bidirectional": True}),
-                ("LSTM", (5, 33), {}),
-                ("LSTM", (5, 40), {"proj_size": 19, "bidirectional": True}),
-            ):
-                module = getattr(fusedrnn, kind)(*sizes, **options, device=device, dtype=dtype)
-                for batch in (1, 21):
-                    input = torch.randn(3, batch, 5, device=device, dtype=dtype, requires_grad=True)
-                    module(input)[0].sum().backward()
-                    lengths = torch.arange(batch, device="cpu") % 3 + 1
-                    packed = pack_padded_sequence(input, lengths, enforce_sorted=False)
-                    module(packed)[0].data.sum().backward()
+    for kernel in ("block", "step"):
+        with FusedProvider(cuda=kernel).around():
+            for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+                for tf32 in (False, True) if dtype == torch.float32 else (False,):
+                    torch.backends.cudnn.rnn.fp32_precision = "tf32" if tf32 else "ieee"
+                    for kind, sizes, options in (
+                        ("RNN", (5, 33), {}),
+                        ("RNN", (5, 17), {"nonlinearity": "relu", "bidirectional": True}),
+                        ("GRU", (5, 33), {"bidirectional": True}),
+                        ("LSTM", (5, 33), {}),
+                        ("LSTM", (5, 40), {"proj_size": 19, "bidirectional": True}),
+                    ):
+                        module = getattr(fusedrnn, kind)(*sizes, **options, device=device, dtype=dtype)
+                        for batch in (1, 21):
+                            input = torch.randn(3, batch, 5, device=device, dtype=dtype, requires_grad=True)
+                            module(input)[0].sum().backward()
+                            lengths = torch.arange(batch, device="cpu") % 3 + 1
+                            packed = pack_padded_sequence(input, lengths, enforce_sorted=False)
+                            module(packed)[0].data.sum().backward()
     if device == "cuda":
         torch.cuda.synchronize()
     print("every kernel ran")
