@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
+import itertools
 import os
 import pathlib
 import shlex
@@ -23,6 +24,7 @@ import sys
 import time
 
 import torch
+from torch.nn.utils.rnn import pack_padded_sequence
 
 from . import machine, table
 from .machine import ROOT
@@ -72,31 +74,31 @@ def run(name: str, command: str, limit: float, log: pathlib.Path) -> tuple[str, 
     return verdict, time.monotonic() - begin
 
 
+SMALL_LAYERS = (
+    ("RNN", (5, 33), {}),
+    ("RNN", (5, 17), {"nonlinearity": "relu", "bidirectional": True}),
+    ("GRU", (5, 33), {"bidirectional": True}),
+    ("LSTM", (5, 33), {}),
+    ("LSTM", (5, 40), {"proj_size": 19, "bidirectional": True}),
+)
+
+
 def small(device: str = "cuda") -> None:
     """Every kernel in every format, forward and backward, at shapes of several blocks that no tile divides."""
-    from torch.nn.utils.rnn import pack_padded_sequence
+    import fusedrnn  # here, because it is not built yet when this program starts
+    from fusedrnn.select import DTYPES
 
-    import fusedrnn
-
-    for kernel in ("block", "step"):
+    formats = [(torch.float32, "ieee"), (torch.float32, "tf32"), *((dtype, "ieee") for dtype in DTYPES - {torch.float32})]
+    for kernel, (dtype, precision), (kind, sizes, options) in itertools.product(("block", "step"), formats, SMALL_LAYERS):
+        torch.backends.cudnn.rnn.fp32_precision = precision
         with FusedProvider(cuda=kernel).around():
-            for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-                for tf32 in (False, True) if dtype == torch.float32 else (False,):
-                    torch.backends.cudnn.rnn.fp32_precision = "tf32" if tf32 else "ieee"
-                    for kind, sizes, options in (
-                        ("RNN", (5, 33), {}),
-                        ("RNN", (5, 17), {"nonlinearity": "relu", "bidirectional": True}),
-                        ("GRU", (5, 33), {"bidirectional": True}),
-                        ("LSTM", (5, 33), {}),
-                        ("LSTM", (5, 40), {"proj_size": 19, "bidirectional": True}),
-                    ):
-                        module = getattr(fusedrnn, kind)(*sizes, **options, device=device, dtype=dtype)
-                        for batch in (1, 21):
-                            input = torch.randn(3, batch, 5, device=device, dtype=dtype, requires_grad=True)
-                            module(input)[0].sum().backward()
-                            lengths = torch.arange(batch, device="cpu") % 3 + 1
-                            packed = pack_padded_sequence(input, lengths, enforce_sorted=False)
-                            module(packed)[0].data.sum().backward()
+            module = getattr(fusedrnn, kind)(*sizes, **options, device=device, dtype=dtype)
+            for batch in (1, 21):
+                input = torch.randn(3, batch, 5, device=device, dtype=dtype, requires_grad=True)
+                module(input)[0].sum().backward()
+                lengths = torch.arange(batch, device="cpu") % 3 + 1
+                packed = pack_padded_sequence(input, lengths, enforce_sorted=False)
+                module(packed)[0].data.sum().backward()
     if device == "cuda":
         torch.cuda.synchronize()
     print("every kernel ran")

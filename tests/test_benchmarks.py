@@ -9,6 +9,8 @@ import io
 import json
 import os
 import re
+import subprocess
+import sys
 import time
 import types
 
@@ -557,6 +559,11 @@ def test_what_the_sanitizers_watch_runs(engine, capsys, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", torch.backends.cudnn.rnn.fp32_precision)
     gpu.small(torch.get_default_device().type)
     assert capsys.readouterr().out == "every kernel ran\n"
+
+
+def test_a_gpu_run_starts_before_anything_is_built():
+    code = "import sys; sys.modules['fusedrnn'] = None; import benchmarks.gpu"
+    subprocess.run([sys.executable, "-c", code], cwd=machine.ROOT, check=True)
 
 
 def test_parts_of_a_gpu_run_are_kept_in_time(tmp_path):
