@@ -18,11 +18,12 @@ else
   READY := $(VENV)/installed
 endif
 
-.PHONY: help build demo test bench gpu info docs clean distclean
+.PHONY: help build demo examples test bench gpu info docs clean distclean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo    train a digit classifier with torch.nn.LSTM and with fusedrnn.LSTM, and compare them"
+	@echo "make examples  every program of examples/, about 6 minutes"
 	@echo "make test    run the tests"
 	@echo "make bench   measure against torch.nn on this machine's CPU"
 	@echo "make gpu     on a machine with a GPU: build, test, sanitize and measure the CUDA kernels, in 9 minutes"
@@ -37,6 +38,9 @@ build: $(READY)
 
 demo: build
 	$(RUN) -m examples.digits $(ARGS)
+
+examples: build
+	$(RUN) -m examples $(ARGS)
 
 test: build
 	$(RUN) -m pytest tests $(ARGS)
