@@ -57,7 +57,7 @@ def case_table(pairs: list[Pair]) -> str:
             line += [bytes_text(theirs["peak_bytes"]), bytes_text(ours["peak_bytes"])]
             line += [seconds_text(row.get("graph_seconds")) for row in (theirs, ours)] * on_gpu
         notes = [pair.verdict] * bool(pair.verdict) + ["MEMORY"] * pair.more_memory
-        notes += [f"({row['gate_worst']})" for row in (theirs, ours) if row["gate"] == "unable"]
+        notes += dict.fromkeys(f"({row['gate_worst']})" for row in (theirs, ours) if row["gate"] == "unable")
         lines.append([*line, " ".join(notes)])
     return grid(header, lines, left=4)
 
