@@ -205,12 +205,14 @@ def overview(folder: pathlib.Path, paths: list[pathlib.Path]) -> str:
     """A line for each suite of a machine that has no table in README."""
     lines = []
     for path in paths:
-        pairs = measured_pairs(path)
+        every = measured_pairs(path)
+        pairs = [pair for pair in every if pair.speedup]
         slower = [pair for pair in pairs if pair.verdict == "LOSS"]
-        worst = min(pairs, key=lambda pair: pair.speedup or 1.0)
+        worst = min(pairs, key=lambda pair: pair.speedup, default=None)
+        count = str(len(pairs)) + (f" of {len(every)}" if len(pairs) < len(every) else "")
         lines.append([
-            f"{path.stem}: {SUITES[path.stem].why}", str(len(pairs)), f"{mean_speedup(pairs):.2f}x", str(len(slower)),
-            f"{worst.speedup:.2f}x ({worst.cell.upper()} {worst.mode}, {worst.label})" if worst.speedup else "",
+            f"{path.stem}: {SUITES[path.stem].why}", count, f"{mean_speedup(pairs):.2f}x", str(len(slower)),
+            f"{worst.speedup:.2f}x ({worst.cell.upper()} {worst.mode}, {worst.label})" if worst else "",
         ])  # fmt: skip
     page = folder.relative_to(ROOT).as_posix()
     table = markdown(["suite", "cases", "geometric mean", "slower than torch", "least"], lines)

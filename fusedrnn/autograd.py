@@ -69,8 +69,17 @@ def _forward(cell, batch_sizes, batch_first, input, hx, cx, weights, save):
 
 
 def allows_tf32(input, batch_sizes, batch_first):
-    """Whether torch lets float32 numbers be rounded to TF32 before they are multiplied: by cuDNN, which takes its layers, or by
-    cuBLAS, which takes its cells, and here every single step."""
+    """Whether torch lets float32 numbers be rounded to TF32 before they are multiplied.
+
+    By cuDNN's setting, which takes its layers, or by cuBLAS's, which takes its cells, and here every single step.
+
+    Args:
+        input: (T, B, features), batch first (B, T, features), or the data of a packed sequence.
+        batch_sizes: of a packed sequence; None: padded.
+        batch_first: whether the batch is the first dimension.
+    Returns:
+        True if so; always False on a CPU.
+    """
     if not input.is_cuda:
         return False
     steps = len(batch_sizes) if batch_sizes is not None else input.shape[1 if batch_first else 0]
