@@ -20,7 +20,7 @@ import time
 
 import torch
 
-from .machine import ROOT, cpu_model
+from .machine import ROOT, cpu_model, precision
 from .shapes import Case
 
 SOURCE = pathlib.Path(__file__).with_name("limits.cpp")
@@ -66,18 +66,17 @@ def meeting_seconds(threads: int) -> float | None:
 def gemm_peak(seconds: float = 1.5, size: int = 1024, device: str = "cpu", dtype: str = "float32") -> float:
     """flop/s of torch.mm on square matrices: the best half's median, the machine's arithmetic in practice.
 
-    On a GPU float32 is multiplied as cuDNN's layers are told to (TF32 by default).
+    Args:
+        seconds: how long to measure.
+        size: rows and columns.
+        device: "cpu" or "cuda".
+        dtype: a case's.
     """
-    a, b = (torch.rand(size, size, device=device).to(getattr(torch, dtype)) for _ in range(2))
+    stored = torch.float32 if dtype == "tf32" else getattr(torch, dtype)
+    a, b = (torch.rand(size, size, device=device).to(stored) for _ in range(2))
     out = torch.empty_like(a)
-    matmul, before = torch.backends.cuda.matmul, torch.backends.cuda.matmul.fp32_precision
-    try:
-        if device == "cuda":
-            matmul.fp32_precision = torch.backends.cudnn.rnn.fp32_precision
+    with precision(dtype, device):
         return 2.0 * size**3 / _fast_half(lambda: torch.mm(a, b, out=out), seconds, device)
-    finally:
-        if device == "cuda":
-            matmul.fp32_precision = before
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
 import platform
@@ -84,9 +85,23 @@ def clock_mhz(device: str = "cpu") -> float | None:
     return max(map(float, found)) if found else None
 
 
-def float32_precision() -> dict[str, str]:
-    """How a GPU is told to multiply float32: in cuDNN's layers and our recurrences, and in other products."""
-    return {"rnn": torch.backends.cudnn.rnn.fp32_precision, "matmul": torch.backends.cuda.matmul.fp32_precision}
+@contextlib.contextmanager
+def precision(dtype: str, device: str):
+    """A GPU rounds float32 to TF32 before it multiplies if `dtype` is "tf32", and not otherwise, in layers and in products."""
+    settings = (torch.backends.cudnn.rnn, torch.backends.cuda.matmul) if device == "cuda" else ()
+    before = [setting.fp32_precision for setting in settings]
+    try:
+        for setting in settings:
+            setting.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
+        yield
+    finally:
+        for setting, value in zip(settings, before):
+            setting.fp32_precision = value
+
+
+def title(about: dict) -> str:
+    """What a row was measured on, in a few words."""
+    return about.get("gpu") or f"{about['cpu']}, {about['cores']} cores, {about['isa']}"
 
 
 def describe(device: str = "cpu") -> dict:
@@ -100,7 +115,6 @@ def describe(device: str = "cpu") -> dict:
         "isa": isa(),
         "threads": torch.get_num_threads(),
         "clock_mhz": clock_mhz(device),
-        "float32": float32_precision() if device == "cuda" else None,
         "load_before": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "versions": versions(),
         "commit": commit(),

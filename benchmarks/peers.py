@@ -199,7 +199,7 @@ def flashrnn_backend(case: Case) -> str:
     """Which of FlashRNN's CUDA kernels serves a case: "cuda_fused", or "cuda" where that one cannot be built."""
     if case.cell == "gru":  # the library has no fused one and would itself take the other
         return "cuda"
-    return _fused_or_not(case.cell, case.shape.B, case.shape.H, case.dtype)
+    return _fused_or_not(case.cell, case.shape.B, case.shape.H, case.stored)
 
 
 @functools.cache
@@ -225,7 +225,7 @@ class FlashRNN(Provider):
     """
 
     name = "flashrnn"
-    dtypes = ("float32", "bfloat16", "float16")  # of the CUDA kernels; float32 is multiplied as TF32 by the fused one
+    dtypes = ("tf32", "bfloat16", "float16")  # of the CUDA kernels
 
     def __init__(self, backend: str | None = None):
         self.backend = backend
@@ -237,6 +237,7 @@ class FlashRNN(Provider):
             or first_reason(
                 (case.cell == "rnn" and case.shape.nonlinearity != "tanh", f"flashrnn's RNN has no {case.shape.nonlinearity}"),
                 (on_cuda and case.device != "cuda", "flashrnn needs CUDA"),
+                (on_cuda and case.dtype == "float32", "flashrnn multiplies float32 as TF32"),
                 (on_cuda and case.dtype not in self.dtypes, f"flashrnn has no kernel for {case.dtype}"),
                 (on_cuda and not has_nvcc(), "flashrnn builds its kernels with nvcc, which was not found"),
             )
@@ -300,7 +301,7 @@ class Haste(Provider):
             only_one_direction(self.name, case)
             or first_reason(
                 (case.cell not in HasteModule.ORDER, f"haste has no {case.cell}"),
-                (case.dtype not in ("float32", "float64"), f"haste has no kernel for {case.dtype}"),
+                (case.stored not in ("float32", "float64"), f"haste has no kernel for {case.dtype}"),
                 (case.device != "cuda", "haste needs CUDA"),
             )
             or import_failure("haste_pytorch")

@@ -44,17 +44,15 @@ def draw(path: pathlib.Path) -> pathlib.Path:
     matplotlib.rcParams |= {"svg.hashsalt": "fusedrnn", "svg.fonttype": "none", "font.size": 9}
     from matplotlib import pyplot
 
-    pairs = [pair for pair in rows.pairs(rows.read(path)) if pair.speedup and pair.ours["provider"] == "fusedrnn"]
+    pairs = [pair for pair in rows.measured_pairs(path) if pair.speedup]
     if not pairs:
-        raise ValueError(f"{path} holds no measured pair of torch and fusedrnn")
+        raise ValueError(f"{path} has no speed to draw")
     drawer = {"cost": draw_cost, "peak": draw_peak}.get(KINDS.get(path.stem), draw_speedup)
     figure, title = drawer(pyplot, pairs)
     for axis in figure.axes:
         axis.spines[["top", "right"]].set_visible(False)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
-    about = pairs[0].ours
-    name = about.get("gpu") or f"{about['cpu']}, {about['cores']} cores, {about['isa']}"
-    figure.suptitle(f"{title}, {name}")
+    figure.suptitle(f"{title}, {machine.title(pairs[0].ours)}")
     picture = picture_of(path)
     figure.savefig(picture, metadata={"Date": None, "Description": f"rows {rows.digest(path)}"})
     pyplot.close(figure)

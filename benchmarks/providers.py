@@ -140,9 +140,8 @@ class FusedProvider(Provider):
         if case.device == "cpu":
             return f"fused/{_C.cpu_isa()}"
         shape, cell = case.shape, f"rnn_{case.shape.nonlinearity}" if case.cell == "rnn" else case.cell
-        tf32 = case.dtype == "float32" and torch.backends.cudnn.rnn.fp32_precision == "tf32"
-        sizes = {"T": shape.T, "B": shape.B, "H": shape.H, "P": shape.H, "D": shape.directions, "tf32": tf32}
-        in_one = select.reason_against_block(torch.device("cuda"), cell, getattr(torch, case.dtype), **sizes) is None
+        sizes = {"T": shape.T, "B": shape.B, "H": shape.H, "P": shape.H, "D": shape.directions, "tf32": case.dtype == "tf32"}
+        in_one = select.reason_against_block(torch.device("cuda"), cell, getattr(torch, case.stored), **sizes) is None
         return f"fused/cuda-{'block' if in_one else 'step'}"
 
     @contextlib.contextmanager

@@ -14,12 +14,12 @@ import pathlib
 import statistics
 import sys
 
-from . import plot, rows
+from . import machine, plot, rows
 from .machine import ROOT, row_files
-from .rows import Pair, mean_speedup
+from .rows import Pair, mean_speedup, measured_pairs
 from .shapes import CELLS, MODES
 from .suites import SUITES
-from .table import bytes_text, percent_text, seconds_text, target_lines
+from .table import bytes_text, overhead_lines, percent_text, target_lines
 
 NOTHING = "No rows are committed yet: `python -m benchmarks.run --suite cpu` measures this machine."
 MAIN = ("cpu", "gpu")  # the suites whose tables stand in README itself
@@ -97,13 +97,8 @@ def memory_section(pairs: list[Pair]) -> str:
 
 
 def overhead_section(pairs: list[Pair]) -> str:
-    lines = [
-        [f"{pair.cell.upper()} {pair.mode}", seconds_text(pair.theirs["seconds"]["p50"])]
-        + [seconds_text(pair.ours["seconds"]["p50"]), speedup_text(pair)]
-        for pair in pairs
-        if pair.group == "overhead" and pair.speedup
-    ]
-    return markdown(["one call, T1 B1 H64", "torch", "fusedrnn", "ratio"], lines) if lines else ""
+    lines = [[*line, speedup_text(pair)] for pair, line in overhead_lines(pairs)]
+    return markdown(["one call of one step", "torch", "fusedrnn", "ratio"], lines) if lines else ""
 
 
 def growth_section(pairs: list[Pair]) -> str:
@@ -132,14 +127,6 @@ def growth_section(pairs: list[Pair]) -> str:
             line.append(" / ".join(f"{factor:.3g}x" for factor in growth))
         lines.append(line)
     return markdown(["", "work per thread", *(f"{cell.upper()} {mode}" for cell, mode in columns)], lines)
-
-
-def measured_pairs(path: pathlib.Path) -> list[Pair]:
-    """The pairs of torch and fusedrnn in a row file. ValueError if there is none."""
-    pairs = [pair for pair in rows.pairs(rows.read(path)) if pair.ours["provider"] == "fusedrnn"]
-    if not pairs:
-        raise ValueError(f"{path} holds no pair of torch and fusedrnn")
-    return pairs
 
 
 def about_section(pairs: list[Pair]) -> str:
@@ -193,12 +180,7 @@ def suite_section(path: pathlib.Path) -> str:
 def machine_page(folder: pathlib.Path) -> str:
     """All that was measured on one machine."""
     paths = sorted(folder.glob("*.jsonl"), key=lambda path: (path.stem not in MAIN, list(SUITES).index(path.stem)))
-    return "\n\n".join([f"# {machine_title(paths[0])}", *map(suite_section, paths)]) + "\n"
-
-
-def machine_title(path: pathlib.Path) -> str:
-    about = rows.read(path)[0]
-    return about.get("gpu") or f"{about['cpu']}, {about['cores']} cores, {about['isa']}"
+    return "\n\n".join([f"# {machine.title(rows.read(paths[0])[0])}", *map(suite_section, paths)]) + "\n"
 
 
 def overview(folder: pathlib.Path, paths: list[pathlib.Path]) -> str:
@@ -223,7 +205,7 @@ def machine_section(folder: pathlib.Path) -> str:
     """README's part about one machine: main table, what was aimed at, pictures, and a line for each other suite."""
     paths = {path.stem: path for path in sorted(folder.glob("*.jsonl"))}
     main = [paths[name] for name in MAIN if name in paths]
-    parts = [f"### {machine_title(next(iter(paths.values())))}"]
+    parts = [f"### {machine.title(rows.read(next(iter(paths.values())))[0])}"]
     for path in main:
         pairs = measured_pairs(path)
         parts += [about_section(pairs), speed_section(pairs), picture_line(path, ROOT), target_section(pairs)]

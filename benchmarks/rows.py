@@ -39,7 +39,7 @@ class Pair:
 
     @property
     def label(self) -> str:
-        return shape_label(self.ours["shape"]) + f", {self.ours['dtype']}" * (self.ours["dtype"] != "float32")
+        return shape_label(self.ours["shape"]) + f", {self.dtype}" * (self.dtype != "float32")
 
     @property
     def cell(self) -> str:
@@ -48,6 +48,10 @@ class Pair:
     @property
     def mode(self) -> str:
         return self.ours["mode"]
+
+    @property
+    def dtype(self) -> str:
+        return self.ours["dtype"]
 
     @property
     def on_gpu(self) -> bool:
@@ -116,6 +120,14 @@ def pairs(rows: list[dict]) -> list[Pair]:
         for row in rows
         if row["against"] and (row["case"], row["against"]) in found
     ]
+
+
+def measured_pairs(path: str | pathlib.Path) -> list[Pair]:
+    """The pairs of torch and fusedrnn in a row file. ValueError if there is none."""
+    found = [pair for pair in pairs(read(path)) if pair.ours["provider"] == "fusedrnn"]
+    if not found:
+        raise ValueError(f"{path} holds no pair of torch and fusedrnn")
+    return found
 
 
 def mean_speedup(some: list[Pair]) -> float:

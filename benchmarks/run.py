@@ -34,6 +34,7 @@ from .suites import SUITES, cases, suites_of
 from .workload import Workload
 
 USUAL = "torch,fusedrnn"
+BUSY = 0.75  # processes ready to run, for each core, beyond which a run says that it was not alone
 LARGE = 5e10  # flops beyond which the gate judges fewer steps: float64 beside them would take longer than the measurement
 
 
@@ -49,7 +50,7 @@ class Effort:
 
 
 FULL = Effort(seconds=4.0, least_rounds=15, peak_seconds=0.2, memory_flops=2e11)
-QUICK = Effort(seconds=0.5, least_rounds=2, peak_seconds=0.05, memory_flops=4e9, minutes=2.8)
+QUICK = Effort(seconds=0.5, least_rounds=2, peak_seconds=0.05, memory_flops=1e9, minutes=2.8)
 
 
 class Run:
@@ -60,6 +61,9 @@ class Run:
         self.threads = torch.get_num_threads()
         quick = effort.seconds < FULL.seconds
         self.about = machine.describe(device) | {"date": datetime.date.today().isoformat(), "quick": quick}
+        busy = (self.about["load_before"] or 0.0) / self.about["cores"]
+        if busy > BUSY:
+            print(f"benchmarks.run: {busy:.0%} of this machine was in use: ratios will be less sure", file=sys.stderr)
         self.gemm_peak = 0.0  # flop/s, the highest met so far
         self.clock = timing.clock(device)
 
@@ -307,7 +311,7 @@ def run_suite(options: argparse.Namespace, suite: str) -> bool:
     if out:
         os.replace(partial, out)
     measured, about = rows.pairs(found), run.about
-    print(f"{suite}: {about['gpu'] or about['cpu']}, {about['threads']} threads, torch {about['versions']['torch']}, ", end="")
+    print(f"{suite}: {machine.title(about)}, {about['threads']} threads, torch {about['versions']['torch']}, ", end="")
     print(f"GEMM peak {run.gemm_peak / 1e9:.0f} GF/s\n\n{table.case_table(measured)}\n\n{table.summary(measured)}")
     if left_out:
         print(f"\nno time for {len(left_out)} cases: {', '.join(case.name for case in left_out)}")

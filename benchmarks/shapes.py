@@ -82,7 +82,7 @@ class Case:
     shape: Shape
     cell: str
     mode: str
-    dtype: str = "float32"
+    dtype: str = "float32"  # or another of torch's, or "tf32": float32 that a GPU may round to TF32 before it multiplies
     device: str = "cpu"
 
     @property
@@ -102,8 +102,13 @@ class Case:
         return self.shape.flops(self.cell, self.mode)
 
     @property
+    def stored(self) -> str:
+        """The dtype of the tensors."""
+        return "float32" if self.dtype == "tf32" else self.dtype
+
+    @property
     def itemsize(self) -> int:
-        return {"float64": 8, "float32": 4}.get(self.dtype, 2)
+        return {"float64": 8, "float32": 4}.get(self.stored, 2)
 
     @property
     def recurrent_bytes(self) -> float:

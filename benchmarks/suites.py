@@ -213,7 +213,7 @@ class Suite:
     devices: tuple[str, ...] = ("cpu", "cuda")
 
 
-FORMATS = ("float32", "bfloat16", "float16")
+FORMATS = ("float32", "tf32", "bfloat16", "float16")
 SUITES = {
     "cpu": Suite("what people run on a processor, with the speeds aimed at", CPU_SHAPES, devices=("cpu",)),
     "gpu": Suite("what people run on a GPU", GPU_SHAPES, dtypes=FORMATS, devices=("cuda",)),

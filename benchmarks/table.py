@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .rows import Pair, mean_speedup
-from .shapes import CELLS, USUAL_MODES
+from .shapes import CELLS, MODES
 from .suites import TARGETS
 
 
@@ -63,22 +63,28 @@ def case_table(pairs: list[Pair]) -> str:
 
 
 def target_lines(pairs: list[Pair]) -> list[tuple[str, int, float, float | None]]:
-    """(what, number of cases, geometric mean, target or None) for each group, cell and mode that was measured."""
-    found = []
+    """(what, number of cases, geometric mean, target or None) for each group, cell, mode and format that was measured."""
     targets = TARGETS if all(pair.ours["suite"] == "cpu" for pair in pairs) else {}
-    for cell in CELLS:
-        for mode in USUAL_MODES:
-            some = [p for p in pairs if (p.group, p.cell, p.mode) == ("padded", cell, mode) and p.speedup]
-            if some:
-                found.append((f"{cell} {mode}", len(some), mean_speedup(some), targets.get(("padded", cell, mode))))
-    packed = [pair for pair in pairs if pair.group == "packed" and pair.speedup]
-    if packed:
-        found.append(("packed", len(packed), mean_speedup(packed), targets.get(("packed", None, None))))
-    for cell in CELLS:
-        some = [pair for pair in packed if pair.cell == cell]
-        if some:
-            found.append((f"  packed {cell}", len(some), mean_speedup(some), None))
-    return found
+    formats = list(dict.fromkeys(pair.dtype for pair in pairs))
+    found = []
+    for dtype in formats:
+        word = f" {dtype}" if len(formats) > 1 else ""
+        some = [pair for pair in pairs if pair.dtype == dtype and pair.speedup]
+        padded, packed = ([pair for pair in some if pair.group == group] for group in ("padded", "packed"))
+        for cell in CELLS:
+            for mode in MODES:
+                key = ("padded", cell, mode)
+                found.append((f"{cell} {mode}{word}", [p for p in padded if (p.cell, p.mode) == key[1:]], targets.get(key)))
+        found.append((f"packed{word}", packed, targets.get(("packed", None, None))))
+        found += [(f"  packed {cell}{word}", [pair for pair in packed if pair.cell == cell], None) for cell in CELLS]
+    return [(what, len(some), mean_speedup(some), target) for what, some, target in found if some]
+
+
+def overhead_lines(pairs: list[Pair]) -> list[tuple[Pair, list[str]]]:
+    """Each pair that shows the cost of one call, with its line: what, torch's time, ours."""
+    some = [pair for pair in pairs if pair.group == "overhead" and pair.speedup]
+    times = [[seconds_text(row["seconds"]["p50"]) for row in (pair.theirs, pair.ours)] for pair in some]
+    return [(pair, [f"{pair.cell.upper()} {pair.mode}", *two]) for pair, two in zip(some, times)]
 
 
 def summary(pairs: list[Pair]) -> str:
@@ -98,11 +104,9 @@ def provider_summary(pairs: list[Pair]) -> str:
         aim = [f"{target:.1f}", "SHORT" if mean < target else ""] if target else ["", ""]
         lines.append([what, str(count), f"{mean:.2f}", *aim])
     parts = [grid(["geometric mean of torch / ours", "cases", "measured", "target", ""], lines)]
-    overhead = [pair for pair in pairs if pair.group == "overhead" and pair.speedup]
+    overhead = [line for _, line in overhead_lines(pairs)]
     if overhead:
-        times = [[seconds_text(row["seconds"]["p50"]) for row in (pair.theirs, pair.ours)] for pair in overhead]
-        lines = [[f"{pair.cell} {pair.mode}", *two] for pair, two in zip(overhead, times)]
-        parts.append(grid(["one call of one step", "torch", "ours"], lines))
+        parts.append(grid(["one call of one step", "torch", "ours"], overhead))
     by = {verdict: [pair for pair in pairs if pair.verdict == verdict] for verdict in ("LOSS", "even", "RED", "unable")}
     parts.append(
         f"{len(pairs)} cases: {len(by['LOSS'])} losses, {len(by['even'])} within the noise of 1, "

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .machine import precision
 from .providers import TorchProvider
 from .shapes import Case
 
@@ -23,7 +26,7 @@ class Workload:
 
     def __init__(self, case: Case, provider, dtype: torch.dtype | None = None):
         self.case, self.provider = case, provider
-        dtype = dtype or getattr(torch, case.dtype)
+        dtype = dtype or getattr(torch, case.stored)
         torch.manual_seed(SEED)
         weights = TorchProvider().module(case, torch.float32).state_dict()
         self.module = provider.module(case, dtype)
@@ -57,9 +60,11 @@ class Workload:
         output, _ = self.module(self.input)
         return output.data if self.case.shape.packed else output
 
+    @contextlib.contextmanager
     def around(self):
-        """The context that calls are made in."""
-        return self.provider.around()
+        """The context that calls are made in: the case's precision and the provider's settings."""
+        with precision(self.case.dtype, self.case.device), self.provider.around():
+            yield
 
     def kernel(self) -> str:
         """Which kernel served a call, judged by the operators that torch dispatched during one."""

@@ -64,18 +64,20 @@ def test_a_library_refuses_what_it_has_not_got(peer, monkeypatch):
     monkeypatch.setattr(peers, "import_failure", lambda name: None)
     monkeypatch.setattr(peers, "has_nvcc", lambda: True)
     refuses, name = peer().refuses, peer.name
-    assert refuses(case_of(device="cuda")) is None
+    assert refuses(case_of(dtype="tf32", device="cuda")) is None
     assert refuses(case_of(device="cpu")) == f"{name} needs CUDA"
-    assert refuses(case_of(device="cuda", layers=2)) == f"{name} has one layer a call, not 2"
-    assert refuses(case_of(device="cuda", bidirectional=True)) == f"{name} has one direction"
+    assert refuses(case_of(dtype="tf32", device="cuda", layers=2)) == f"{name} has one layer a call, not 2"
+    assert refuses(case_of(dtype="tf32", device="cuda", bidirectional=True)) == f"{name} has one direction"
     unknown = {"flashrnn": "float64", "haste": "bfloat16"}[name]
     assert refuses(case_of(device="cuda", dtype=unknown)) == f"{name} has no kernel for {unknown}"
-    assert refuses(case_of("rnn", device="cuda")) == {"flashrnn": None, "haste": "haste has no rnn"}[name]
+    exact = refuses(case_of(device="cuda"))
+    assert exact == {"flashrnn": "flashrnn multiplies float32 as TF32", "haste": None}[name]
+    assert refuses(case_of("rnn", dtype="tf32", device="cuda")) == {"flashrnn": None, "haste": "haste has no rnn"}[name]
 
 
 def test_flashrnn_refuses_without_nvcc(monkeypatch):
     monkeypatch.setattr(peers, "has_nvcc", lambda: False)
-    assert "nvcc" in peers.FlashRNN().refuses(case_of(device="cuda"))
+    assert "nvcc" in peers.FlashRNN().refuses(case_of(dtype="tf32", device="cuda"))
 
 
 def test_a_package_that_is_missing_or_broken_is_a_reason(monkeypatch, tmp_path):
