@@ -1,4 +1,5 @@
-"""Everything that only a GPU can show, in one call: build, the tests on CUDA, compute-sanitizer, speed against torch.nn.
+"""Everything that only a GPU can show, in one call: build, the tests on CUDA, what passing a state between blocks
+takes, speed against torch.nn, compute-sanitizer.
 
     python -m benchmarks.gpu                      at most 9 minutes; `make gpu` calls this
     python -m benchmarks.gpu --only tests,speed   some of the parts
@@ -45,10 +46,11 @@ def parts(python: str, out: pathlib.Path) -> list[tuple[str, str, float]]:
     uncached = "PYTORCH_NO_CUDA_MEMORY_CACHING=1"
     watch = "compute-sanitizer --error-exitcode 1 --report-api-errors no --target-processes all"
     return [
-        ("build", f"FUSEDRNN_CUDA=1 TORCH_CUDA_ARCH_LIST={arch} {python} setup.py -q build_ext --inplace", 160),
-        ("tests", f"{python} -m pytest -q tests {chosen} {workers} -rf --tb=short --maxfail=60 -p no:cacheprovider", 120),
+        ("build", f"FUSEDRNN_CUDA=1 TORCH_CUDA_ARCH_LIST={arch} {python} setup.py -q build_ext --inplace", 150),
+        ("tests", f"{python} -m pytest -q tests {chosen} {workers} -rf --tb=short --maxfail=60 -p no:cacheprovider", 110),
+        ("exchange", f"{python} -m benchmarks.exchange --out {shlex.quote(str(out / 'exchange.csv'))}", 30),
         ("speed", f"{python} -m benchmarks.run --suite gpu --quick --minutes 2 --out {rows}", 140),
-        *((tool, f"{uncached} {watch} --tool {tool} {python} -m benchmarks.gpu --small", 40)
+        *((tool, f"{uncached} {watch} --tool {tool} {python} -m benchmarks.gpu --small", 36)
           for tool in ("memcheck", "racecheck", "synccheck")),
     ]  # fmt: skip
 
@@ -89,7 +91,7 @@ def small(device: str = "cuda") -> None:
     from fusedrnn.select import DTYPES
 
     formats = [(torch.float32, "ieee"), (torch.float32, "tf32"), *((dtype, "ieee") for dtype in DTYPES - {torch.float32})]
-    for kernel, (dtype, precision), (kind, sizes, options) in itertools.product(("block", "step"), formats, SMALL_LAYERS):
+    for kernel, (dtype, precision), (kind, sizes, options) in itertools.product(("block", "grid", "step"), formats, SMALL_LAYERS):
         torch.backends.cudnn.rnn.fp32_precision = precision
         with FusedProvider(cuda=kernel).around():
             module = getattr(fusedrnn, kind)(*sizes, **options, device=device, dtype=dtype)
@@ -151,6 +153,8 @@ def main(arguments: list[str] | None = None) -> int:
             shutil.copy(rows, kept)
         measured = pairs(read(rows))
         print(f"{table.case_table(measured)}\n\n{table.summary(measured)}")
+    if "exchange" in chosen and (options.out / "exchange.txt").exists():
+        print((options.out / "exchange.txt").read_text())
     print("\nsummary\n" + "\n".join(lines))
     return int(bad)
 

@@ -141,8 +141,8 @@ class FusedProvider(Provider):
             return f"fused/{_C.cpu_isa()}"
         shape, cell = case.shape, f"rnn_{case.shape.nonlinearity}" if case.cell == "rnn" else case.cell
         sizes = {"T": shape.T, "B": shape.B, "H": shape.H, "P": shape.H, "D": shape.directions, "tf32": case.dtype == "tf32"}
-        in_one = select.reason_against_block(torch.device("cuda"), cell, getattr(torch, case.stored), **sizes) is None
-        return f"fused/cuda-{'block' if in_one else 'step'}"
+        reasons = select.reasons_against_kernels(torch.device("cuda"), cell, getattr(torch, case.stored), **sizes)
+        return f"fused/cuda-{next(kernel for kernel, reason in reasons.items() if reason is None)}"
 
     @contextlib.contextmanager
     def around(self):

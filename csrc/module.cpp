@@ -49,13 +49,13 @@ py::dict describe(const fusedrnn::ProductPlan& plan) {
   using namespace py::literals;
   return py::dict("blocks"_a = plan.blocks(), "threads"_a = plan.threads(), "shared_bytes"_a = plan.shared_bytes,
                   "unit_tiles"_a = plan.unit_tiles, "batch_tiles"_a = plan.batch_tiles, "block_rows"_a = plan.block_rows,
-                  "depth_blocks"_a = plan.depth_blocks, "tiles"_a = plan.tiles, "split"_a = plan.split, "groups"_a = plan.groups,
-                  "stays"_a = plan.stays);
+                  "depth_blocks"_a = plan.depth_blocks, "tiles"_a = plan.tiles, "split"_a = plan.split, "groups"_a = plan.groups, "slots"_a = plan.slots,
+                  "regime"_a = fusedrnn::kRegimeNames[int(plan.regime)]);
 }
 
 // How a chip would be given a layer's steps. dtype is as torch names it; P = H where there is no projection.
 py::dict cuda_plan(const std::string& cell, const std::string& dtype, int64_t T, int64_t B, int64_t H, int64_t P, int64_t D,
-                   int multiprocessors, int64_t shared_bytes, bool tf32, bool persistent) {
+                   int multiprocessors, int64_t shared_bytes, bool tf32, const std::string& kernel) {
   using namespace py::literals;
   fusedrnn::LayerParams p{};
   const char* names[] = {"float32", "float64", "bfloat16", "float16"};  // in the order of Dtype
@@ -69,7 +69,8 @@ py::dict cuda_plan(const std::string& cell, const std::string& dtype, int64_t T,
     if (cell == decltype(type)::kName) gates = decltype(type)::kGates;
   });
   if (!gates) throw py::value_error("there is no cell '" + cell + "'");
-  const fusedrnn::StepPlan plan = fusedrnn::plan_step({multiprocessors, shared_bytes, 8}, p, gates, tf32, persistent);
+  const fusedrnn::Regimes regimes = fusedrnn::regimes_named(kernel);
+  const fusedrnn::StepPlan plan = fusedrnn::plan_step({multiprocessors, shared_bytes, 8}, p, gates, tf32, regimes);
   return py::dict("cell"_a = describe(plan.cell), "projection"_a = describe(plan.projection), "dh"_a = describe(plan.dh),
                   "dunprojected"_a = describe(plan.dunprojected));
 }
@@ -83,7 +84,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cell_traits", &cell_traits, "{cell: {gates, pre, states, saved, x_pre: [gates], h_pre: [gates]}}");
   m.def("cpu_isas", &cpu_isas, "instruction sets that were built and that this processor has, the best last");
   m.def("cuda_plan", &cuda_plan, py::arg("cell"), py::arg("dtype"), py::kw_only(), py::arg("T"), py::arg("B"), py::arg("H"), py::arg("P"),
-        py::arg("D"), py::arg("multiprocessors"), py::arg("shared_bytes"), py::arg("tf32") = false, py::arg("persistent") = true,
+        py::arg("D"), py::arg("multiprocessors"), py::arg("shared_bytes"), py::arg("tf32") = false, py::arg("kernel") = "",
         "{kernel: {blocks and threads of its grid, what they take of the sums}} of the kernels on such a GPU");
   m.def("cpu_isa", &cpu_isa, "the instruction set that a call would use now; RuntimeError if FUSEDRNN_CPU_ISA is wrong");
 }

@@ -11,6 +11,7 @@ from .convert import FUSED_OF_STOCK
 from .modules import CELL_OF_MODE, FusedLayer
 
 INSTRUCTION_SETS = ("avx512", "avx2", "baseline")
+CUDA_KERNELS = ("block", "grid", "step")
 
 
 def explain(module: nn.Module, input: Tensor | PackedSequence, hx=None) -> str:
@@ -43,9 +44,9 @@ def explain(module: nn.Module, input: Tensor | PackedSequence, hx=None) -> str:
     kernels = {f"torch.nn.{stock.__name__}": None if reason else "the fused engine takes the call"}
     elsewhere = f"the input is on {data.device}"
     on_cuda = data.device.type == "cuda"
-    in_one = reason or (on_cuda and _reason_against_block(module, input)) or None
-    kernels["fused CUDA kernels, block"] = in_one if on_cuda else elsewhere
-    kernels["fused CUDA kernels, step"] = (reason or (None if in_one else "all steps go in one launch")) if on_cuda else elsewhere
+    against = _reasons_against_kernels(module, input) if on_cuda and not reason else {}
+    for kernel in CUDA_KERNELS:
+        kernels[f"fused CUDA kernels, {kernel}"] = (reason or against[kernel]) if on_cuda else elsewhere
     for isa in INSTRUCTION_SETS:
         kernels[f"fused engine, {isa}"] = elsewhere if on_cuda else reason or _reason_against(isa)
     packed = "packed " if data is not input else ""
@@ -57,12 +58,12 @@ def explain(module: nn.Module, input: Tensor | PackedSequence, hx=None) -> str:
     return "\n".join(lines)
 
 
-def _reason_against_block(module: FusedLayer | FusedCell, input: Tensor | PackedSequence) -> str | None:
-    """Why the call on CUDA is not one launch for all its steps; None if it is."""
+def _reasons_against_kernels(module: FusedLayer | FusedCell, input: Tensor | PackedSequence) -> dict[str, str | None]:
+    """Why each of our kernels does not run the call on CUDA; None for the one that does."""
     data, H = input.data if isinstance(input, PackedSequence) else input, module.hidden_size
     if isinstance(module, FusedCell):
         sizes = {"T": 1, "B": len(data) if data.dim() == 2 else 1, "H": H, "P": H, "D": 1, "tf32": False}  # of no matter: T is 1
-        return select.reason_against_block(data.device, module._cell(), data.dtype, **sizes)
+        return select.reasons_against_kernels(data.device, module._cell(), data.dtype, **sizes)
     if isinstance(input, PackedSequence):
         T, B = len(input.batch_sizes), int(input.batch_sizes[0])
     else:
@@ -70,7 +71,7 @@ def _reason_against_block(module: FusedLayer | FusedCell, input: Tensor | Packed
     batch_sizes = input.batch_sizes if isinstance(input, PackedSequence) else None
     tf32 = data.dtype == torch.float32 and allows_tf32(data, batch_sizes, module.batch_first)
     sizes = {"T": T, "B": B, "H": H, "P": module.proj_size or H, "D": 2 if module.bidirectional else 1, "tf32": tf32}
-    return select.reason_against_block(data.device, CELL_OF_MODE[module.mode], data.dtype, **sizes)
+    return select.reasons_against_kernels(data.device, CELL_OF_MODE[module.mode], data.dtype, **sizes)
 
 
 def _reason_against(isa: str) -> str | None:

@@ -28,9 +28,9 @@ from ._load import BUILD
 
 DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 DEVICES = frozenset({"cpu", "meta", "cuda"})
-#: What the environment variable FUSEDRNN_KERNEL may name for tensors on CUDA: "block" is all steps in one launch where that can
-#: be and "step" else, which is what runs if it is unset.
-CUDA_KERNELS = ("block", "step", "torch")
+#: What the environment variable FUSEDRNN_KERNEL may name for tensors on CUDA: a kernel of csrc/cuda, where it can run a layer
+#: ("step" else), or torch's own. If it is unset the first of them that can.
+CUDA_KERNELS = ("block", "grid", "step", "torch")
 OLDEST_CUDA = (8, 0)  # compute capability, as csrc/cuda/ops.cpp has it
 HAS_CUDA, CUDA_WHY_NOT = (_C.build_record()[key] for key in ("cuda", "cuda_why_not"))
 
@@ -88,16 +88,16 @@ def _all_like(input: Tensor, tensors: Sequence[Any]) -> bool:
 
 
 def cuda_kernel() -> str:
-    """The kernel that tensors on CUDA are given to: the one that the environment variable FUSEDRNN_KERNEL names, or the best.
+    """The kernel that the environment variable FUSEDRNN_KERNEL asks for.
 
     Returns:
-        one of `CUDA_KERNELS`.
+        one of `CUDA_KERNELS`, or "" for the first that can.
 
     Raises:
         RuntimeError: there is none of that name.
     """
-    wanted = os.environ.get("FUSEDRNN_KERNEL") or CUDA_KERNELS[0]
-    if wanted not in CUDA_KERNELS:
+    wanted = os.environ.get("FUSEDRNN_KERNEL", "")
+    if wanted and wanted not in CUDA_KERNELS:
         raise RuntimeError(f"fusedrnn: FUSEDRNN_KERNEL must be one of {', '.join(CUDA_KERNELS)}, got '{wanted}'")
     return wanted
 
@@ -111,8 +111,8 @@ def chip(device: torch.device) -> tuple[int, int] | None:
     return found.multi_processor_count, found.shared_memory_per_block_optin
 
 
-def reason_against_block(device: torch.device, cell: str, dtype: torch.dtype, **sizes) -> str | None:
-    """Why a layer's forward pass on CUDA is not one launch for all its steps (csrc/cuda/block.cuh).
+def reasons_against_kernels(device: torch.device, cell: str, dtype: torch.dtype, **sizes) -> dict[str, str | None]:
+    """Why a layer's forward pass on CUDA is not run by the kernels of csrc/cuda.
 
     Args:
         device: the CUDA device that runs it.
@@ -120,23 +120,43 @@ def reason_against_block(device: torch.device, cell: str, dtype: torch.dtype, **
         dtype: of all tensors.
         sizes: T, B, H, P (H without projections), D, the number of directions, and tf32, whether float32 is multiplied as TF32.
     Returns:
-        the reason in words; None if it is one launch.
+        for "block", "grid" and "step" the reason in words; None for the one that runs it.
     """
-    if cuda_kernel() == "step":
-        return "FUSEDRNN_KERNEL=step asks for a launch a step"
-    if sizes["P"] != sizes["H"]:
-        return "with a projection a step is two products"
-    found = chip(device)
-    if found is None:
-        return "there is no GPU to ask whether the weights fit"
-    multiprocessors, shared = found
-    name = str(dtype).removeprefix("torch.")
-    plan = _C.cuda_plan(cell, name, **sizes, multiprocessors=multiprocessors, shared_bytes=shared)["cell"]
-    if plan["stays"]:
-        return None
-    if sizes["T"] == 1:
-        return "there is only one step"
-    return f"weight_hh does not fit into the {shared >> 10} KiB of shared memory of a block"
+    wanted, found, name = cuda_kernel(), chip(device), str(dtype).removeprefix("torch.")
+
+    def planned(kernel: str) -> str:
+        if found is None:
+            return "step"
+        on = {"multiprocessors": found[0], "shared_bytes": found[1], "kernel": kernel}
+        return _C.cuda_plan(cell, name, **sizes, **on)["cell"]["regime"]
+
+    chosen = planned(wanted)
+    reasons: dict[str, str | None] = {"step": "all steps go in one launch"}
+    for kernel in ("block", "grid"):
+        if wanted not in ("", kernel):
+            reasons[kernel] = f"FUSEDRNN_KERNEL={wanted} asks for another"
+        elif sizes["P"] != sizes["H"]:
+            reasons[kernel] = "with a projection a step is two products"
+        elif found is None:
+            reasons[kernel] = "there is no GPU to ask whether the weights fit"
+        elif sizes["T"] == 1:
+            reasons[kernel] = "there is only one step"
+        elif planned(kernel) == kernel:
+            reasons[kernel] = "one block can hold all of weight_hh, and then blocks need not wait for each other"
+        else:
+            reasons[kernel] = _no_room(kernel, *found, sizes)
+    return reasons | {chosen: None}
+
+
+def _no_room(kernel: str, multiprocessors: int, shared: int, sizes: dict[str, Any]) -> str:
+    """Why the plan of csrc/cuda/plan.h gives a layer of several steps to none of the kernels that do all of them."""
+    memory = f"the {shared >> 10} KiB of shared memory of a block"
+    if kernel == "block":
+        return f"weight_hh does not fit into {memory}"
+    blocks = -(-sizes["H"] // 16) * sizes["D"]
+    if blocks > multiprocessors:
+        return f"it would take {blocks} blocks, of 16 units each, at once, and there are {multiprocessors} multiprocessors"
+    return f"the weights of 16 units and the sums of a block's share of {sizes['B']} sequences do not fit into {memory}"
 
 
 def reason_against_cuda(device: torch.device) -> str | None:

@@ -416,7 +416,7 @@ def test_a_gpu_run_starts_before_anything_is_built():
 
 def test_parts_of_a_gpu_run_are_kept_in_time(tmp_path):
     parts = gpu.parts("python", tmp_path)
-    assert [name for name, _, _ in parts] == ["build", "tests", "speed", "memcheck", "racecheck", "synccheck"]
+    assert [name for name, _, _ in parts] == ["build", "tests", "exchange", "speed", "memcheck", "racecheck", "synccheck"]
     assert sum(seconds for _, _, seconds in parts) <= 60 * gpu.MINUTES
     assert gpu.run("a", "echo said; exit 3", 5, tmp_path / "a.txt")[0] == "FAILED"
     assert gpu.run("b", "echo said", 5, tmp_path / "b.txt")[0] == "ok" and (tmp_path / "b.txt").read_text() == "said\n"

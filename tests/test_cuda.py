@@ -37,12 +37,14 @@ def layer_and_input(cell, layout="plain", dtype=torch.float32, T=11, B=37, I=19,
     return ours, stock, input
 
 
-def widths(*units):
-    """Layers whose weights stay in a block for all steps, and ones whose do not (csrc/cuda/plan.h)."""
-    return pytest.mark.parametrize("H", units)
+@pytest.fixture(params=[("block", 45), ("grid", 130), ("step", 130)], ids=lambda param: param[0])
+def H(request, monkeypatch):
+    """Units of a layer, which the kernel that is asked for can run."""
+    kernel, units = request.param
+    monkeypatch.setenv("FUSEDRNN_KERNEL", kernel)
+    return units
 
 
-@widths(45, 130)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @dtypes
 @cells
@@ -67,20 +69,33 @@ def test_tf32(cell):
 
 @pytest.mark.parametrize("tf32", [False, True])
 @pytest.mark.parametrize("layout", ["both", "packed"])
+@pytest.mark.parametrize("kernel, H", [("block", 64), ("grid", 64), ("grid", 300)])
 @cells
-def test_block_and_step_kernels_agree(cell, layout, tf32, monkeypatch):
-    """Over more steps than one launch of the block kernel lists."""
-    ours, _, input = layer_and_input(cell, layout, T=300, H=64)
+def test_kernels_agree(cell, kernel, H, layout, tf32, monkeypatch):
+    """Over more steps than one launch lists."""
+    ours, _, input = layer_and_input(cell, layout, T=300, H=H)
+    found = {}
     with fp32_precision(torch.backends.cudnn.rnn, "tf32" if tf32 else "ieee"):
-        in_blocks = run_module(ours, input)
-        monkeypatch.setenv("FUSEDRNN_KERNEL", "step")
-        in_steps = run_module(ours, input)
+        for asked in (kernel, "step"):
+            monkeypatch.setenv("FUSEDRNN_KERNEL", asked)
+            found[asked] = run_module(ours, input)
     tolerance = 2e-2 if tf32 else 1e-4
-    for name in in_steps:
-        torch.testing.assert_close(in_blocks[name], in_steps[name], rtol=tolerance, atol=tolerance, msg=name)
+    for name, expected in found["step"].items():
+        torch.testing.assert_close(found[kernel][name], expected, rtol=tolerance, atol=tolerance, msg=name)
 
 
-@widths(45, 130)
+@cells
+def test_exchange_of_many_steps(cell, monkeypatch):
+    """100,000 exchanges between eight blocks end, and leave what a launch a step does."""
+    ours, _, input = layer_and_input(cell, T=100_000, B=3, H=128)
+    outputs = []
+    with torch.no_grad():
+        for kernel in ("grid", "step"):
+            monkeypatch.setenv("FUSEDRNN_KERNEL", kernel)
+            outputs.append(ours(input)[0][-100:])
+    torch.testing.assert_close(*outputs, rtol=1e-3, atol=1e-3)
+
+
 @cells
 def test_same_numbers_as_on_the_cpu(cell, H):
     ours, _, input = layer_and_input(cell, "stacked", torch.float64, H=H)
@@ -90,7 +105,6 @@ def test_same_numbers_as_on_the_cpu(cell, H):
         torch.testing.assert_close(on_gpu[name].cpu(), on_cpu[name], rtol=1e-12, atol=1e-12, msg=name)
 
 
-@widths(64, 256)
 @pytest.mark.parametrize("layout", ["stacked", "packed"])
 @dtypes
 @cells
@@ -101,7 +115,6 @@ def test_twenty_runs_same_bits(cell, dtype, layout, H):
         compare_all_equal(run_module(ours, input), first)
 
 
-@widths(64, 256)
 @cells
 def test_side_stream(cell, H):
     ours, _, input = layer_and_input(cell, T=100, H=H)
@@ -115,7 +128,6 @@ def test_side_stream(cell, H):
     compare_all_equal(found, expected)
 
 
-@widths(45, 130)
 @cells
 def test_graph_capture_of_a_training_step(cell, H):
     ours, _, input = layer_and_input(cell, "both", T=20, H=H)

@@ -52,12 +52,12 @@ def error(text):
 CRASH = "crashed in: "  # a guard page was touched
 RACE = "data race"
 WAIT = r"prims::wait_for_previous_grid\(\);"
-STAYING = "--every 2 --persistent 1"
-LITTLE_SHARED_MEMORY = "--every 2 --chip 4"  # test::kChips
+STAYING, EXCHANGING = "--every 2 --regime block", "--every 2 --regime grid"
+LITTLE_SHARED_MEMORY, LITTLE_ROOM = "--every 2 --chip 4", "--every 2 --regime grid --chip 5"  # test::kChips
 PLANTS = {
     # Synchronization.
     "no_barrier": Plant(
-        "product.cuh", r"prims::block_sync\(\);", r"if (!MADE) \g<0>",
+        "product.cuh", r"prims::block_sync\(\);  // the sums", r"if (!MADE) \g<0>",
         {"plain": wrong("output"), "thread": RACE}),
     "late_wait": Plant(
         "product.cuh", rf"({WAIT})(.*?)(  if [^\n]*) return;(.*?)(\n  for )",
@@ -80,7 +80,7 @@ PLANTS = {
         {"plain": wrong("output")}),
     # Bounds.
     "shared_bytes": Plant(
-        "plan.h", r"bytes\(plan\.warps\);", "bytes(MADE ? plan.groups : plan.warps);",
+        "plan.h", r"= product\.sums_bytes\(plan\.warps,", "= product.sums_bytes(MADE ? plan.groups : plan.warps,",
         {"plain": error(r"shared_take: \d+ bytes of shared memory taken, \d+ given")}),
     "shared_overrun": Plant(
         "product.cuh", r"block_rows \* kColumnPitch\);", "block_rows * kColumnPitch - (MADE ? 8 : 0));",
@@ -146,7 +146,7 @@ PLANTS = {
         "block.cuh", r"prims::block_sync\(\);  // the weights", r"if (!MADE) \g<0>",
         {"plain": wrong("output"), "thread": RACE}, cases=STAYING),
     "block_shared_bytes": Plant(
-        "plan.h", r"unit_tiles \* kUnits \* gates \*", r"\g<0> (MADE ? 15 : 16) / 16 *",
+        "plan.h", r"= product\.unit_tiles \* product\.tile_bytes", r"\g<0> * (MADE ? 15 : 16) / 16",
         {"plain": error(r"shared_take: \d+ bytes of shared memory taken, \d+ given")}, cases=STAYING),
     "block_rows": Plant(
         "block.cuh", r"row < step\.visited\(now\) && unit", "(MADE || row < step.visited(now)) && unit",
@@ -157,16 +157,53 @@ PLANTS = {
     "block_depth": Plant(
         "block.cuh", r"block < depth_blocks;", "block < depth_blocks - MADE;",
         {"plain": wrong()}, cases=STAYING),
+    # All steps in one grid whose blocks exchange states.
+    "grid_no_wait": Plant(
+        "grid.cuh", r"exchange\.wait\(s\);", "exchange.wait(MADE ? 0 : s);",
+        {"plain": wrong(), "thread": RACE}, cases=EXCHANGING),
+    "grid_early_word": Plant(
+        "exchange.cuh", r"prims::block_sync\(\);  // all threads", r"if (!MADE) \g<0>",
+        {"plain": wrong(), "thread": RACE}, cases=EXCHANGING),
+    "grid_no_meeting": Plant(
+        "exchange.cuh", r"prims::block_sync\(\);  // none of", r"if (!MADE) \g<0>",
+        {"plain": wrong(), "thread": RACE}, cases=EXCHANGING),
+    "grid_one_behind": Plant(
+        "exchange.cuh", r"block < blocks;", "block < blocks - MADE;",
+        {"plain": wrong(), "thread": RACE}, cases=EXCHANGING),
+    "grid_words_of_others": Plant(
+        "grid.cuh", r"d \* plan\.batch_tiles \+ batch_tile\)", "d * plan.batch_tiles + (MADE ? 0 : batch_tile))",
+        {"plain": f"{wrong()}|{error('deadlock|livelock')}", "thread": RACE}, cases=EXCHANGING),
+    "grid_old_words": Plant(
+        "step_forward.cuh", r"args\.m\.done\[d \* args\.m\.done_size \+ i\] = 0;", r"if (!MADE) \g<0>",
+        {"plain": f"{wrong('output')}|{error('livelock')}"}, cases=EXCHANGING),
+    "grid_weights_of_others": Plant(
+        "grid.cuh", r"step\.weights\(d\) \+ place\.unit_tile \* count", "step.weights(d) + (MADE ? 0 : place.unit_tile) * count",
+        {"plain": wrong()}, cases=EXCHANGING),
+    "grid_shared_bytes": Plant(
+        "plan.h", r"product\.sums_bytes\(groups \* plan\.slots,", "product.sums_bytes(groups * plan.slots - MADE,",
+        {"plain": error(r"shared_take: \d+ bytes of shared memory taken, \d+ given")}, cases=EXCHANGING),
+    "grid_not_resident": Plant(
+        "plan.h", r"chip\.multiprocessors / \(product\.unit_tiles \* p\.D\)", "chip.multiprocessors / (product.unit_tiles * (MADE ? 1 : p.D))",
+        {"plain": error("its blocks wait for each other, and there is room for")}, cases=EXCHANGING),
+    "parts_not_added": Plant(
+        "product.cuh", r"adds \? place \+ sum", "adds && !MADE ? place + sum",
+        {"plain": wrong()}, cases=LITTLE_ROOM),
+    "grid_places": Plant(
+        "grid.cuh", r"i < places &&", "i < places - MADE &&",
+        {"plain": wrong()}, cases=EXCHANGING),
+    "grid_unit_guard": Plant(
+        "grid.cuh", r"unit_of\(i\) < step\.units;", "(MADE || unit_of(i) < step.units);",
+        {"plain": f"{wrong()}|{CRASH}"}, cases=EXCHANGING),
     "list_goes_on": Plant(
         "walk.h", r"rows\.end = begin \+ ListedRows::kMost - 2;",
         "rows.end = begin + ListedRows::kMost - (MADE ? 0 : 2);",
-        {"plain": f"{wrong()}|{CRASH}"}, cases="--most-macs 600 --persistent 1"),
+        {"plain": f"{wrong()}|{CRASH}"}, cases="--most-macs 600 --regime block"),
     "next_first": Plant(
         "walk.h", r"first - rows\.rows\(d, s \+ 1\)", "first - rows.rows(d, MADE ? s : s + 1)",
         {"plain": f"{wrong()}|{CRASH}"}, cases=STAYING),
     # Sums.
     "missing_part": Plant(
-        "product.cuh", r"part < plan\.split;", "part < plan.split - MADE;",
+        "product.cuh", r"slot < plan\.slots;", "slot < plan.slots - MADE;",
         {"plain": wrong()}),
     "missing_depth": Plant(
         "product.cuh", r"block < plan\.depth_blocks;", "block < plan.depth_blocks - MADE;",
@@ -252,7 +289,7 @@ def test_kernels(program, lot):
     out = run(f"{program('all')} --every 8 --lot {lot}")
     print(out)
     met = [int(count) for line in re.findall(r"met: (.*)", out) for count in re.findall(r"\d+", line)]
-    assert len(met) == 27 and min(met) > 0, "the cases leave out a way of dividing the work"
+    assert len(met) == 39 and min(met) > 0, "the cases leave out a way of dividing the work"
 
 
 @pytest.mark.parametrize("result", RESULTS)

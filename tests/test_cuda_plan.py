@@ -28,39 +28,79 @@ def plans(cell, chip, dtype, tf32):
 @pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize("cell", GATES)
 def test_every_plan_fits_and_covers(cell, chip, dtype, tf32):
-    sum_bytes = 8 if dtype == "float64" else 4
     for where, plan in plans(cell, chip, dtype, tf32):
         B, H, P = where["B"], where["H"], where["P"]
         sums = {"cell": (H, GATES[cell], P), "projection": (P, 1, H), "dh": (P, 1, GATES[cell] * H), "dunprojected": (H, 1, P)}
         for name, (units, gates, depth) in sums.items():
             product, context = plan[name], (name, where, plan[name])
+            one_kernel_a_step = P == H and where["T"] > 1 and name in ("cell", "dh")
             assert product["shared_bytes"] <= CHIPS[chip][1], context
             assert product["block_rows"] == 8 * product["tiles"] * product["groups"], context
-            padded = product["unit_tiles"] * 16 * gates * product["depth_blocks"] * DEPTH[dtype, tf32]
-            if product["stays"]:  # a block has all weights and some rows for all steps
-                assert P == H and where["T"] > 1 and name in ("cell", "dh"), context
-                assert product["shared_bytes"] == padded * BYTES[dtype], context
-                assert product["threads"] == 32 * min(8, product["unit_tiles"] * product["groups"]), context
-                assert product["blocks"] == product["batch_tiles"], context
-                # Blocks for all multiprocessors, before a block has more rows than a warp takes at once.
-                assert product["groups"] == 1 or product["blocks"] * where["D"] <= max(where["multiprocessors"], where["D"]), context
-            else:
-                # What a block leaves in shared memory: 20 numbers for each row, gate and part of a sum.
-                warps = product["split"] * product["groups"]
-                assert product["shared_bytes"] == warps * gates * product["tiles"] * 8 * 20 * sum_bytes, context
-                assert product["threads"] == 32 * warps <= 256, context
-                assert product["blocks"] == product["unit_tiles"] * product["batch_tiles"] < 2**31, context
-                could = name in ("cell", "dh") and P == H and where["T"] > 1
-                assert not could or padded * BYTES[dtype] > CHIPS[chip][1], context
+            assert one_kernel_a_step or product["regime"] == "step", context
+            of_regime = {"step": check_step, "block": check_block, "grid": check_grid}[product["regime"]]
+            of_regime(product, where, Memory(product, gates, dtype, tf32), context)
             # All units and rows, and no block without any.
             assert 0 <= product["unit_tiles"] * 16 - units < 16, context
             assert 0 <= product["batch_tiles"] * product["block_rows"] - B < product["block_rows"], context
             assert 0 <= product["depth_blocks"] * DEPTH[dtype, tf32] - depth < DEPTH[dtype, tf32], context
             assert product["split"] <= product["depth_blocks"], context
+            # What a regime would not have room for, it has no room for.
+            if one_kernel_a_step and product["regime"] != "block":
+                assert product["unit_tiles"] * Memory(product, gates, dtype, tf32).tile > CHIPS[chip][1], context
+            if one_kernel_a_step and product["regime"] == "step":
+                copies = where["multiprocessors"] // (product["unit_tiles"] * where["D"])
+                most_rows = copies * 8 * 8 * (2 if dtype == "float64" else 4)  # warps, rows of a tile, tiles
+                assert B > most_rows - 32 or has_no_room(where, gates, dtype, tf32, product, copies), context
+
+
+class Memory:
+    """Bytes of shared memory that the parts of a product take, counted once more."""
+
+    def __init__(self, product, gates, dtype, tf32):
+        self.tile = 16 * gates * product["depth_blocks"] * DEPTH[dtype, tf32] * BYTES[dtype]  # weights of 16 units
+        # 20 numbers for each row, gate and part of a sum.
+        self.sums_of_a_warp = gates * product["tiles"] * 8 * 20 * (8 if dtype == "float64" else 4)
+
+
+def check_step(product, where, memory, context):
+    warps = product["split"] * product["groups"]
+    assert product["shared_bytes"] == warps * memory.sums_of_a_warp and product["slots"] == product["split"], context
+    assert product["threads"] == 32 * warps <= 256, context
+    assert product["blocks"] == product["unit_tiles"] * product["batch_tiles"] < 2**31, context
+
+
+def check_block(product, where, memory, context):
+    """A block has all weights and some rows for all steps."""
+    assert product["shared_bytes"] == product["unit_tiles"] * memory.tile, context
+    assert product["threads"] == 32 * min(8, product["unit_tiles"] * product["groups"]), context
+    assert product["blocks"] == product["batch_tiles"], context
+    # Blocks for all multiprocessors, before a block has more rows than a warp takes at once.
+    assert product["groups"] == 1 or product["blocks"] * where["D"] <= max(where["multiprocessors"], where["D"]), context
+
+
+def check_grid(product, where, memory, context):
+    """A block has the weights of 16 units, and all blocks are on the chip at once, one to a multiprocessor."""
+    warps = product["split"] * product["groups"]
+    assert product["shared_bytes"] == memory.tile + product["slots"] * product["groups"] * memory.sums_of_a_warp, context
+    assert 1 <= product["slots"] <= product["split"] and product["threads"] == 32 * warps <= 256, context
+    assert product["split"] == min(8 // product["groups"], product["depth_blocks"]), context
+    assert product["blocks"] == product["unit_tiles"] * product["batch_tiles"], context
+    assert product["blocks"] * where["D"] <= where["multiprocessors"], context
+
+
+def has_no_room(where, gates, dtype, tf32, product, copies):
+    """Whether 16 units' weights and one warp's sums for each group of rows are more than a block has."""
+    if copies == 0:
+        return True
+    tiles = max(1, -(-(-(-where["B"] // 8)) // copies))
+    of_warp = tiles if tiles <= 2 else 2 if dtype == "float64" else 4
+    memory = Memory(product | {"tiles": of_warp}, gates, dtype, tf32)
+    return memory.tile + -(-tiles // of_warp) * memory.sums_of_a_warp > where["shared_bytes"]
 
 
 def test_a_small_batch_is_spread_by_depth_and_a_large_one_by_rows():
-    plan = lambda B: _C.cuda_plan("lstm", "bfloat16", T=9, B=B, H=1024, P=1024, D=1, multiprocessors=132, shared_bytes=227 << 10)  # noqa: E731
+    sizes = dict(T=9, H=1024, P=1024, D=1, multiprocessors=132, shared_bytes=227 << 10, kernel="step")
+    plan = lambda B: _C.cuda_plan("lstm", "bfloat16", B=B, **sizes)  # noqa: E731
     assert plan(16)["cell"]["split"] == 8 and plan(16)["cell"]["groups"] == 1
     assert plan(4096)["cell"]["groups"] == 8 and plan(4096)["cell"]["split"] == 1
 
@@ -71,11 +111,26 @@ def test_a_small_batch_is_spread_by_depth_and_a_large_one_by_rows():
 ])  # fmt: skip
 def test_widths_whose_weights_stay(cell, dtype, tf32, widest):
     """On an H100, what the bytes allow: 227 KiB."""
-    chip = {"multiprocessors": 132, "shared_bytes": 227 << 10, "tf32": tf32}
+    chip = {"multiprocessors": 132, "shared_bytes": 227 << 10, "tf32": tf32, "kernel": "block"}
     plan = lambda H, P: _C.cuda_plan(cell, dtype, T=9, B=64, H=H, P=P, D=1, **chip)  # noqa: E731
     for name in ("cell", "dh"):
-        assert plan(widest, widest)[name]["stays"]
-    assert not plan(widest + 1, widest + 1)["cell"]["stays"] and not plan(16, 8)["cell"]["stays"]
+        assert plan(widest, widest)[name]["regime"] == "block"
+    assert plan(widest + 1, widest + 1)["cell"]["regime"] == plan(16, 8)["cell"]["regime"] == "step"
+
+
+@pytest.mark.parametrize("cell, dtype, tf32, B, D, widest", [
+    ("lstm", "bfloat16", False, 8, 1, 1792), ("lstm", "bfloat16", False, 16, 1, 1760), ("lstm", "float16", False, 64, 1, 1632),
+    ("gru", "bfloat16", False, 16, 1, 2112), ("gru", "bfloat16", False, 32, 1, 2112), ("rnn_tanh", "float16", False, 32, 1, 2112),
+    ("lstm", "bfloat16", False, 16, 2, 1056), ("lstm", "float32", False, 16, 1, 896), ("gru", "float32", True, 32, 1, 1168),
+    ("gru", "float32", False, 2048, 1, 256), ("lstm", "bfloat16", False, 128, 1, 1472),
+])  # fmt: skip
+def test_widths_that_a_whole_chip_holds(cell, dtype, tf32, B, D, widest):
+    """On an H100: by bytes, by multiprocessors (132 of 16 units) or by rows, whichever ends first."""
+    chip = {"multiprocessors": 132, "shared_bytes": 227 << 10, "tf32": tf32, "kernel": "grid"}
+    regimes = lambda H: {  # noqa: E731
+        _C.cuda_plan(cell, dtype, T=9, B=B, H=H, P=H, D=D, **chip)[name]["regime"] for name in ("cell", "dh")
+    }
+    assert regimes(widest) == {"grid"} and "step" in regimes(widest + 16)
 
 
 @pytest.mark.parametrize("cell, dtype, message", [("lstm", "int8", "dtype must be float32"), ("tree", "float32", "no cell 'tree'")])

@@ -155,9 +155,9 @@ def test_plain_calls_never_fall_back(kind):
 def fake_cuda(monkeypatch):
     """fake_cuda(kind, built) -> (module, input) on a CUDA device, for a library built with CUDA or without."""
 
-    def make(kind, built):
+    def make(kind, built, width=5):
         monkeypatch.setattr(select, "HAS_CUDA", built)
-        module = getattr(fusedrnn, kind)(4, 5, device="meta")
+        module = getattr(fusedrnn, kind)(4, width, device="meta")
         for name, weight in module._parameters.items():
             module._parameters[name] = nn.Parameter(torch.empty(weight.shape, device="cuda"))
         return module, torch.empty((2, 4) if "Cell" in kind else (3, 2, 4), device="cuda")
@@ -177,9 +177,12 @@ def test_cuda(kind, fake_cuda, monkeypatch):
     text = explain(module, input)
     assert runs(text) == f"fused CUDA kernels, {'step' if 'Cell' in kind else 'block'}"
     assert ("block: there is only one step" if "Cell" in kind else "step: all steps go in one launch") in text
+    assert "Cell" in kind or "grid: one block can hold all of weight_hh" in text
     assert text.count("the input is on cuda") == 3
     monkeypatch.setattr(select, "chip", lambda device: (132, 255))
-    assert "Cell" in kind or "block: weight_hh does not fit into the 0 KiB of shared memory" in explain(module, input)
+    text = explain(module, input)
+    assert "Cell" in kind or "block: weight_hh does not fit into the 0 KiB of shared memory" in text
+    assert "Cell" in kind or "grid: the weights of 16 units and the sums of a block's share of 2 sequences do not fit" in text
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         output = first(module(input))
@@ -209,12 +212,31 @@ def test_cuda_kernel_by_name(kind, fake_cuda, monkeypatch):
     module, input = fake_cuda(kind, built=True)
     monkeypatch.setenv("FUSEDRNN_KERNEL", "step")
     text = explain(module, input)
-    assert runs(text) == "fused CUDA kernels, step" and "block: FUSEDRNN_KERNEL=step asks for a launch a step" in text
+    assert runs(text) == "fused CUDA kernels, step" and "block: FUSEDRNN_KERNEL=step asks for another" in text
+    monkeypatch.setattr(select, "chip", lambda device: (132, 227 << 10))
+    monkeypatch.setenv("FUSEDRNN_KERNEL", "grid")
+    text = explain(module, input)
+    assert runs(text) == f"fused CUDA kernels, {'step' if 'Cell' in kind else 'grid'}"
+    assert "block: FUSEDRNN_KERNEL=grid asks for another" in text
     monkeypatch.setenv("FUSEDRNN_KERNEL", "torch")
     assert runs(explain(module, input)) == f"torch.nn.{kind}" and "FUSEDRNN_KERNEL=torch" in explain(module, input)
     monkeypatch.setenv("FUSEDRNN_KERNEL", "persistent")
-    with pytest.raises(RuntimeError, match="FUSEDRNN_KERNEL must be one of block, step, torch, got 'persistent'"):
+    with pytest.raises(RuntimeError, match="FUSEDRNN_KERNEL must be one of block, grid, step, torch, got 'persistent'"):
         module(input)
+
+
+@pytest.mark.parametrize("width, chosen, reason", [
+    (64, "block", "grid: one block can hold all of weight_hh"),
+    (512, "grid", "block: weight_hh does not fit into the 227 KiB of shared memory of a block"),
+    (2128, "step", "grid: it would take 133 blocks, of 16 units each, at once, and there are 132 multiprocessors"),
+    (1300, "step", "grid: the weights of 16 units and the sums of a block's share of 2 sequences do not fit into the 227 KiB"),
+])  # fmt: skip
+def test_cuda_kernel_by_width(width, chosen, reason, fake_cuda, monkeypatch):
+    module, input = fake_cuda("LSTM", built=True, width=width)
+    monkeypatch.setattr(select, "chip", lambda device: (132, 227 << 10))
+    with fp32_precision(torch.backends.cudnn.rnn, "ieee"):
+        text = explain(module, input)
+    assert runs(text) == f"fused CUDA kernels, {chosen}" and reason in text
 
 
 def test_tf32_follows_torch():

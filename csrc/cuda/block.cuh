@@ -8,17 +8,10 @@
 
 namespace fusedrnn {
 
-template <class Step>
-struct BlockArgs {
-  Step step;
-  ListedRows rows;
-  int64_t first[kMaxDirections];  // row of step rows.begin
-};
-
 // A warp takes 16 units, all gates of each, and kTiles tiles of the block's rows, and keeps their sums in registers: a lane has
 // all gates of a unit, and runs the cell on them. The same lane comes back to the same units at every step.
 template <class Step, int kTiles>
-__global__ void __launch_bounds__(kMostWarps * kLanes, 1) block_kernel(const __grid_constant__ BlockArgs<Step> args) {
+__global__ void __launch_bounds__(kMostWarps * kLanes, 1) block_kernel(const __grid_constant__ ManySteps<Step> args) {
   using A = typename Step::Arithmetic;
   using Sum = typename A::Sum;
   using Element = typename A::Element;
@@ -28,11 +21,10 @@ __global__ void __launch_bounds__(kMostWarps * kLanes, 1) block_kernel(const __g
   const int d = blockIdx.z, lane = threadIdx.x % kLanes;
   const int64_t first_row = int64_t(blockIdx.x) * plan.block_rows;
 
-  const int64_t count = plan.unit_tiles * plan.depth_blocks * kGates * kWeights;
-  Element* weights = prims::Shared{}.template take<Element>(count);
-  const Sixteen* from = reinterpret_cast<const Sixteen*>(step.weights(d));
-  for (int64_t i = threadIdx.x; i < count * int64_t(sizeof(Element)) / int64_t(sizeof(Sixteen)); i += blockDim.x)
-    reinterpret_cast<Sixteen*>(weights)[i] = from[i];
+  const int64_t count = plan.unit_tiles * packed_tile_count<A>(plan, kGates);
+  prims::Shared shared;
+  Element* weights = shared.template take<Element>(count);
+  copy_in(weights, step.weights(d), count);
   prims::block_sync();  // the weights are there
 
   int64_t first = args.first[d];
@@ -82,21 +74,6 @@ __global__ void __launch_bounds__(kMostWarps * kLanes, 1) block_kernel(const __g
     }
     prims::block_sync();  // all rows have the states that the next step multiplies
     first = first_of_next(args.rows, d, s, first, goes_up(d, Step::kBackward));
-  }
-}
-
-// Launches as many grids as it takes to list the rows of all steps; one, if all steps have the same.
-template <class Step>
-void launch_blocks(const char* name, const Step& step, const Walk& walk, int64_t directions, int64_t steps, const Queue& queue) {
-  constexpr int64_t kMostArguments = 4096;  // bytes, on every chip and by every CUDA
-  static_assert(sizeof(BlockArgs<Step>) <= kMostArguments, "a kernel's arguments must be no larger");
-  const Grid grid{step.plan.batch_tiles, int(directions), step.plan.threads(), step.plan.shared_bytes, false};
-  for (int64_t begin = 0; begin < steps;) {
-    BlockArgs<Step> args{step, list_rows(walk, directions, begin, steps), {}};
-    for (int64_t d = 0; d < directions; ++d) args.first[d] = walk.first(d, begin);
-    if (step.plan.tiles == 1) launch(name, block_kernel<Step, 1>, grid, queue, args);
-    else launch(name, block_kernel<Step, most_block_tiles(sizeof(typename Step::Sum))>, grid, queue, args);
-    begin = args.rows.end;
   }
 }
 

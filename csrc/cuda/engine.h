@@ -11,7 +11,7 @@ struct CudaContext {
   void* stream;     // a cudaStream_t
   bool overlaps;    // whether a grid may start before the one before it has ended
   bool tf32;        // whether products of float32 numbers may go through the matrix units, rounded to TF32
-  bool persistent;  // whether one grid may do all steps, where it can
+  Regimes regimes;  // that may run it
 };
 
 struct CudaBackwardParams : BackwardParams {

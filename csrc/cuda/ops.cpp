@@ -40,8 +40,7 @@ struct Gpu {
     const Chip chip{attribute(cudaDevAttrMultiProcessorCount, device),
                     attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device), major};
     const char* wanted = std::getenv("FUSEDRNN_KERNEL");  // its other names are Python's matter
-    const bool persistent = !wanted || std::string_view(wanted) != "step";
-    return {chip, current_stream(device), major >= 9, allow_tf32, persistent};
+    return {chip, current_stream(device), major >= 9, allow_tf32, regimes_named(wanted ? wanted : "")};
   }
 };
 

@@ -3,6 +3,7 @@
 #pragma once
 #include <algorithm>
 #include <cstdint>
+#include <string_view>
 
 #include "../params.h"
 
@@ -22,17 +23,36 @@ constexpr int kColumnPitch = 20;    // numbers from row to row of a block's sums
 // A warp takes 1, 2 or 4 tiles of the batch: at most as many as its registers hold the sums of. Not measured yet.
 constexpr int most_tiles(int sum_bytes) { return sum_bytes == 8 ? 2 : 4; }
 
-// One kernel of a step: out (units, gates) of a product of depth K, for each row of the batch.
+// Which kernel runs the steps of a layer, and where its weights are between them.
+enum class Regime {
+  kStep,   // a grid a step, which reads them (product.cuh)
+  kBlock,  // one grid for all steps, and each of its blocks keeps all weights (block.cuh)
+  kGrid,   // one grid for all steps, whose blocks keep a part of the weights each and pass the states to one another (grid.cuh)
+};
+constexpr const char* kRegimeNames[] = {"step", "block", "grid"};
+
+// Which regimes a call may use: the best of all that it can, or one, where it can, and else a grid a step.
+struct Regimes {
+  bool block = true, grid = true;
+};
+// As the environment variable FUSEDRNN_KERNEL names them; empty: all.
+inline Regimes regimes_named(std::string_view name) {
+  return {name != kRegimeNames[int(Regime::kStep)] && name != kRegimeNames[int(Regime::kGrid)],
+          name != kRegimeNames[int(Regime::kStep)] && name != kRegimeNames[int(Regime::kBlock)]};
+}
+
+// One product of a step: out (units, gates) of depth K, for each row of the batch.
 struct ProductPlan {
-  int64_t unit_tiles, batch_tiles;  // blocks of the grid: one direction's are their product, or if it `stays` batch_tiles
+  Regime regime;
+  int64_t unit_tiles, batch_tiles;  // blocks of the grid: one direction's are their product, in regime kBlock batch_tiles
   int64_t depth_blocks;             // steps of a sum, of block_depth() numbers each
   int tiles;                        // of the batch, to a warp
   int warps;                        // of a block
   int split, groups;                // of which `split` share a sum by its depth, `groups` the rows of the batch
+  int slots;                        // places for the parts of a sum: where there are fewer than parts, some are added to others
   int block_rows;                   // of the batch, to a block
   int64_t shared_bytes;
-  bool stays;                       // one grid does all steps, and each of its blocks keeps all weights (block.cuh)
-  int64_t blocks() const { return stays ? batch_tiles : unit_tiles * batch_tiles; }
+  int64_t blocks() const { return regime == Regime::kBlock ? batch_tiles : unit_tiles * batch_tiles; }
   int threads() const { return kWarp * warps; }
   int64_t padded_rows() const { return batch_tiles * block_rows; }
 };
@@ -49,32 +69,53 @@ constexpr int block_depth(Dtype dtype, bool tf32) {
   return dtype == Dtype::kFloat32 ? 4 : 2;
 }
 
+// A product's shape, and what its parts take of shared memory.
+struct Product {
+  int64_t unit_tiles, depth_blocks, batch_tiles;  // of 16 units, of block_depth() numbers, of 8 rows
+  int gates, sum_bytes;
+  int64_t tile_bytes;  // weights of 16 units
+  Product(const LayerParams& p, bool tf32, int64_t units, int gates, int64_t depth)
+      : unit_tiles(ceil_div(units, kUnits)), depth_blocks(ceil_div(depth, block_depth(p.dtype, tf32))),
+        batch_tiles(ceil_div(p.steps.B, kTileRows)), gates(gates), sum_bytes(p.dtype == Dtype::kFloat64 ? 8 : 4),
+        tile_bytes(kUnits * gates * depth_blocks * block_depth(p.dtype, tf32) * bytes_of(p.dtype)) {}
+  // What as many warps as this leave in shared memory; those of block.cuh leave nothing.
+  int64_t sums_bytes(int64_t warps, int tiles) const {
+    return warps * gates * tiles * kTileRows * kColumnPitch * sum_bytes;
+  }
+};
+
+// Tiles of the batch to a warp that has so many before it.
+inline int tiles_of_warp(int64_t tiles, int sum_bytes) { return tiles <= 2 ? std::max(1, int(tiles)) : most_tiles(sum_bytes); }
+
+// What the above says of a whole block: `groups` of warps with `tiles` each, and warps to split each sum `split` times.
+inline void divide(ProductPlan& plan, const Product& product) {
+  plan.unit_tiles = product.unit_tiles;
+  plan.depth_blocks = product.depth_blocks;
+  plan.block_rows = kTileRows * plan.tiles * plan.groups;
+  plan.batch_tiles = ceil_div(product.batch_tiles, plan.tiles * plan.groups);
+}
+
+constexpr int64_t kLeastSteps = 2;  // a single one gains nothing from weights that stay. Not measured yet.
+
 // Every sum of a step is short where H is, and steps follow each other: what counts is that each step's work is spread over
 // the whole chip. So warps first share the depth of their sums, and only where there are blocks for all multiprocessors
 // without that do they take more rows of the batch instead, which loads the weights fewer times.
-inline ProductPlan plan_product(const Chip& chip, const LayerParams& p, bool tf32, int64_t units, int gates, int64_t depth) {
+inline ProductPlan plan_grid_a_step(const Chip& chip, const LayerParams& p, const Product& product) {
   constexpr int kBlocksEach = 2;  // a multiprocessor, with which it counts as busy. Not measured yet.
-  const int sum_bytes = p.dtype == Dtype::kFloat64 ? 8 : 4;
+  const int64_t tiles = product.batch_tiles;
   ProductPlan plan{};
-  plan.depth_blocks = ceil_div(depth, block_depth(p.dtype, tf32));
-  plan.unit_tiles = ceil_div(units, kUnits);
-  const int64_t tiles = ceil_div(p.steps.B, kTileRows);
-  plan.tiles = tiles <= 2 ? std::max(1, int(tiles)) : most_tiles(sum_bytes);
-  auto bytes = [&](int warps) {  // every warp leaves its sums in shared memory
-    return int64_t(warps) * gates * plan.tiles * kTileRows * kColumnPitch * sum_bytes;
-  };
+  plan.tiles = tiles_of_warp(tiles, product.sum_bytes);
+  auto fits = [&](int warps) { return warps <= kMostWarps && product.sums_bytes(warps, plan.tiles) <= chip.shared_bytes; };
   plan.groups = 1;
-  while (2 * plan.groups <= kMostWarps && bytes(2 * plan.groups) <= chip.shared_bytes && 2 * plan.groups * plan.tiles <= tiles &&
-         plan.unit_tiles * ceil_div(tiles, 2 * plan.groups * plan.tiles) * p.D >= int64_t(kBlocksEach) * chip.multiprocessors)
+  while (fits(2 * plan.groups) && 2 * plan.groups * plan.tiles <= tiles &&
+         product.unit_tiles * ceil_div(tiles, 2 * plan.groups * plan.tiles) * p.D >= int64_t(kBlocksEach) * chip.multiprocessors)
     plan.groups *= 2;
   plan.split = 1;
-  while (2 * plan.split * plan.groups <= kMostWarps && 2 * plan.split <= plan.depth_blocks &&
-         bytes(2 * plan.split * plan.groups) <= chip.shared_bytes)
-    plan.split *= 2;
-  plan.block_rows = kTileRows * plan.tiles * plan.groups;
-  plan.batch_tiles = ceil_div(tiles, plan.tiles * plan.groups);
+  while (fits(2 * plan.split * plan.groups) && 2 * plan.split <= product.depth_blocks) plan.split *= 2;
+  plan.slots = plan.split;
   plan.warps = plan.split * plan.groups;
-  plan.shared_bytes = bytes(plan.warps);
+  plan.shared_bytes = product.sums_bytes(plan.warps, plan.tiles);
+  divide(plan, product);
   return plan;
 }
 
@@ -82,24 +123,40 @@ inline ProductPlan plan_product(const Chip& chip, const LayerParams& p, bool tf3
 constexpr int most_block_tiles(int sum_bytes) { return sum_bytes == 8 ? 1 : 2; }
 
 // The same product where a block keeps all weights for all steps: rows of the batch are spread over the multiprocessors, and a
-// block's warps take its tiles of units and of rows in turn. `stays` is false if the weights are
-// too large, or the steps too few.
-inline ProductPlan plan_block(const Chip& chip, const LayerParams& p, bool tf32, int64_t units, int gates, int64_t depth) {
-  const int sum_bytes = p.dtype == Dtype::kFloat64 ? 8 : 4;
+// block's warps take its tiles of units and of rows in turn. Regime kStep if the weights are too large, or the steps too few.
+inline ProductPlan plan_block(const Chip& chip, const LayerParams& p, const Product& product) {
   ProductPlan plan{};
-  plan.depth_blocks = ceil_div(depth, block_depth(p.dtype, tf32));
-  plan.unit_tiles = ceil_div(units, kUnits);
-  plan.shared_bytes = plan.unit_tiles * kUnits * gates * plan.depth_blocks * block_depth(p.dtype, tf32) * bytes_of(p.dtype);
-  constexpr int64_t kLeastSteps = 2;  // a single one gains nothing from weights that stay. Not measured yet.
-  plan.stays = plan.shared_bytes <= chip.shared_bytes && p.steps.T >= kLeastSteps;
-  const int64_t tiles = ceil_div(p.steps.B, kTileRows), blocks = std::max<int64_t>(1, chip.multiprocessors / p.D);
-  const int64_t block_tiles = std::max<int64_t>(1, ceil_div(tiles, blocks));
-  plan.tiles = block_tiles == 1 ? 1 : most_block_tiles(sum_bytes);
+  plan.shared_bytes = product.unit_tiles * product.tile_bytes;
+  if (plan.shared_bytes > chip.shared_bytes || p.steps.T < kLeastSteps) return plan;
+  plan.regime = Regime::kBlock;
+  const int64_t blocks = std::max<int64_t>(1, chip.multiprocessors / p.D);
+  const int64_t block_tiles = std::max<int64_t>(1, ceil_div(product.batch_tiles, blocks));
+  plan.tiles = block_tiles == 1 ? 1 : most_block_tiles(product.sum_bytes);
   plan.groups = int(ceil_div(block_tiles, plan.tiles));
-  plan.split = 1;
-  plan.warps = int(std::min<int64_t>(kMostWarps, plan.unit_tiles * plan.groups));
-  plan.block_rows = kTileRows * plan.tiles * plan.groups;
-  plan.batch_tiles = ceil_div(p.steps.B, plan.block_rows);
+  plan.split = plan.slots = 1;
+  plan.warps = int(std::min<int64_t>(kMostWarps, product.unit_tiles * plan.groups));
+  divide(plan, product);
+  return plan;
+}
+
+// The same product where the blocks of one grid keep the weights of 16 units each, for all steps. All of them are on the chip
+// at once, one to a multiprocessor, since they wait for each other; what multiprocessors there are beyond those for all units
+// take rows of the batch. Regime kStep if they are too many, too large, or the steps too few.
+inline ProductPlan plan_grid(const Chip& chip, const LayerParams& p, const Product& product) {
+  ProductPlan plan{};
+  const int64_t copies = chip.multiprocessors / (product.unit_tiles * p.D);  // of the weights, for which there is room
+  if (copies < 1 || p.steps.T < kLeastSteps) return plan;
+  const int64_t block_tiles = std::max<int64_t>(1, ceil_div(product.batch_tiles, copies));
+  plan.tiles = tiles_of_warp(block_tiles, product.sum_bytes);
+  const int64_t groups = ceil_div(block_tiles, plan.tiles), room = chip.shared_bytes - product.tile_bytes;
+  if (groups > kMostWarps || product.sums_bytes(groups, plan.tiles) > room) return plan;
+  plan.regime = Regime::kGrid;
+  plan.groups = int(groups);
+  plan.split = int(std::min<int64_t>(kMostWarps / groups, product.depth_blocks));
+  plan.slots = int(std::min<int64_t>(plan.split, room / product.sums_bytes(groups, plan.tiles)));
+  plan.warps = plan.split * plan.groups;
+  plan.shared_bytes = product.tile_bytes + product.sums_bytes(groups * plan.slots, plan.tiles);
+  divide(plan, product);
   return plan;
 }
 
@@ -109,15 +166,17 @@ struct StepPlan {
   ProductPlan cell, projection, dh, dunprojected;
 };
 
-// may_stay: whether kernels that keep their weights for all steps are to be used where they can.
-inline StepPlan plan_step(const Chip& chip, const LayerParams& p, int gates, bool tf32, bool may_stay) {
-  auto product = [&](int64_t units, int gates_of_sum, int64_t depth, bool alone) {
-    const ProductPlan block = plan_block(chip, p, tf32, units, gates_of_sum, depth);
-    return may_stay && alone && block.stays ? block : plan_product(chip, p, tf32, units, gates_of_sum, depth);
-  };
+// Where a block can keep all weights, blocks need not wait for each other. Not measured yet: for a small batch that is one
+// multiprocessor's work against an exchange.
+inline StepPlan plan_step(const Chip& chip, const LayerParams& p, int gates, bool tf32, Regimes regimes) {
   const bool alone = !p.weight_hr[0];  // a step is one kernel
-  return {product(p.H, gates, p.P, alone), product(p.P, 1, p.H, false), product(p.P, 1, gates * p.H, alone),
-          product(p.H, 1, p.P, false)};
+  auto plan = [&](int64_t units, int gates_of_sum, int64_t depth, bool may_stay) {
+    const Product product(p, tf32, units, gates_of_sum, depth);
+    ProductPlan found = may_stay && regimes.block ? plan_block(chip, p, product) : ProductPlan{};
+    if (found.regime == Regime::kStep && may_stay && regimes.grid) found = plan_grid(chip, p, product);
+    return found.regime == Regime::kStep ? plan_grid_a_step(chip, p, product) : found;
+  };
+  return {plan(p.H, gates, p.P, alone), plan(p.P, 1, p.H, false), plan(p.P, 1, gates * p.H, alone), plan(p.H, 1, p.P, false)};
 }
 
 }  // namespace fusedrnn

@@ -62,6 +62,37 @@ FUSEDRNN_DEVICE void let_next_grid_start() {
 #endif
 }
 
+// ---- Words by which blocks that are on the chip at once speak to each other ----
+
+// Writes a word. Who sees it with wait_until sees all that this thread wrote or saw before, in memory of the whole chip.
+FUSEDRNN_DEVICE void store_release(uint32_t* to, uint32_t value) {
+#if defined(FUSEDRNN_ON_HOST)
+  cuda_on_host::st_release(to, value);
+#else
+  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(value) : "memory");
+#endif
+}
+
+// Waits until a word that another block writes, and only increases, has reached `value`; it may pass 2^32 by less than 2^31.
+// In builds with FUSEDRNN_BOUNDED_WAITS it gives up after some seconds, as an error of the launch.
+FUSEDRNN_DEVICE void wait_until(const uint32_t* word, uint32_t value FUSEDRNN_SITE) {
+#if defined(FUSEDRNN_ON_HOST)
+  while (int32_t(cuda_on_host::ld_acquire(word, file, line) - value) < 0) cuda_on_host::spin_pause(file, line);
+#else
+  uint32_t found;
+#if defined(FUSEDRNN_BOUNDED_WAITS)
+  constexpr uint32_t kPatience = 1u << 24;
+  for (uint32_t tries = 0;; ++tries) {
+    if (tries == kPatience) __trap();
+#else
+  for (;;) {
+#endif
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(found) : "l"(word) : "memory");
+    if (int32_t(found - value) >= 0) return;
+  }
+#endif
+}
+
 // ---- Shared memory ----
 
 // Hands out the block's dynamic shared memory piece by piece, each 16-byte aligned. All threads take the same.
@@ -132,13 +163,16 @@ struct Queue {
   void* stream;          // a cudaStream_t
   bool overlaps;         // whether the chip lets a grid start before the one before it has ended (sm_90)
   int64_t shared_bytes;  // the most that a block may have on this device
+  int multiprocessors;   // of this device
 };
 
 struct Grid {
   int64_t blocks;
   int directions, threads;
   int64_t shared_bytes;
-  bool overlaps;  // may start before the grid before it has ended, and waits for it by itself
+  bool overlaps;             // may start before the grid before it has ended, and waits for it by itself
+  bool all_at_once = false;  // its blocks wait for each other, so that all must be on the chip: one to a multiprocessor
+  int cluster = 1;           // so many are neighbours and may read each other's shared memory (sm_90)
 };
 
 // Runs kernel(args) on the queue; blockIdx.z is the direction. Raises std::runtime_error with the kernel's name if CUDA
@@ -152,6 +186,9 @@ void launch(const char* name, void (*kernel)(Args), const Grid& grid, const Queu
   launch.block = dim3(unsigned(grid.threads));
   launch.shared_bytes = size_t(grid.shared_bytes);
   launch.overlaps_previous = grid.overlaps && queue.overlaps;
+  launch.cooperative = grid.all_at_once;
+  launch.most_resident = unsigned(queue.multiprocessors);
+  launch.cluster = unsigned(grid.cluster);
   cuda_on_host::launch(launch, [kernel, args] { kernel(args); });
 #else
   cudaLaunchConfig_t config{};
@@ -159,11 +196,24 @@ void launch(const char* name, void (*kernel)(Args), const Grid& grid, const Queu
   config.blockDim = dim3(unsigned(grid.threads));
   config.dynamicSmemBytes = size_t(grid.shared_bytes);
   config.stream = static_cast<cudaStream_t>(queue.stream);
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &attribute;
-  config.numAttrs = grid.overlaps && queue.overlaps ? 1 : 0;
+  cudaLaunchAttribute attributes[3]{};
+  config.attrs = attributes;
+  if (grid.overlaps && queue.overlaps) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (grid.all_at_once) {  // CUDA refuses it otherwise
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
+  }
+  if (grid.cluster > 1) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = unsigned(grid.cluster);
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  }
   constexpr int64_t kWithoutAsking = 48 << 10;  // bytes of shared memory that every kernel may have
   cudaError_t error = cudaSuccess;
   // The limit is the kernel's, not the launch's: were it lowered to what this grid needs, another thread of the host, about

@@ -8,6 +8,7 @@
 
 #include "arithmetic.cuh"
 #include "plan.h"
+#include "walk.h"
 
 namespace fusedrnn {
 
@@ -69,9 +70,22 @@ __global__ void pack_kernel(const __grid_constant__ PackArgs<A> args) {
   else for_each_place(units, depth, pack);
 }
 
+// Numbers of a tile of 16 units, and of one direction.
+template <class A>
+FUSEDRNN_ANYWHERE int64_t packed_tile_count(const ProductPlan& plan, int gates) {
+  return plan.depth_blocks * gates * kRows * A::kDepth;
+}
 template <class A>
 int64_t packed_weight_count(const ProductPlan& plan, int gates) {
-  return plan.unit_tiles * plan.depth_blocks * gates * kRows * A::kDepth;
+  return plan.unit_tiles * packed_tile_count<A>(plan, gates);
+}
+
+// Copies packed numbers to shared memory, by all threads of a block; who needs them waits for a barrier.
+template <class Element>
+FUSEDRNN_DEVICE void copy_in(Element* to, const Element* from, int64_t count) {
+  const int64_t pieces = count * int64_t(sizeof(Element)) / int64_t(sizeof(Sixteen));
+  for (int64_t i = threadIdx.x; i < pieces; i += blockDim.x)
+    reinterpret_cast<Sixteen*>(to)[i] = reinterpret_cast<const Sixteen*>(from)[i];
 }
 
 // Packs, for each direction, a weight whose element (gate, unit, k) lies at (gate * units + unit) * unit_stride + k * k_stride.
@@ -97,7 +111,7 @@ struct BlockPlace {
         first_row(int64_t(blockIdx.x / unsigned(plan.unit_tiles)) * plan.block_rows) {}
 };
 
-// The sums of a block, in shared memory: (split, gates, rows of the block, kColumnPitch) numbers, of which 16 to a row are in
+// The sums of a block, in shared memory: (slots, gates, rows of the block, kColumnPitch) numbers, of which 16 to a row are in
 // use.
 template <class A, int kGates, int kTiles>
 struct BlockSums {
@@ -111,13 +125,13 @@ struct BlockSums {
   typename A::Weights weight[kGates];
   typename A::States state[kTiles];
 
-  FUSEDRNN_DEVICE BlockSums(const ProductPlan& plan)
+  FUSEDRNN_DEVICE BlockSums(const ProductPlan& plan, prims::Shared& shared)
       : plan(plan), lane(threadIdx.x % kLanes), part(threadIdx.x / kLanes % plan.split),
         group(threadIdx.x / kLanes / plan.split) {
-    memory = prims::Shared{}.template take<typename A::Sum>(int64_t(plan.split) * kGates * plan.block_rows * kColumnPitch);
+    memory = shared.template take<typename A::Sum>(int64_t(plan.slots) * kGates * plan.block_rows * kColumnPitch);
   }
-  FUSEDRNN_DEVICE int at(int part, int gate, int row) const {
-    return ((part * kGates + gate) * plan.block_rows + row) * kColumnPitch;
+  FUSEDRNN_DEVICE int at(int slot, int gate, int row) const {
+    return ((slot * kGates + gate) * plan.block_rows + row) * kColumnPitch;
   }
 
   FUSEDRNN_DEVICE void load_weights(const Element* weights, int64_t block) {
@@ -151,6 +165,14 @@ struct BlockSums {
 #pragma unroll
         for (int n = 0; n < kTiles; ++n) A::multiply_add(sum[gate][n], weight_now[gate], state_now[n]);
     }
+    for (int turn = 0; turn * plan.slots < plan.split; ++turn) {  // once, where all parts have a slot
+      if (part / plan.slots == turn) leave(sum, turn > 0);
+      prims::block_sync();  // the sums of this turn are there
+    }
+  }
+
+  // Stores the warp's sums, or adds them to those that are there.
+  FUSEDRNN_DEVICE void leave(const typename A::Sum (&sum)[kGates][kTiles][4], bool adds) {
 #pragma unroll
     for (int gate = 0; gate < kGates; ++gate)
 #pragma unroll
@@ -158,23 +180,34 @@ struct BlockSums {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int row = (group * kTiles + n) * kColumns + 2 * (lane % 4) + i % 2, unit = lane / 4 + 8 * (i / 2);
-          memory[at(part, gate, row) + unit] = sum[gate][n][i];
+          typename A::Sum& place = memory[at(part % plan.slots, gate, row) + unit];
+          place = adds ? place + sum[gate][n][i] : sum[gate][n][i];
         }
-    prims::block_sync();
   }
 
   // The parts of a sum, in an order that never changes.
   FUSEDRNN_DEVICE typename A::Sum total(int gate, int row, int unit) const {
     typename A::Sum sum = memory[at(0, gate, row) + unit];
-    for (int part = 1; part < plan.split; ++part) sum += memory[at(part, gate, row) + unit];
+    for (int slot = 1; slot < plan.slots; ++slot) sum += memory[at(slot, gate, row) + unit];
     return sum;
+  }
+
+  // The end of a step for the i-th (row, unit) of the block.
+  template <class Step>
+  FUSEDRNN_DEVICE void finish(const Step& step, int d, const typename Step::Now& now, int i, int64_t row, int64_t unit,
+                              const typename Step::Inputs& inputs) const {
+    typename A::Sum sums[kGates];  // nothing for rows that have not begun
+#pragma unroll
+    for (int gate = 0; gate < kGates; ++gate)
+      sums[gate] = row < step.multiplied(now) ? total(gate, i / kUnits, i % kUnits) : typename A::Sum(0);
+    step.finish(d, now, row, unit, sums, inputs);
   }
 };
 
 // One kernel of a step. A Step is what differs from kernel to kernel, and is its argument:
 //   Arithmetic, kGates           of its product
 //   ProductPlan plan, and p with the sizes of the call
-//   kBackward                    the order of its walk, for block.cuh
+//   kBackward                    the order of its walk, for kernels that do all steps
 //   const Element* weights(d), states(d, now)
 //   Now, step[d]                 what differs between the steps of one direction
 //   int64_t multiplied(now)      rows whose sum is wanted; others take zero
@@ -190,9 +223,9 @@ __global__ void __launch_bounds__(kMostWarps * kLanes, 1) step_kernel(const __gr
   const typename Step::Now& now = step.step[d];
   const BlockPlace place(step.plan);
   const bool multiplies = place.first_row < step.multiplied(now);
-  BlockSums<A, kGates, kTiles> sums(step.plan);
-  const typename A::Element* weights =
-      step.weights(d) + place.unit_tile * step.plan.depth_blocks * kRows * A::kDepth * kGates;
+  prims::Shared shared;
+  BlockSums<A, kGates, kTiles> sums(step.plan, shared);
+  const typename A::Element* weights = step.weights(d) + place.unit_tile * packed_tile_count<A>(step.plan, kGates);
   prims::let_next_grid_start();  // whose threads wait for the end of this grid before they touch anything that it writes
   if (multiplies) sums.load_weights(weights, sums.part);  // which were packed before the first step
   prims::wait_for_previous_grid();
@@ -201,11 +234,7 @@ __global__ void __launch_bounds__(kMostWarps * kLanes, 1) step_kernel(const __gr
   for (int i = threadIdx.x; i < kUnits * step.plan.block_rows; i += blockDim.x) {
     const int64_t row = place.first_row + i / kUnits, unit = place.unit_tile * kUnits + i % kUnits;
     if (row >= step.visited(now) || unit >= step.units) continue;
-    typename A::Sum total[kGates];
-#pragma unroll
-    for (int gate = 0; gate < kGates; ++gate)
-      total[gate] = row < step.multiplied(now) ? sums.total(gate, i / kUnits, i % kUnits) : typename A::Sum(0);
-    step.finish(d, now, row, unit, total, step.fetch(d, now, row, unit));
+    sums.finish(step, d, now, i, row, unit, step.fetch(d, now, row, unit));
   }
 }
 

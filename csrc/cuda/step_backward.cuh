@@ -4,7 +4,7 @@
 #pragma once
 #include "../arena.h"
 #include "engine.h"
-#include "block.cuh"
+#include "many_steps.cuh"
 #include "product.cuh"
 #include "walk.h"
 
@@ -18,7 +18,8 @@ struct BackwardMemory {
   typename A::Element* dprojected;                 // (D, packed states) whole gradient of the projected state
   typename A::Sum* dh;                             // (D, B, P) gradient of h that does not come through weight_hh
   typename A::Sum* dinner;                         // (D, B, H)
-  int64_t dpre_size, dprojected_size;              // elements of one direction
+  uint32_t* done;                                  // (D, exchange words)
+  int64_t dpre_size, dprojected_size, done_size;   // elements of one direction
 };
 
 // What both kernels of a step need.
@@ -198,6 +199,7 @@ __global__ void enter_backward_kernel(const __grid_constant__ EnterBackward<A> a
   clear(args.m.dpre[0], args.m.dpre_size);
   clear(args.m.dpre[1], args.m.dpre_size);
   clear(args.m.dprojected, args.m.dprojected_size);
+  for_each_place(1, args.m.done_size, [&](int64_t, int64_t i) { args.m.done[d * args.m.done_size + i] = 0; });
   auto enter = [&](const void* grads, Sum* to, int64_t width) {
     for_each_place(p.steps.B, width, [&](int64_t b, int64_t u) {
       const int64_t at = (d * p.steps.B + b) * width + u;
@@ -221,8 +223,8 @@ struct BackwardPass {
   BackwardMemory<A> m{};
 
   BackwardPass(const CudaBackwardParams& p, const CudaContext& context, Arena& arena)
-      : p(p), queue{context.stream, context.overlaps, context.chip.shared_bytes}, projected(p.weight_hr[0]),
-        plan(plan_step(context.chip, p, Cell::kGates, context.tf32, context.persistent)), dpre_blocks(plan.dh.depth_blocks),
+      : p(p), queue{context.stream, context.overlaps, context.chip.shared_bytes, context.chip.multiprocessors}, projected(p.weight_hr[0]),
+        plan(plan_step(context.chip, p, Cell::kGates, context.tf32, context.regimes)), dpre_blocks(plan.dh.depth_blocks),
         dprojected_blocks(projected ? plan.dunprojected.depth_blocks : 0),
         padded_rows(std::max(plan.dh.padded_rows(), projected ? plan.dunprojected.padded_rows() : 0)) {
     m.dpre_size = padded_rows * dpre_blocks * A::kDepth;
@@ -235,6 +237,8 @@ struct BackwardPass {
     m.dprojected = arena.take<Element>(p.D * m.dprojected_size);
     m.dh = arena.take<Sum>(p.D * p.steps.B * p.P);
     m.dinner = arena.take<Sum>(Cell::kStates > 1 ? p.D * p.steps.B * p.H : 0);
+    m.done_size = exchange_words(plan.dh);
+    m.done = arena.take<uint32_t>(p.D * m.done_size);
   }
 
   void run() const {
@@ -249,7 +253,7 @@ struct BackwardPass {
     cell.dpre_blocks = dpre_blocks;
     const Walk walk{p.steps, true};
     const int64_t steps = p.steps.T + 1;  // and one that leaves the gradients of the initial states
-    if (plan.dh.stays) return launch_blocks(Cell::kName, cell, walk, p.D, steps, queue);
+    if (plan.dh.regime != Regime::kStep) return launch_many_steps(Cell::kName, cell, walk, p.D, steps, m.done, queue);
     BackwardProjection<A> projection{};
     fill(projection, plan.dh, p.P);
     projection.dprojected_blocks = dprojected_blocks;

@@ -3,7 +3,7 @@
 #pragma once
 #include "../arena.h"
 #include "engine.h"
-#include "block.cuh"
+#include "many_steps.cuh"
 #include "product.cuh"
 #include "walk.h"
 
@@ -17,7 +17,8 @@ struct ForwardMemory {
   typename A::Element* h[2];                       // (D, packed states) the hidden state before and after a step, by turns
   typename A::Element* unprojected;                // (D, packed states)
   typename A::Sum* state[2];                       // (D, B, H) states as the cell has them; 0 is not kept if it is projected
-  int64_t h_size, unprojected_size;                // elements of one direction
+  uint32_t* done;                                  // (D, exchange words)
+  int64_t h_size, unprojected_size, done_size;     // elements of one direction
 };
 
 template <class Cell, class A>
@@ -158,6 +159,7 @@ __global__ void enter_forward_kernel(const __grid_constant__ EnterForward<A> arg
     for_each_place(args.padded_rows, args.unprojected_blocks * A::kDepth, [&](int64_t b, int64_t k) {
       args.m.unprojected[d * args.m.unprojected_size + packed_state_at<A>(args.unprojected_blocks, b, k)] = A::element(Sum(0));
     });
+  for_each_place(1, args.m.done_size, [&](int64_t, int64_t i) { args.m.done[d * args.m.done_size + i] = 0; });
   for_each_place(p.steps.B, p.H, [&](int64_t b, int64_t u) {
     const int64_t at = (d * p.steps.B + b) * p.H + u;
     if (!projected) args.m.state[0][at] = initial(p.hx, b, u, p.H);
@@ -178,8 +180,8 @@ struct ForwardPass {
   ForwardMemory<A> m{};
 
   ForwardPass(const ForwardParams& p, const CudaContext& context, Arena& arena)
-      : p(p), queue{context.stream, context.overlaps, context.chip.shared_bytes}, projected(p.weight_hr[0]),
-        plan(plan_step(context.chip, p, Cell::kGates, context.tf32, context.persistent)), h_blocks(plan.cell.depth_blocks),
+      : p(p), queue{context.stream, context.overlaps, context.chip.shared_bytes, context.chip.multiprocessors}, projected(p.weight_hr[0]),
+        plan(plan_step(context.chip, p, Cell::kGates, context.tf32, context.regimes)), h_blocks(plan.cell.depth_blocks),
         unprojected_blocks(projected ? plan.projection.depth_blocks : 0),
         padded_rows(std::max(plan.cell.padded_rows(), projected ? plan.projection.padded_rows() : 0)) {
     m.h_size = padded_rows * h_blocks * A::kDepth;
@@ -192,6 +194,8 @@ struct ForwardPass {
     m.unprojected = arena.take<Element>(p.D * m.unprojected_size);
     m.state[0] = arena.take<Sum>(projected ? 0 : p.D * p.steps.B * p.H);
     m.state[1] = arena.take<Sum>(Cell::kStates > 1 ? p.D * p.steps.B * p.H : 0);
+    m.done_size = exchange_words(plan.cell);
+    m.done = arena.take<uint32_t>(p.D * m.done_size);
   }
 
   void run() const {
@@ -203,7 +207,8 @@ struct ForwardPass {
 
     ForwardCell<Cell, A> cell{p, m, {}, plan.cell, p.H, unprojected_blocks};
     const Walk walk{p.steps, false};
-    if (plan.cell.stays) return launch_blocks(Cell::kName, cell, walk, p.D, p.steps.T, queue);
+    if (plan.cell.regime != Regime::kStep)
+      return launch_many_steps(Cell::kName, cell, walk, p.D, p.steps.T, m.done, queue);
     ForwardProjection<A> projection{p, m, {}, plan.projection, p.P, h_blocks};
     for (int64_t s = 0; s < p.steps.T; ++s) {
       for (int64_t d = 0; d < p.D; ++d) cell.step[d] = projection.step[d] = step_at(p, walk, d, s, walk.first(d, s));

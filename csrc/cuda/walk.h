@@ -50,6 +50,15 @@ FUSEDRNN_ANYWHERE int64_t first_of_next(const Rows& rows, int64_t d, int64_t s, 
   return up ? first + rows.rows(d, s) : first - rows.rows(d, s + 1);
 }
 
+// The argument of a kernel that goes through many steps by itself; for Step see product.cuh.
+template <class Step>
+struct ManySteps {
+  Step step;
+  ListedRows rows;
+  int64_t first[kMaxDirections];  // row of step rows.begin
+  uint32_t* done;                 // exchange.cuh; null where blocks do not wait for each other
+};
+
 struct ForwardStep {
   int64_t gates_x_at;  // where the input's gates of its first row lie
   int64_t first;       // row of the sequence

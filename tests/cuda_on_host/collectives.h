@@ -78,6 +78,20 @@ inline void grid_sync(CUDA_ON_HOST_SITE) {
   meet(grid.barrier, unsigned(grid.blocks * grid.threads), site);
 }
 
+// barrier.cluster.arrive.release and barrier.cluster.wait.acquire by all threads of the cluster.
+inline void cluster_sync(CUDA_ON_HOST_SITE) {
+  Quiet quiet;
+  progress();
+  const Site site{"cluster_sync", file, line};
+  Block& block = *current->block;
+  Grid& grid = *block.grid;
+  const unsigned size = grid.launch.cluster;
+  Barrier& barrier = grid.clusters[block.number / size];
+  if (grid.exited_of[block.number / size]) fail(site, "barrier divergence: threads of the cluster have exited");
+  check_same_place(barrier, site);
+  meet(barrier, size * grid.threads, site);
+}
+
 // ------------------------------------------------------------------------------------------------ warp collectives
 
 constexpr unsigned kWholeWarp = ~0u;

@@ -10,7 +10,7 @@
 //   cuda_on_host::launch({"scale", dim3(4), dim3(128), /*shared_bytes=*/0, /*overlaps_previous=*/false}, [=] { scale(x, n); });
 //   cuda_on_host::synchronize();
 //
-// Not modelled: wgmma, TMA and its barriers, clusters, static shared memory, stale caches, bank conflicts, whether blocks would
+// Not modelled: wgmma, TMA and its barriers, static shared memory, stale caches, bank conflicts, whether blocks would
 // fit on a device together, time. All calls must come from one thread of the host at a time.
 #pragma once
 #include "collectives.h"

@@ -8,11 +8,12 @@
 //   --arithmetics A,B   only these (f32, tf32, f64, bf16, f16)
 //   --order N           all in this order of threads (the place in test::kOrders), not each in one taken by lot
 //   --chip N            all on this chip (the place in test::kChips)
-//   --persistent N      all with (1) or without (0) kernels that do all steps
+//   --regime NAME       all in this one where it can be (step, block, grid)
 //   --only N            only case N
 //   --most-macs N       only cases of at most N multiply-adds a step
 //   --plant N           mistake N is made, in builds that have mistakes to make (this program must find out)
 //   --spoil NAME        the last number of this result is wrong (this program must find out)
+#include <algorithm>
 #include <cstring>
 #include <stdexcept>
 
@@ -25,9 +26,10 @@ using test::KernelProblem;
 
 struct Options {
   size_t every = 1, lot = 0;
-  long only = -1, order = -1, chip = -1, persistent = -1, most_macs = 1L << 60;
+  long only = -1, order = -1, chip = -1, regime = -1, most_macs = 1L << 60;
   std::string arithmetics = "f32,tf32,f64,bf16,f16", spoiled;
 };
+const std::vector<std::string> kRegimes(std::begin(fusedrnn::kRegimeNames), std::end(fusedrnn::kRegimeNames));
 int planted = -1;
 
 bool wanted(const Options& options, const KernelCase& c, size_t number) {
@@ -42,14 +44,24 @@ bool wanted(const Options& options, const KernelCase& c, size_t number) {
 struct Coverage {
   int one_tile = 0, two_tiles = 0, four_tiles = 0;  // of the batch, to a warp
   int split = 0, groups = 0, both = 0, unit_tiles = 0, batch_tiles = 0, projections = 0;
-  int stays = 0, stays_with_groups = 0, stays_with_turns = 0, stays_in_tiles = 0;  // kernels that do all steps
+  int blocks = 0, block_groups = 0, block_turns = 0, block_tiles = 0;  // one grid for all steps, its blocks alone
+  int grids = 0, grid_groups = 0, grid_split = 0, grid_turns = 0, grid_units = 0, grid_tiles = 0;  // or together
   // `more` is of the second kernel of a step with projections.
   void add(const fusedrnn::ProductPlan& plan, const fusedrnn::ProductPlan* more = nullptr) {
-    if (plan.stays) {
-      ++stays;
-      stays_with_groups += plan.groups > 1;
-      stays_with_turns += plan.unit_tiles * plan.groups > plan.warps;
-      stays_in_tiles += plan.batch_tiles > 1;
+    if (plan.regime == fusedrnn::Regime::kBlock) {
+      ++blocks;
+      block_groups += plan.groups > 1;
+      block_turns += plan.unit_tiles * plan.groups > plan.warps;
+      block_tiles += plan.batch_tiles > 1;
+      return;
+    }
+    if (plan.regime == fusedrnn::Regime::kGrid) {
+      ++grids;
+      grid_groups += plan.groups > 1;
+      grid_split += plan.split > 1;
+      grid_turns += plan.slots < plan.split;
+      grid_units += plan.unit_tiles > 1;
+      grid_tiles += plan.batch_tiles > 1;
       return;
     }
     (plan.tiles == 1 ? one_tile : plan.tiles == 2 ? two_tiles : four_tiles) += 1;
@@ -64,10 +76,11 @@ struct Coverage {
   }
   void print(const char* pass) const {
     std::printf("%s met: %d products of a tile, %d of two, %d of four, %d split, %d with groups, %d with both, %d with several "
-                "tiles of units, %d of the batch, %d projections; %d that stay, %d with groups, %d in turns, %d with several tiles of the "
-                "batch\n",
-                pass, one_tile, two_tiles, four_tiles, split, groups, both, unit_tiles, batch_tiles, projections,
-                stays, stays_with_groups, stays_with_turns, stays_in_tiles);
+                "tiles of units, %d of the batch, %d projections; %d of a block for all steps, %d with groups, %d in turns, %d with "
+                "several tiles of the batch; %d of a grid for all steps, %d with groups, %d split, %d in turns, %d with several tiles of units, "
+                "%d of the batch\n",
+                pass, one_tile, two_tiles, four_tiles, split, groups, both, unit_tiles, batch_tiles, projections, blocks, block_groups,
+                block_turns, block_tiles, grids, grid_groups, grid_split, grid_turns, grid_units, grid_tiles);
   }
 };
 
@@ -103,7 +116,7 @@ void run_all(const Options& options) {
   for (size_t i = 0; i < cases.size(); ++i) {
     if (!wanted(options, cases[i], i)) continue;
     if (options.order >= 0) cases[i].order = int(options.order);
-    if (options.persistent >= 0) cases[i].persistent = options.persistent;
+    if (options.regime >= 0) cases[i].regime = fusedrnn::Regime(options.regime);
     if (options.chip >= 0) cases[i].chip = &test::kChips[options.chip];
     run_case(cases[i], i, options, report);
     ++run;
@@ -128,12 +141,13 @@ int main(int count, char** arguments) {
     else if (name == "--arithmetics") options.arithmetics = value;
     else if (name == "--order") options.order = std::stol(value);
     else if (name == "--chip") options.chip = std::stol(value);
-    else if (name == "--persistent") options.persistent = std::stol(value);
+    else if (name == "--regime") options.regime = std::find(kRegimes.begin(), kRegimes.end(), value) - kRegimes.begin();
     else if (name == "--only") options.only = std::stol(value);
     else if (name == "--most-macs") options.most_macs = std::stol(value);
     else if (name == "--plant") planted = std::stoi(value);
     else if (name == "--spoil") options.spoiled = value;
     else return 2;
+    if (options.regime == long(kRegimes.size())) return 2;
   }
   test::print_context_at_crash();
   run_all(options);

@@ -31,24 +31,27 @@ constexpr Arithmetic kArithmetics[] = {
     {"f16", Dtype::kFloat16, false, as_it_is},
 };
 
-// From one on which every layer is large to one on which none is; with and without grids that overlap; and one whose blocks
-// have so little shared memory that it limits their warps.
+// From one on which every layer is large to one on which few are, and whose threads the emulator can all have at once; with and without grids that overlap; and two whose blocks
+// have so little shared memory that it limits their warps, or what these leave there.
 constexpr fusedrnn::Chip kChips[] = {
-    {1, 227 << 10, 9}, {4, 99 << 10, 8}, {16, 163 << 10, 8}, {132, 227 << 10, 9}, {1, 24 << 10, 9},
+    {1, 227 << 10, 9}, {4, 99 << 10, 8}, {16, 163 << 10, 8}, {31, 227 << 10, 9}, {1, 24 << 10, 9}, {16, 12 << 10, 9},
 };
 
 struct KernelCase : Case {
   const Arithmetic* arithmetic = nullptr;
   const fusedrnn::Chip* chip = nullptr;
   int order = 0;  // of the threads
-  bool persistent = false;
+  fusedrnn::Regime regime = fusedrnn::Regime::kStep;  // where it can be
 
-  fusedrnn::CudaContext context() const { return {*chip, nullptr, chip->major >= 9, arithmetic->tf32, persistent}; }
+  fusedrnn::CudaContext context() const {
+    const fusedrnn::Regimes regimes = fusedrnn::regimes_named(fusedrnn::kRegimeNames[int(regime)]);
+    return {*chip, nullptr, chip->major >= 9, arithmetic->tf32, regimes};
+  }
 };
 
 inline std::string text(const KernelCase& c, size_t number) {
   const fusedrnn::Chip& chip = *c.chip;
-  return std::string(c.arithmetic->name) + (c.persistent ? ", persistent, " : ", ") + std::to_string(chip.multiprocessors) + " multiprocessors of " +
+  return std::string(c.arithmetic->name) + ", regime " + fusedrnn::kRegimeNames[int(c.regime)] + ", " + std::to_string(chip.multiprocessors) + " multiprocessors of " +
          std::to_string(chip.major) + ".x with " + std::to_string(chip.shared_bytes >> 10) + " KiB, " + kOrders[c.order] +
          ", " + text(static_cast<const Case&>(c), number);
 }
@@ -68,7 +71,7 @@ inline std::vector<KernelCase> kernel_cases() {
     c.arithmetic = &arithmetic;
     c.chip = &kChips[random.below(std::size(kChips))];
     c.order = int(random.below(std::size(kOrders)));
-    c.persistent = random.below(2);
+    c.regime = fusedrnn::Regime(random.below(std::size(fusedrnn::kRegimeNames)));
     cases.push_back(c);
   };
   for (int cell = 0; traits_of(cell).gates > 0; ++cell)
@@ -83,7 +86,7 @@ inline std::vector<KernelCase> kernel_cases() {
           if (packed) {  // more steps than a kernel's argument lists
             add(cell, arithmetic, D, packed, 3, 7, false, 6);
             cases.back().T = fusedrnn::ListedRows::kMost + 14;
-            cases.back().persistent = true;
+            cases.back().regime = D == 1 ? fusedrnn::Regime::kBlock : fusedrnn::Regime::kGrid;
           }
           for (auto [B, H] : {std::pair<int, int>{61, 33}, {125, 31}, {257, 17}, {3, 263}, {40, 131}})
             for (bool project : {false, true})
@@ -116,7 +119,7 @@ class KernelProblem : public Problem {
   }
 
   fusedrnn::StepPlan plan() const {
-    return plan_step(context_.chip, forward_params(engines), int(G), context_.tf32, context_.persistent);
+    return plan_step(context_.chip, forward_params(engines), int(G), context_.tf32, context_.regimes);
   }
 
  private:

@@ -43,7 +43,7 @@ inline void end_thread() {
     fail("a thread exits without grid_dependency_wait: its grid could complete before the one that it overlaps");
   for (const Collective& open : me.warp->open)
     if (open.mask >> me.lane() & 1) fail("warp divergence: a thread exits while other lanes wait for it in " + text(open.site));
-  for (const Barrier* barrier : {&block.barriers[0], &grid.barrier})
+  for (const Barrier* barrier : {&block.barriers[0], &grid.barrier, &grid.clusters[block.number / grid.launch.cluster]})
     if (!barrier->waiting.empty())
       fail("barrier divergence: a thread exits while others (" + text(*barrier->waiting[0]) + ") wait in " +
            text(barrier->site));
@@ -52,6 +52,7 @@ inline void end_thread() {
   me.warp->alive &= ~(1u << me.lane());
   --block.alive;
   ++grid.threads_exited;
+  ++grid.exited_of[block.number / grid.launch.cluster];
   --machine.threads_alive;
   me.state = ThreadState::kDone;
 }
@@ -196,7 +197,14 @@ inline void check_launch(const Launch& launch) {
   require(block.x <= 1024 && block.y <= 1024 && block.z <= 64, "block " + text(block) + " exceeds (1024,1024,64)");
   require(uint64_t(block.x) * block.y * block.z <= 1024, "block " + text(block) + " has more than 1024 threads");
   require(launch.shared_bytes <= kMostShared, std::to_string(launch.shared_bytes) + " bytes of shared memory exceed 227 KiB");
-  const double threads = double(grid.x) * grid.y * grid.z * block.x * block.y * block.z;
+  constexpr unsigned kMostCluster = 8;  // that every chip with clusters has
+  require(launch.cluster >= 1 && launch.cluster <= kMostCluster && grid.x % launch.cluster == 0,
+          "clusters of " + std::to_string(launch.cluster) + " blocks");
+  const double blocks = double(grid.x) * grid.y * grid.z;
+  require(!launch.cooperative || blocks <= launch.most_resident,
+          "its blocks wait for each other, and there is room for " + std::to_string(launch.most_resident) + " at once");
+  require(launch.cluster == 1 || launch.cooperative, "clusters are modelled in cooperative grids only");
+  const double threads = blocks * block.x * block.y * block.z;
   require(!launch.cooperative || threads <= kMostThreads, "a cooperative grid of more than " + std::to_string(kMostThreads) +
                                                               " threads cannot be resident here");
 }
@@ -217,6 +225,8 @@ inline void launch(const Launch& launch, std::function<void()> body) {
   grid->number = machine.grids_launched++;
   grid->blocks = uint64_t(launch.grid.x) * launch.grid.y * launch.grid.z;
   grid->threads = launch.block.x * launch.block.y * launch.block.z;
+  grid->clusters.resize(size_t(grid->blocks / launch.cluster));
+  grid->exited_of.resize(grid->clusters.size());
   machine.queued.push_back(std::move(grid));
 }
 

@@ -65,6 +65,27 @@ inline bool in_shared(const Block& block, const void* begin, size_t bytes) {
   });
 }
 
+// mapa: where the same element of shared memory lies in the block of this rank in the cluster, which must have taken its arrays.
+template <class T>
+inline T* shared_of_rank(T* mine, unsigned rank, CUDA_ON_HOST_SITE) {
+  Quiet quiet;
+  const Site site{"shared_of_rank", file, line};
+  const Block& block = *current->block;
+  const Grid& grid = *block.grid;
+  if (rank >= grid.launch.cluster) fail(site, "rank " + std::to_string(rank) + " in a cluster of " + std::to_string(grid.launch.cluster));
+  const uint64_t wanted = block.number / grid.launch.cluster * grid.launch.cluster + rank;
+  const unsigned char* place = reinterpret_cast<const unsigned char*>(mine);
+  for (size_t nth = 0; nth < block.shared.size(); ++nth) {
+    const SharedArray& array = block.shared[nth];
+    if (place < array.data || place >= array.data + array.bytes) continue;
+    for (const auto& other : machine.live_blocks)
+      if (other->grid == &grid && other->number == wanted && nth < other->shared.size())
+        return reinterpret_cast<T*>(other->shared[nth].data + (place - array.data));
+    fail(site, "block " + std::to_string(wanted) + " has not begun, or has ended: its shared memory is not there");
+  }
+  fail(site, "not an address in an array of the block's shared memory");
+}
+
 // ------------------------------------------------------------------------------------------------------- cp.async
 
 // The kernel's own access, seen by the sanitizers: at the latest moment the program may rely on, or at once.
@@ -159,6 +180,22 @@ inline T atomic_add(T* to, T value) {
 inline void red_add_release(unsigned* to, unsigned value) {
   __atomic_fetch_add(to, value, __ATOMIC_RELEASE);
   after_atomic("red.release");
+}
+
+template <class T>
+inline void st_relaxed(T* to, T value) {
+  __atomic_store_n(to, value, __ATOMIC_RELAXED);
+  after_atomic("st.relaxed");
+}
+
+template <class T>
+inline T ld_relaxed(const T* from) {
+  return __atomic_load_n(from, __ATOMIC_RELAXED);
+}
+
+inline void st_release(unsigned* to, unsigned value) {
+  __atomic_store_n(to, value, __ATOMIC_RELEASE);
+  after_atomic("st.release");
 }
 
 inline unsigned ld_acquire(const unsigned* from, CUDA_ON_HOST_SITE) {

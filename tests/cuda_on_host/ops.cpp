@@ -6,24 +6,24 @@
 namespace {
 
 fusedrnn::Chip chip{4, 99 << 10, 9};  // few multiprocessors, so that small shapes already meet the layouts of large ones
-bool persistent = true;
+fusedrnn::Regimes regimes;
 
 struct Host {
   struct Guard {
     explicit Guard(int) {}
   };
   static fusedrnn::CudaContext context(int, bool allow_tf32) {
-    return {chip, nullptr, chip.major >= 9, allow_tf32, persistent};
+    return {chip, nullptr, chip.major >= 9, allow_tf32, regimes};
   }
 };
 
 // The order in which threads run (cuda_on_host::Order), its seed, the chip for which work is planned, and whether kernels that
-// do all steps may be chosen.
-void configure(int64_t order, int64_t seed, int64_t multiprocessors, int64_t major, bool may_stay) {
+// do all steps may be chosen, by a block or by a grid.
+void configure(int64_t order, int64_t seed, int64_t multiprocessors, int64_t major, bool block, bool grid) {
   cuda_on_host::configure(int(order), uint64_t(seed));
   chip.multiprocessors = int(multiprocessors);
   chip.major = int(major);
-  persistent = may_stay;
+  regimes = {block, grid};
 }
 
 }  // namespace
@@ -31,7 +31,7 @@ void configure(int64_t order, int64_t seed, int64_t multiprocessors, int64_t maj
 STABLE_TORCH_LIBRARY(fusedrnn_on_host, m) {
   m.def(fusedrnn::kForwardSchema);
   m.def(fusedrnn::kBackwardSchema);
-  m.def("configure(int order, int seed, int multiprocessors, int major, bool persistent) -> ()");
+  m.def("configure(int order, int seed, int multiprocessors, int major, bool block, bool grid) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fusedrnn_on_host, CPU, m) {

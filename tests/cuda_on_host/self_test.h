@@ -72,6 +72,11 @@ inline Launch grid(const char* name, dim3 blocks, dim3 threads, size_t shared_by
 inline Launch cooperative(const char* name, dim3 blocks, dim3 threads, size_t shared_bytes = 0) {
   return {name, blocks, threads, shared_bytes, false, true};
 }
+inline Launch clusters(const char* name, dim3 blocks, dim3 threads, unsigned cluster, size_t shared_bytes = 0) {
+  Launch launch = cooperative(name, blocks, threads, shared_bytes);
+  launch.cluster = cluster;
+  return launch;
+}
 inline Launch dependent(const char* name, dim3 blocks, dim3 threads, size_t shared_bytes = 0) {
   return {name, blocks, threads, shared_bytes, true};
 }

@@ -33,6 +33,11 @@ inline void errors(test::Random&) {
   expect(message(grid("much", dim3(1u << 31), 1), nothing), {"grid (2147483648,1,1) exceeds"});
   expect(message(grid("much", 1, 1, (227 << 10) + 1), nothing), {"232449 bytes of shared memory"});
   expect(message(cooperative("much", 1000000, 32), nothing), {"cooperative grid", "cannot be resident"});
+  expect(message(clusters("much", 4, 32, 3), nothing), {"much: cannot be launched", "clusters of 3 blocks"});
+  expect(message(clusters("much", 16, 32, 16), nothing), {"clusters of 16 blocks"});
+  Launch crowded = cooperative("much", 5, 32);
+  crowded.most_resident = 4;
+  expect(message(crowded, nothing), {"its blocks wait for each other, and there is room for 4 at once"});
   CHECK(message(grid("fits", dim3(1, 2, 3), dim3(32, 8, 4), 227 << 10), nothing).empty(), "must be launched");
 
   expect(message(grid("diverges", 2, 64), [] {
@@ -55,6 +60,16 @@ inline void errors(test::Random&) {
   expect(message(cooperative("joins", 2, 1), [] {
            if (blockIdx.x == 1) grid_sync();
          }), {"joins: ", "barrier divergence"});
+  expect(message(clusters("joins", 4, 1, 2), [] {
+           if (blockIdx.x != 3) cluster_sync();
+         }), {"joins: ", "barrier divergence"});
+  expect(message(clusters("maps", 2, 1, 2, 64), [] { shared_of_rank(static_cast<int*>(shared_take(64)), 2); }), {"rank 2 in a cluster of 2"});
+  expect(message(clusters("maps", 2, 1, 2, 64), [] {
+           int* mine = static_cast<int*>(shared_take(64));
+           shared_of_rank(mine + 16, 1 - blockIdx.x);
+         }), {"not an address in an array"});
+  expect(message(clusters("maps", 2, 1, 2, 64), [] { shared_of_rank(static_cast<int*>(shared_take(64)), 1 - blockIdx.x); }), {"has not begun, or has ended"});
+  CHECK(message(clusters("meets", 4, 3, 2), [] { for (int i = 0; i < 5; ++i) cluster_sync(); }).empty(), "clusters meet alone");
   const unsigned never = 0;
   expect(message(cooperative("spins", 2, 1), [&] {
            while (!ld_acquire(&never)) spin_pause();

@@ -21,13 +21,15 @@ struct Launch {
   size_t shared_bytes;         // dynamic shared memory of a block
   bool overlaps_previous;      // programmatic dependent launch: may start before the previous grid has completed
   bool cooperative = false;    // all blocks are resident at once, so that they may wait for each other
+  unsigned most_resident = ~0u;  // blocks of a cooperative grid that the device has room for
+  unsigned cluster = 1;        // blocks, side by side in x, that may use each other's shared memory; of a cooperative grid only
 };
 
 struct Block;
 struct Grid;
 struct Thread;
 
-// Where counted threads meet: a block's sixteen barriers and a grid's one. Empty between two meetings.
+// Where counted threads meet: a block's sixteen barriers, a cluster's and a grid's one. Empty between two meetings.
 struct Barrier {
   unsigned expected = 0;
   Site site;                     // of the first to arrive
@@ -135,6 +137,8 @@ struct Grid {
   uint64_t resident = 1;            // at most so many blocks at a time
   uint64_t stride = 1, offset = 0;  // the i-th block to start is number (i * stride + offset) % blocks
   Barrier barrier;                  // grid_sync
+  std::vector<Barrier> clusters;    // cluster_sync
+  std::vector<uint64_t> exited_of;  // threads of each cluster
   std::vector<Thread*> dependents;  // threads of the next grid that wait for this one to complete
   bool previous_complete = true;
   // What orders memory between grids: what a thread comes after when it starts, what its wait comes after, what it precedes.
