@@ -37,8 +37,6 @@ template <class T>
 FUSEDRNN_DEVICE T load_relaxed(const T* from) { return cuda_on_host::ld_relaxed(from); }
 FUSEDRNN_DEVICE void pause() { cuda_on_host::spin_pause(); }
 FUSEDRNN_DEVICE void fence() { cuda_on_host::fence(); }
-FUSEDRNN_DEVICE void cluster_sync() { cuda_on_host::cluster_sync(); }
-FUSEDRNN_DEVICE uint32_t* in_block(uint32_t* shared, unsigned rank) { return cuda_on_host::shared_of_rank(shared, rank); }
 #else
 FUSEDRNN_DEVICE void add_release(uint32_t* to, uint32_t value) {
   asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(to), "r"(value) : "memory");
@@ -61,22 +59,12 @@ FUSEDRNN_DEVICE uint64_t load_relaxed(const uint64_t* from) {
 }
 FUSEDRNN_DEVICE void pause() {}
 FUSEDRNN_DEVICE void fence() { __threadfence(); }
+#endif
+
 FUSEDRNN_DEVICE void cluster_sync() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;\n barrier.cluster.wait.acquire.aligned;" ::: "memory");
-#endif
+  prims::cluster_arrive();
+  prims::cluster_wait();
 }
-// Where the same word lies in the shared memory of another block of the cluster.
-FUSEDRNN_DEVICE uint32_t* in_block(uint32_t* shared, unsigned rank) {
-#if __CUDA_ARCH__ >= 900
-  uint64_t found;
-  asm volatile("mapa.u64 %0, %1, %2;" : "=l"(found) : "l"(shared), "r"(rank));
-  return reinterpret_cast<uint32_t*>(found);
-#else
-  return shared;
-#endif
-}
-#endif
 
 // ---- The ways ----
 //
@@ -220,7 +208,7 @@ __global__ void __launch_bounds__(kMostThreads, 1) cluster_kernel(const __grid_c
       uint32_t sum = 0;
       for (int block = 0; block < blocks; ++block) sum += from[block * args.part + i];
       const uint32_t value = next_number(sum, s, mine);
-      for (int block = 0; block < blocks; ++block) in_block(state, unsigned(block))[s % 2 * size + mine * args.part + i] = value;
+      for (int block = 0; block < blocks; ++block) prims::in_block(state, unsigned(block))[s % 2 * size + mine * args.part + i] = value;
       if (s == args.steps) args.result[mine * args.part + i] = value;
     }
     cluster_sync();

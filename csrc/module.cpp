@@ -12,6 +12,7 @@
 #include "cells/cells.h"
 #include "cpu/capability.h"
 #include "cuda/plan.h"
+#include "pages.h"
 
 namespace py = pybind11;
 
@@ -48,14 +49,14 @@ std::vector<std::string> cpu_isas() {
 py::dict describe(const fusedrnn::ProductPlan& plan) {
   using namespace py::literals;
   return py::dict("blocks"_a = plan.blocks(), "threads"_a = plan.threads(), "shared_bytes"_a = plan.shared_bytes,
-                  "unit_tiles"_a = plan.unit_tiles, "batch_tiles"_a = plan.batch_tiles, "block_rows"_a = plan.block_rows,
+                  "unit_tiles"_a = plan.unit_tiles, "sharers"_a = plan.sharers, "batch_tiles"_a = plan.batch_tiles, "block_rows"_a = plan.block_rows,
                   "depth_blocks"_a = plan.depth_blocks, "tiles"_a = plan.tiles, "split"_a = plan.split, "groups"_a = plan.groups, "slots"_a = plan.slots,
                   "regime"_a = fusedrnn::kRegimeNames[int(plan.regime)]);
 }
 
 // How a chip would be given a layer's steps. dtype is as torch names it; P = H where there is no projection.
 py::dict cuda_plan(const std::string& cell, const std::string& dtype, int64_t T, int64_t B, int64_t H, int64_t P, int64_t D,
-                   int multiprocessors, int64_t shared_bytes, bool tf32, const std::string& kernel) {
+                   int multiprocessors, int64_t shared_bytes, int major, bool tf32, const std::string& kernel) {
   using namespace py::literals;
   fusedrnn::LayerParams p{};
   const char* names[] = {"float32", "float64", "bfloat16", "float16"};  // in the order of Dtype
@@ -70,7 +71,7 @@ py::dict cuda_plan(const std::string& cell, const std::string& dtype, int64_t T,
   });
   if (!gates) throw py::value_error("there is no cell '" + cell + "'");
   const fusedrnn::Regimes regimes = fusedrnn::regimes_named(kernel);
-  const fusedrnn::StepPlan plan = fusedrnn::plan_step({multiprocessors, shared_bytes, 8}, p, gates, tf32, regimes);
+  const fusedrnn::StepPlan plan = fusedrnn::plan_step({multiprocessors, shared_bytes, major}, p, gates, tf32, regimes);
   return py::dict("cell"_a = describe(plan.cell), "projection"_a = describe(plan.projection), "dh"_a = describe(plan.dh),
                   "dunprojected"_a = describe(plan.dunprojected));
 }
@@ -84,7 +85,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("cell_traits", &cell_traits, "{cell: {gates, pre, states, saved, x_pre: [gates], h_pre: [gates]}}");
   m.def("cpu_isas", &cpu_isas, "instruction sets that were built and that this processor has, the best last");
   m.def("cuda_plan", &cuda_plan, py::arg("cell"), py::arg("dtype"), py::kw_only(), py::arg("T"), py::arg("B"), py::arg("H"), py::arg("P"),
-        py::arg("D"), py::arg("multiprocessors"), py::arg("shared_bytes"), py::arg("tf32") = false, py::arg("kernel") = "",
+        py::arg("D"), py::arg("multiprocessors"), py::arg("shared_bytes"), py::arg("major") = 9, py::arg("tf32") = false, py::arg("kernel") = "",
         "{kernel: {blocks and threads of its grid, what they take of the sums}} of the kernels on such a GPU");
+  m.def("want_large_pages", [](uintptr_t data, int64_t bytes) { fusedrnn::want_large_pages(reinterpret_cast<void*>(data), bytes); },
+        py::arg("data"), py::arg("bytes"), "ask for large pages under memory that nobody has written yet (csrc/pages.h)");
   m.def("cpu_isa", &cpu_isa, "the instruction set that a call would use now; RuntimeError if FUSEDRNN_CPU_ISA is wrong");
 }

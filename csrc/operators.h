@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "cells/cells.h"
+#include "pages.h"
 #include "params.h"
 
 namespace fusedrnn {
@@ -82,7 +83,9 @@ inline Tensor allocate(const Tensor& like, const Sizes& sizes, ScalarType type) 
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), dtype, device,
                                                   like.get_device_index(), &handle));
-  return Tensor(handle);
+  const Tensor tensor(handle);
+  if (like.is_cpu()) want_large_pages(tensor.data_ptr(), tensor.numel() * tensor.element_size());
+  return tensor;
 }
 inline Tensor allocate(const Tensor& like, const Sizes& sizes) { return allocate(like, sizes, like.scalar_type()); }
 

@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 from torch.nn.functional import linear
 
-from . import reference
+from . import _C, reference
 from .ops import TRAITS, recurrence_backward, recurrence_forward
 
 
@@ -59,13 +59,39 @@ def _forward(cell, batch_sizes, batch_first, input, hx, cx, weights, save):
     for w_ih, w_hh, b_ih, b_hh, w_hr in weights:
         if b_hh is not None:
             bias_hh.append(b_hh)
-        gates = linear(input, w_ih, b_ih)
+        gates = _input_product(input, w_ih, b_ih)
         gates_x.append(gates.transpose(0, 1) if batch_first else gates)
         weight_hh.append(w_hh)
         if w_hr is not None:
             weight_hr.append(w_hr)
     return recurrence_forward(cell, gates_x, weight_hh, bias_hh, weight_hr, hx, cx, batch_sizes, save,
                               allows_tf32(input, batch_sizes, batch_first))
+
+
+def _input_product(input, weight, bias):
+    """torch.nn.functional.linear, into large pages where that is worth it."""
+    if input.numel() // input.shape[-1] * len(weight) < LARGE or is_compiling():  # before anything that costs a small call time
+        return linear(input, weight, bias)
+    rows = input.reshape(-1, input.shape[-1])
+    out = _large_empty(rows, len(weight))
+    if out is None:
+        return linear(input, weight, bias)
+    out = torch.mm(rows, weight.t(), out=out) if bias is None else torch.addmm(bias, rows, weight.t(), out=out)
+    return out.view(*input.shape[:-1], -1)
+
+
+LARGE = 1 << 20  # numbers of a result for which large pages are worth asking for; csrc/pages.h has the limit in bytes
+
+
+def _large_empty(rows, columns):
+    """Memory for a product of `rows` and so many columns, on large pages; None if it is small, or no plain memory of a CPU."""
+    if len(rows) * columns < LARGE or not rows.is_cpu or is_compiling() or _are_functorch_transforms_active():
+        return None
+    out = rows.new_empty(len(rows), columns)
+    if type(out) is not torch.Tensor:  # a fake one
+        return None
+    _C.want_large_pages(out.data_ptr(), out.nbytes)
+    return out
 
 
 def allows_tf32(input, batch_sizes, batch_first):
@@ -300,6 +326,11 @@ def _grad_input(cell, grad_pre, weights, shape, batch_first):
     for d, (w_ih, *_) in enumerate(weights):
         gates = w_ih.shape[0]
         grad_gates = grad_pre if gates == grad_pre.shape[1] else grad_pre[:, d * width : d * width + gates]
-        grad_input = torch.mm(grad_gates, w_ih) if d == 0 else grad_input.addmm_(grad_gates, w_ih)
+        if d > 0:
+            grad_input.addmm_(grad_gates, w_ih)
+        elif (out := _large_empty(grad_gates, w_ih.shape[1])) is not None:
+            grad_input = torch.mm(grad_gates, w_ih, out=out)
+        else:
+            grad_input = torch.mm(grad_gates, w_ih)
     grad_input = grad_input.view(*shape)  # in half the time of view(shape)
     return grad_input.transpose(0, 1) if batch_first else grad_input

@@ -11,7 +11,7 @@ from .convert import FUSED_OF_STOCK
 from .modules import CELL_OF_MODE, FusedLayer
 
 INSTRUCTION_SETS = ("avx512", "avx2", "baseline")
-CUDA_KERNELS = ("block", "grid", "step")
+CUDA_KERNELS = ("block", "cluster", "grid", "step")
 
 
 def explain(module: nn.Module, input: Tensor | PackedSequence, hx=None) -> str:

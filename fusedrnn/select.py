@@ -30,7 +30,7 @@ DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16}
 DEVICES = frozenset({"cpu", "meta", "cuda"})
 #: What the environment variable FUSEDRNN_KERNEL may name for tensors on CUDA: a kernel of csrc/cuda, where it can run a layer
 #: ("step" else), or torch's own. If it is unset the first of them that can.
-CUDA_KERNELS = ("block", "grid", "step", "torch")
+CUDA_KERNELS = ("block", "cluster", "grid", "step", "torch")
 OLDEST_CUDA = (8, 0)  # compute capability, as csrc/cuda/ops.cpp has it
 HAS_CUDA, CUDA_WHY_NOT = (_C.build_record()[key] for key in ("cuda", "cuda_why_not"))
 
@@ -103,12 +103,14 @@ def cuda_kernel() -> str:
 
 
 @cache
-def chip(device: torch.device) -> tuple[int, int] | None:
-    """(multiprocessors, most shared memory of a block) of a CUDA device; None if there is none to ask."""
+def chip(device: torch.device) -> dict[str, int] | None:
+    """A CUDA device's multiprocessors, shared_bytes (the most that a block may have) and major (of its compute capability), as
+    `_C.cuda_plan` takes them; None if there is none to ask."""
     if not torch.cuda.is_available():
         return None
     found = torch.cuda.get_device_properties(device)
-    return found.multi_processor_count, found.shared_memory_per_block_optin
+    memory = found.shared_memory_per_block_optin
+    return {"multiprocessors": found.multi_processor_count, "shared_bytes": memory, "major": found.major}
 
 
 def reasons_against_kernels(device: torch.device, cell: str, dtype: torch.dtype, **sizes) -> dict[str, str | None]:
@@ -120,20 +122,21 @@ def reasons_against_kernels(device: torch.device, cell: str, dtype: torch.dtype,
         dtype: of all tensors.
         sizes: T, B, H, P (H without projections), D, the number of directions, and tf32, whether float32 is multiplied as TF32.
     Returns:
-        for "block", "grid" and "step" the reason in words; None for the one that runs it.
+        for "block", "cluster", "grid" and "step" the reason in words; None for the one that runs it.
     """
     wanted, found, name = cuda_kernel(), chip(device), str(dtype).removeprefix("torch.")
 
     def planned(kernel: str) -> str:
         if found is None:
             return "step"
-        on = {"multiprocessors": found[0], "shared_bytes": found[1], "kernel": kernel}
-        return _C.cuda_plan(cell, name, **sizes, **on)["cell"]["regime"]
+        return _C.cuda_plan(cell, name, **sizes, **found, kernel=kernel)["cell"]["regime"]
 
     chosen = planned(wanted)
-    reasons: dict[str, str | None] = {"step": "all steps go in one launch"}
-    for kernel in ("block", "grid"):
-        if wanted not in ("", kernel):
+    reasons: dict[str, str | None] = {"step": "all steps go in one launch" if chosen != "step" else None}
+    for kernel in ("block", "cluster", "grid"):
+        if kernel == chosen:
+            reasons[kernel] = None
+        elif wanted not in ("", kernel):
             reasons[kernel] = f"FUSEDRNN_KERNEL={wanted} asks for another"
         elif sizes["P"] != sizes["H"]:
             reasons[kernel] = "with a projection a step is two products"
@@ -142,17 +145,24 @@ def reasons_against_kernels(device: torch.device, cell: str, dtype: torch.dtype,
         elif sizes["T"] == 1:
             reasons[kernel] = "there is only one step"
         elif planned(kernel) == kernel:
-            reasons[kernel] = "one block can hold all of weight_hh, and then blocks need not wait for each other"
+            reasons[kernel] = {
+                "block": "one block can hold all of weight_hh, and then blocks need not wait for each other",
+                "cluster": "a cluster of blocks can hold all of weight_hh, and then only they wait for each other",
+            }[chosen]
         else:
-            reasons[kernel] = _no_room(kernel, *found, sizes)
-    return reasons | {chosen: None}
+            reasons[kernel] = _no_room(kernel, **found, sizes=sizes)
+    return reasons
 
 
-def _no_room(kernel: str, multiprocessors: int, shared: int, sizes: dict[str, Any]) -> str:
-    """Why the plan of csrc/cuda/plan.h gives a layer of several steps to none of the kernels that do all of them."""
-    memory = f"the {shared >> 10} KiB of shared memory of a block"
+def _no_room(kernel: str, multiprocessors: int, shared_bytes: int, major: int, sizes: dict[str, Any]) -> str:
+    """Why this GPU has no room for a layer by one of the kernels that do all steps (csrc/cuda/plan.h)."""
+    memory = f"the {shared_bytes >> 10} KiB of shared memory of a block"
     if kernel == "block":
         return f"weight_hh does not fit into {memory}"
+    if kernel == "cluster":
+        if major < 9:
+            return "this GPU has no clusters (compute capability 9.0)"
+        return f"an eighth of weight_hh and the states of a block's share of {sizes['B']} sequences do not fit into {memory}"
     blocks = -(-sizes["H"] // 16) * sizes["D"]
     if blocks > multiprocessors:
         return f"it would take {blocks} blocks, of 16 units each, at once, and there are {multiprocessors} multiprocessors"

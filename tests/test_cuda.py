@@ -37,7 +37,7 @@ def layer_and_input(cell, layout="plain", dtype=torch.float32, T=11, B=37, I=19,
     return ours, stock, input
 
 
-@pytest.fixture(params=[("block", 45), ("grid", 130), ("step", 130)], ids=lambda param: param[0])
+@pytest.fixture(params=[("block", 45), ("cluster", 100), ("grid", 130), ("step", 130)], ids=lambda param: param[0])
 def H(request, monkeypatch):
     """Units of a layer, which the kernel that is asked for can run."""
     kernel, units = request.param
@@ -69,7 +69,7 @@ def test_tf32(cell):
 
 @pytest.mark.parametrize("tf32", [False, True])
 @pytest.mark.parametrize("layout", ["both", "packed"])
-@pytest.mark.parametrize("kernel, H", [("block", 64), ("grid", 64), ("grid", 300)])
+@pytest.mark.parametrize("kernel, H", [("block", 64), ("cluster", 64), ("cluster", 200), ("grid", 64), ("grid", 300)])
 @cells
 def test_kernels_agree(cell, kernel, H, layout, tf32, monkeypatch):
     """Over more steps than one launch lists."""
@@ -84,13 +84,14 @@ def test_kernels_agree(cell, kernel, H, layout, tf32, monkeypatch):
         torch.testing.assert_close(found[kernel][name], expected, rtol=tolerance, atol=tolerance, msg=name)
 
 
+@pytest.mark.parametrize("asked", ["cluster", "grid"])
 @cells
-def test_exchange_of_many_steps(cell, monkeypatch):
+def test_exchange_of_many_steps(cell, asked, monkeypatch):
     """100,000 exchanges between eight blocks end, and leave what a launch a step does."""
     ours, _, input = layer_and_input(cell, T=100_000, B=3, H=128)
     outputs = []
     with torch.no_grad():
-        for kernel in ("grid", "step"):
+        for kernel in (asked, "step"):
             monkeypatch.setenv("FUSEDRNN_KERNEL", kernel)
             outputs.append(ours(input)[0][-100:])
     torch.testing.assert_close(*outputs, rtol=1e-3, atol=1e-3)

@@ -6,9 +6,9 @@ import pytest
 
 from fusedrnn import _C
 
-# name: multiprocessors, most shared memory of a block (CUDA C programming guide, table of compute capabilities)
-CHIPS = {"A100": (108, 163 << 10), "H100": (132, 227 << 10), "H200": (132, 227 << 10), "sm_86, 48 of them": (48, 99 << 10),
-         "MIG slice of an H100": (16, 227 << 10), "one multiprocessor": (1, 99 << 10)}  # fmt: skip
+# name: multiprocessors, most shared memory of a block, major compute capability (CUDA C programming guide)
+CHIPS = {"A100": (108, 163 << 10, 8), "H100": (132, 227 << 10, 9), "H200": (132, 227 << 10, 9), "sm_86, 48 of them": (48, 99 << 10, 8),
+         "MIG slice of an H100": (16, 227 << 10, 9), "one multiprocessor": (1, 99 << 10, 8)}  # fmt: skip
 BATCHES, WIDTHS = [0, 1, 7, 8, 9, 33, 64, 257, 2048, 1 << 20], [1, 15, 16, 17, 128, 1000, 1792, 4096]
 DTYPES = [("float32", False), ("float32", True), ("float64", False), ("bfloat16", False), ("float16", False)]
 DEPTH = {("float32", False): 4, ("float32", True): 16, ("float64", False): 2, ("bfloat16", False): 32, ("float16", False): 32}
@@ -17,10 +17,10 @@ GATES = {"rnn_tanh": 1, "rnn_relu": 1, "lstm": 4, "gru": 3}
 
 
 def plans(cell, chip, dtype, tf32):
-    multiprocessors, shared = CHIPS[chip]
+    multiprocessors, shared, major = CHIPS[chip]
     for B, H, D in itertools.product(BATCHES, WIDTHS, (1, 2)):
         for P in {H, max(1, H // 3)} if cell == "lstm" else {H}:
-            where = dict(T=1 + B % 3, B=B, H=H, P=P, D=D, multiprocessors=multiprocessors, shared_bytes=shared, tf32=tf32)
+            where = dict(T=1 + B % 3, B=B, H=H, P=P, D=D, multiprocessors=multiprocessors, shared_bytes=shared, major=major, tf32=tf32)
             yield where, _C.cuda_plan(cell, dtype, **where)
 
 
@@ -37,13 +37,14 @@ def test_every_plan_fits_and_covers(cell, chip, dtype, tf32):
             assert product["shared_bytes"] <= CHIPS[chip][1], context
             assert product["block_rows"] == 8 * product["tiles"] * product["groups"], context
             assert one_kernel_a_step or product["regime"] == "step", context
-            of_regime = {"step": check_step, "block": check_block, "grid": check_grid}[product["regime"]]
+            of_regime = {"step": check_step, "block": check_block, "cluster": check_cluster, "grid": check_grid}[product["regime"]]
             of_regime(product, where, Memory(product, gates, dtype, tf32), context)
             # All units and rows, and no block without any.
             assert 0 <= product["unit_tiles"] * 16 - units < 16, context
             assert 0 <= product["batch_tiles"] * product["block_rows"] - B < product["block_rows"], context
             assert 0 <= product["depth_blocks"] * DEPTH[dtype, tf32] - depth < DEPTH[dtype, tf32], context
             assert product["split"] <= product["depth_blocks"], context
+            assert product["blocks"] == product["sharers"] * product["batch_tiles"] < 2**31, context
             # What a regime would not have room for, it has no room for.
             if one_kernel_a_step and product["regime"] != "block":
                 assert product["unit_tiles"] * Memory(product, gates, dtype, tf32).tile > CHIPS[chip][1], context
@@ -58,6 +59,7 @@ class Memory:
 
     def __init__(self, product, gates, dtype, tf32):
         self.tile = 16 * gates * product["depth_blocks"] * DEPTH[dtype, tf32] * BYTES[dtype]  # weights of 16 units
+        self.row = product["depth_blocks"] * DEPTH[dtype, tf32] * BYTES[dtype]  # states of a row
         # 20 numbers for each row, gate and part of a sum.
         self.sums_of_a_warp = gates * product["tiles"] * 8 * 20 * (8 if dtype == "float64" else 4)
 
@@ -66,26 +68,38 @@ def check_step(product, where, memory, context):
     warps = product["split"] * product["groups"]
     assert product["shared_bytes"] == warps * memory.sums_of_a_warp and product["slots"] == product["split"], context
     assert product["threads"] == 32 * warps <= 256, context
-    assert product["blocks"] == product["unit_tiles"] * product["batch_tiles"] < 2**31, context
+    assert product["sharers"] == product["unit_tiles"], context
 
 
 def check_block(product, where, memory, context):
     """A block has all weights and some rows for all steps."""
     assert product["shared_bytes"] == product["unit_tiles"] * memory.tile, context
     assert product["threads"] == 32 * min(8, product["unit_tiles"] * product["groups"]), context
-    assert product["blocks"] == product["batch_tiles"], context
+    assert product["sharers"] == 1, context
     # Blocks for all multiprocessors, before a block has more rows than a warp takes at once.
     assert product["groups"] == 1 or product["blocks"] * where["D"] <= max(where["multiprocessors"], where["D"]), context
 
 
-def check_grid(product, where, memory, context):
-    """A block has the weights of 16 units, and all blocks are on the chip at once, one to a multiprocessor."""
-    warps = product["split"] * product["groups"]
-    assert product["shared_bytes"] == memory.tile + product["slots"] * product["groups"] * memory.sums_of_a_warp, context
+def check_shared(product, where, memory, copies, context):
+    """Some blocks have the weights of some tiles of 16 units each, and `copies` of the states of their rows."""
+    warps, each = product["split"] * product["groups"], -(-product["unit_tiles"] // product["sharers"])
+    states = copies * product["block_rows"] * memory.row
+    sums = product["slots"] * product["groups"] * memory.sums_of_a_warp
+    assert product["shared_bytes"] == each * memory.tile + states + sums, context
     assert 1 <= product["slots"] <= product["split"] and product["threads"] == 32 * warps <= 256, context
     assert product["split"] == min(8 // product["groups"], product["depth_blocks"]), context
-    assert product["blocks"] == product["unit_tiles"] * product["batch_tiles"], context
     assert product["blocks"] * where["D"] <= where["multiprocessors"], context
+
+
+def check_cluster(product, where, memory, context):
+    assert product["sharers"] in (2, 4, 8) and product["sharers"] <= product["unit_tiles"] and where["major"] == 9, context
+    check_shared(product, where, memory, 2, context)
+
+
+def check_grid(product, where, memory, context):
+    """All blocks are on the chip at once, one to a multiprocessor."""
+    assert product["sharers"] == product["unit_tiles"], context
+    check_shared(product, where, memory, 0, context)
 
 
 def has_no_room(where, gates, dtype, tf32, product, copies):
@@ -131,6 +145,20 @@ def test_widths_that_a_whole_chip_holds(cell, dtype, tf32, B, D, widest):
         _C.cuda_plan(cell, dtype, T=9, B=B, H=H, P=H, D=D, **chip)[name]["regime"] for name in ("cell", "dh")
     }
     assert regimes(widest) == {"grid"} and "step" in regimes(widest + 16)
+
+
+@pytest.mark.parametrize("cell, dtype, tf32, B, D, forward, backward", [
+    ("lstm", "bfloat16", False, 16, 1, 416, 384), ("lstm", "bfloat16", False, 64, 2, 416, 384),
+    ("lstm", "bfloat16", False, 256, 1, 384, 352), ("gru", "bfloat16", False, 16, 1, 512, 480),
+    ("rnn_tanh", "float16", False, 32, 1, 896, 896), ("lstm", "float32", False, 16, 1, 272, 256), ("gru", "float32", True, 32, 1, 352, 288),
+])  # fmt: skip
+def test_widths_that_a_cluster_holds(cell, dtype, tf32, B, D, forward, backward):
+    """On an H100, eight blocks. Backward keeps the gradients of all gates where forward keeps a state."""
+    chip = {"multiprocessors": 132, "shared_bytes": 227 << 10, "tf32": tf32, "kernel": "cluster"}
+    regime = lambda H, name: _C.cuda_plan(cell, dtype, T=9, B=B, H=H, P=H, D=D, **chip)[name]["regime"]  # noqa: E731
+    for widest, name in ((forward, "cell"), (backward, "dh")):
+        assert regime(widest, name) == "cluster" and regime(widest + 16, name) == "step"
+    assert _C.cuda_plan(cell, dtype, T=9, B=B, H=128, P=128, D=D, **chip | {"major": 8})["cell"]["regime"] == "step"
 
 
 @pytest.mark.parametrize("cell, dtype, message", [("lstm", "int8", "dtype must be float32"), ("tree", "float32", "no cell 'tree'")])

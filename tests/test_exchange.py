@@ -28,7 +28,7 @@ PLANTS = {
     "sentinel_emptied_too_much": (r"slot\(s \+ 1\)", "slot(MADE ? s + 2 : s + 1)", {"plain": f"{WRONG}|{STUCK}"}),
     "cluster_no_start": (r"cluster_sync\(\);  // all blocks", r"if (!MADE) \g<0>", {"plain": f"has not begun|{WRONG}", "thread": f"{RACE}|has not begun"}),
     "cluster_one_copy": (r"s % 2 \* size \+ mine", "(MADE ? 0 : s % 2) * size + mine", {"plain": WRONG}),
-    "cluster_to_itself": (r"in_block\(state, unsigned\(block\)\)", "in_block(state, unsigned(MADE ? mine : block))", {"plain": WRONG}),
+    "cluster_to_itself": (r"prims::in_block\(state, unsigned\(block\)\)", "prims::in_block(state, unsigned(MADE ? mine : block))", {"plain": WRONG}),
     "late": (r"prims::block_sync\(\);  // nobody", r"if (!MADE) \g<0>", {"thread": RACE}),
 }  # fmt: skip
 

@@ -148,6 +148,9 @@ def test_plain_calls_never_fall_back(kind):
             module(input_for(kind, dtype))
 
 
+H100 = {"multiprocessors": 132, "shared_bytes": 227 << 10, "major": 9}
+
+
 # ---- CUDA tensors, without a GPU: fake ones, which have a device and no memory
 
 
@@ -173,13 +176,13 @@ def first(result):
 @kinds
 def test_cuda(kind, fake_cuda, monkeypatch):
     module, input = fake_cuda(kind, built=True)
-    monkeypatch.setattr(select, "chip", lambda device: (132, 227 << 10))
+    monkeypatch.setattr(select, "chip", lambda device: H100)
     text = explain(module, input)
     assert runs(text) == f"fused CUDA kernels, {'step' if 'Cell' in kind else 'block'}"
     assert ("block: there is only one step" if "Cell" in kind else "step: all steps go in one launch") in text
     assert "Cell" in kind or "grid: one block can hold all of weight_hh" in text
     assert text.count("the input is on cuda") == 3
-    monkeypatch.setattr(select, "chip", lambda device: (132, 255))
+    monkeypatch.setattr(select, "chip", lambda device: H100 | {"shared_bytes": 255})
     text = explain(module, input)
     assert "Cell" in kind or "block: weight_hh does not fit into the 0 KiB of shared memory" in text
     assert "Cell" in kind or "grid: the weights of 16 units and the sums of a block's share of 2 sequences do not fit" in text
@@ -213,7 +216,7 @@ def test_cuda_kernel_by_name(kind, fake_cuda, monkeypatch):
     monkeypatch.setenv("FUSEDRNN_KERNEL", "step")
     text = explain(module, input)
     assert runs(text) == "fused CUDA kernels, step" and "block: FUSEDRNN_KERNEL=step asks for another" in text
-    monkeypatch.setattr(select, "chip", lambda device: (132, 227 << 10))
+    monkeypatch.setattr(select, "chip", lambda device: H100)
     monkeypatch.setenv("FUSEDRNN_KERNEL", "grid")
     text = explain(module, input)
     assert runs(text) == f"fused CUDA kernels, {'step' if 'Cell' in kind else 'grid'}"
@@ -221,22 +224,27 @@ def test_cuda_kernel_by_name(kind, fake_cuda, monkeypatch):
     monkeypatch.setenv("FUSEDRNN_KERNEL", "torch")
     assert runs(explain(module, input)) == f"torch.nn.{kind}" and "FUSEDRNN_KERNEL=torch" in explain(module, input)
     monkeypatch.setenv("FUSEDRNN_KERNEL", "persistent")
-    with pytest.raises(RuntimeError, match="FUSEDRNN_KERNEL must be one of block, grid, step, torch, got 'persistent'"):
+    with pytest.raises(RuntimeError, match="FUSEDRNN_KERNEL must be one of block, cluster, grid, step, torch, got 'persistent'"):
         module(input)
 
 
 @pytest.mark.parametrize("width, chosen, reason", [
     (64, "block", "grid: one block can hold all of weight_hh"),
+    (200, "cluster", "grid: a cluster of blocks can hold all of weight_hh"),
+    (512, "grid", "cluster: an eighth of weight_hh and the states of a block's share of 2 sequences do not fit"),
     (512, "grid", "block: weight_hh does not fit into the 227 KiB of shared memory of a block"),
     (2128, "step", "grid: it would take 133 blocks, of 16 units each, at once, and there are 132 multiprocessors"),
     (1300, "step", "grid: the weights of 16 units and the sums of a block's share of 2 sequences do not fit into the 227 KiB"),
 ])  # fmt: skip
 def test_cuda_kernel_by_width(width, chosen, reason, fake_cuda, monkeypatch):
     module, input = fake_cuda("LSTM", built=True, width=width)
-    monkeypatch.setattr(select, "chip", lambda device: (132, 227 << 10))
+    monkeypatch.setattr(select, "chip", lambda device: H100)
     with fp32_precision(torch.backends.cudnn.rnn, "ieee"):
         text = explain(module, input)
     assert runs(text) == f"fused CUDA kernels, {chosen}" and reason in text
+    monkeypatch.setattr(select, "chip", lambda device: H100 | {"major": 8})
+    text = explain(module, input)
+    assert runs(text) != "fused CUDA kernels, cluster" and "cluster: this GPU has no clusters" in text
 
 
 def test_tf32_follows_torch():

@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kMostWarps * kLanes, 1) block_kernel(const __g
         Sum total[kGates];  // nothing for rows that have not begun, even where zero times a weight is not zero
 #pragma unroll
         for (int gate = 0; gate < kGates; ++gate) total[gate] = row < step.multiplied(now) ? sum[gate][n][i] : Sum(0);
-        step.finish(d, now, row, unit, total, inputs[n][i]);
+        step.finish(d, now, row, unit, total, inputs[n][i], PassNothing{});
       });
     }
     prims::block_sync();  // all rows have the states that the next step multiplies

@@ -1,9 +1,23 @@
 // Launches the kernels that do all steps of a pass.
 #pragma once
 #include "block.cuh"
+#include "cluster.cuh"
 #include "grid.cuh"
 
 namespace fusedrnn {
+
+template <class Step, template <class> class Meeting>
+auto kernel_of_tiles(int tiles) {
+  return tiles == 1   ? together_kernel<Step, 1, Meeting>
+         : tiles == 2 ? together_kernel<Step, 2, Meeting>
+                      : together_kernel<Step, most_tiles(sizeof(typename Step::Sum)), Meeting>;
+}
+template <class Step>
+auto kernel_of_many_steps(const ProductPlan& plan) {
+  if (plan.regime == Regime::kCluster) return kernel_of_tiles<Step, ByCluster>(plan.tiles);
+  if (plan.regime == Regime::kGrid) return kernel_of_tiles<Step, ByGrid>(plan.tiles);
+  return plan.tiles == 1 ? block_kernel<Step, 1> : block_kernel<Step, most_block_tiles(sizeof(typename Step::Sum))>;
+}
 
 // As many grids as it takes to list the rows of all steps; one, if all steps have the same.
 // done: the words of an exchange, all zero; exchange_words() for each direction.
@@ -12,15 +26,11 @@ void launch_many_steps(const char* name, const Step& step, const Walk& walk, int
                        const Queue& queue) {
   constexpr int64_t kMostArguments = 4096;  // bytes, on every chip and by every CUDA
   static_assert(sizeof(ManySteps<Step>) <= kMostArguments, "a kernel's arguments must be no larger");
-  constexpr int kSumBytes = sizeof(typename Step::Sum);
   const ProductPlan& plan = step.plan;
-  const bool by_block = plan.regime == Regime::kBlock;
-  const auto kernel = by_block             ? (plan.tiles == 1 ? block_kernel<Step, 1> : block_kernel<Step, most_block_tiles(kSumBytes)>)
-                      : plan.tiles == 1    ? grid_kernel<Step, 1>
-                      : plan.tiles == 2    ? grid_kernel<Step, 2>
-                                           : grid_kernel<Step, most_tiles(kSumBytes)>;
   Grid grid{plan.blocks(), int(directions), plan.threads(), plan.shared_bytes, false};
-  grid.all_at_once = !by_block;
+  grid.all_at_once = plan.regime == Regime::kGrid;
+  grid.cluster = plan.regime == Regime::kCluster ? int(plan.sharers) : 1;
+  const auto kernel = kernel_of_many_steps<Step>(plan);
   for (int64_t begin = 0; begin < steps;) {
     ManySteps<Step> args{step, list_rows(walk, directions, begin, steps), {}, done};
     for (int64_t d = 0; d < directions; ++d) args.first[d] = walk.first(d, begin);

@@ -25,26 +25,30 @@ constexpr int most_tiles(int sum_bytes) { return sum_bytes == 8 ? 2 : 4; }
 
 // Which kernel runs the steps of a layer, and where its weights are between them.
 enum class Regime {
-  kStep,   // a grid a step, which reads them (product.cuh)
-  kBlock,  // one grid for all steps, and each of its blocks keeps all weights (block.cuh)
-  kGrid,   // one grid for all steps, whose blocks keep a part of the weights each and pass the states to one another (grid.cuh)
+  kStep,     // a grid a step, which reads them (product.cuh)
+  kBlock,    // one grid for all steps, and each of its blocks keeps all weights (block.cuh)
+  kCluster,  // so do a few blocks side by side, each a part; they write the states into each other's shared memory (cluster.cuh)
+  kGrid,     // so do all blocks of the chip; they pass the states to one another through memory (grid.cuh)
 };
-constexpr const char* kRegimeNames[] = {"step", "block", "grid"};
+constexpr const char* kRegimeNames[] = {"step", "block", "cluster", "grid"};
 
 // Which regimes a call may use: the best of all that it can, or one, where it can, and else a grid a step.
 struct Regimes {
-  bool block = true, grid = true;
+  bool block = true, cluster = true, grid = true;
 };
-// As the environment variable FUSEDRNN_KERNEL names them; empty: all.
+// As the environment variable FUSEDRNN_KERNEL names them; another word, or none: all.
 inline Regimes regimes_named(std::string_view name) {
-  return {name != kRegimeNames[int(Regime::kStep)] && name != kRegimeNames[int(Regime::kGrid)],
-          name != kRegimeNames[int(Regime::kStep)] && name != kRegimeNames[int(Regime::kBlock)]};
+  const auto is = [&](Regime regime) { return name == kRegimeNames[int(regime)]; };
+  const bool all = !is(Regime::kStep) && !is(Regime::kBlock) && !is(Regime::kCluster) && !is(Regime::kGrid);
+  return {all || is(Regime::kBlock), all || is(Regime::kCluster), all || is(Regime::kGrid)};
 }
 
 // One product of a step: out (units, gates) of depth K, for each row of the batch.
 struct ProductPlan {
   Regime regime;
-  int64_t unit_tiles, batch_tiles;  // blocks of the grid: one direction's are their product, in regime kBlock batch_tiles
+  int64_t unit_tiles, batch_tiles;  // of all units, and of the rows of a block
+  int64_t sharers;                  // blocks of the same rows, which divide the tiles of units among themselves
+  int64_t unit_tiles_each;          // at most
   int64_t depth_blocks;             // steps of a sum, of block_depth() numbers each
   int tiles;                        // of the batch, to a warp
   int warps;                        // of a block
@@ -52,7 +56,7 @@ struct ProductPlan {
   int slots;                        // places for the parts of a sum: where there are fewer than parts, some are added to others
   int block_rows;                   // of the batch, to a block
   int64_t shared_bytes;
-  int64_t blocks() const { return regime == Regime::kBlock ? batch_tiles : unit_tiles * batch_tiles; }
+  int64_t blocks() const { return sharers * batch_tiles; }  // of a direction
   int threads() const { return kWarp * warps; }
   int64_t padded_rows() const { return batch_tiles * block_rows; }
 };
@@ -74,10 +78,12 @@ struct Product {
   int64_t unit_tiles, depth_blocks, batch_tiles;  // of 16 units, of block_depth() numbers, of 8 rows
   int gates, sum_bytes;
   int64_t tile_bytes;  // weights of 16 units
+  int64_t state_bytes;  // states of 8 rows
   Product(const LayerParams& p, bool tf32, int64_t units, int gates, int64_t depth)
       : unit_tiles(ceil_div(units, kUnits)), depth_blocks(ceil_div(depth, block_depth(p.dtype, tf32))),
         batch_tiles(ceil_div(p.steps.B, kTileRows)), gates(gates), sum_bytes(p.dtype == Dtype::kFloat64 ? 8 : 4),
-        tile_bytes(kUnits * gates * depth_blocks * block_depth(p.dtype, tf32) * bytes_of(p.dtype)) {}
+        tile_bytes(kUnits * gates * depth_blocks * block_depth(p.dtype, tf32) * bytes_of(p.dtype)),
+        state_bytes(kTileRows * depth_blocks * block_depth(p.dtype, tf32) * bytes_of(p.dtype)) {}
   // What as many warps as this leave in shared memory; those of block.cuh leave nothing.
   int64_t sums_bytes(int64_t warps, int tiles) const {
     return warps * gates * tiles * kTileRows * kColumnPitch * sum_bytes;
@@ -87,9 +93,11 @@ struct Product {
 // Tiles of the batch to a warp that has so many before it.
 inline int tiles_of_warp(int64_t tiles, int sum_bytes) { return tiles <= 2 ? std::max(1, int(tiles)) : most_tiles(sum_bytes); }
 
-// What the above says of a whole block: `groups` of warps with `tiles` each, and warps to split each sum `split` times.
-inline void divide(ProductPlan& plan, const Product& product) {
+// What follows from `tiles`, `groups` and the blocks that share rows.
+inline void divide(ProductPlan& plan, const Product& product, int64_t sharers) {
+  plan.sharers = sharers;
   plan.unit_tiles = product.unit_tiles;
+  plan.unit_tiles_each = ceil_div(product.unit_tiles, sharers);
   plan.depth_blocks = product.depth_blocks;
   plan.block_rows = kTileRows * plan.tiles * plan.groups;
   plan.batch_tiles = ceil_div(product.batch_tiles, plan.tiles * plan.groups);
@@ -115,7 +123,7 @@ inline ProductPlan plan_grid_a_step(const Chip& chip, const LayerParams& p, cons
   plan.slots = plan.split;
   plan.warps = plan.split * plan.groups;
   plan.shared_bytes = product.sums_bytes(plan.warps, plan.tiles);
-  divide(plan, product);
+  divide(plan, product, product.unit_tiles);
   return plan;
 }
 
@@ -135,29 +143,52 @@ inline ProductPlan plan_block(const Chip& chip, const LayerParams& p, const Prod
   plan.groups = int(ceil_div(block_tiles, plan.tiles));
   plan.split = plan.slots = 1;
   plan.warps = int(std::min<int64_t>(kMostWarps, product.unit_tiles * plan.groups));
-  divide(plan, product);
+  divide(plan, product, 1);
   return plan;
 }
 
-// The same product where the blocks of one grid keep the weights of 16 units each, for all steps. All of them are on the chip
-// at once, one to a multiprocessor, since they wait for each other; what multiprocessors there are beyond those for all units
-// take rows of the batch. Regime kStep if they are too many, too large, or the steps too few.
-inline ProductPlan plan_grid(const Chip& chip, const LayerParams& p, const Product& product) {
-  ProductPlan plan{};
-  const int64_t copies = chip.multiprocessors / (product.unit_tiles * p.D);  // of the weights, for which there is room
-  if (copies < 1 || p.steps.T < kLeastSteps) return plan;
-  const int64_t block_tiles = std::max<int64_t>(1, ceil_div(product.batch_tiles, copies));
+// Where `sharers` blocks keep the weights together for all steps: what multiprocessors there are beyond those for all units take
+// rows of the batch. Warps then share the depth of their sums. False if a block's part does not fit into its shared memory, with
+// `copies` of the states of its rows there.
+inline bool divide_shared(ProductPlan& plan, const Chip& chip, const LayerParams& p, const Product& product, int64_t sharers,
+                          int copies) {
+  const int64_t places = chip.multiprocessors / (sharers * p.D);  // for blocks that do the same for other rows
+  if (places < 1) return false;
+  const int64_t block_tiles = std::max<int64_t>(1, ceil_div(product.batch_tiles, places));
   plan.tiles = tiles_of_warp(block_tiles, product.sum_bytes);
-  const int64_t groups = ceil_div(block_tiles, plan.tiles), room = chip.shared_bytes - product.tile_bytes;
-  if (groups > kMostWarps || product.sums_bytes(groups, plan.tiles) > room) return plan;
-  plan.regime = Regime::kGrid;
+  const int64_t groups = ceil_div(block_tiles, plan.tiles);
+  const int64_t kept = ceil_div(product.unit_tiles, sharers) * product.tile_bytes + copies * groups * plan.tiles * product.state_bytes;
+  const int64_t room = chip.shared_bytes - kept, sums_bytes = product.sums_bytes(groups, plan.tiles);
+  if (groups > kMostWarps || sums_bytes > room) return false;
   plan.groups = int(groups);
   plan.split = int(std::min<int64_t>(kMostWarps / groups, product.depth_blocks));
-  plan.slots = int(std::min<int64_t>(plan.split, room / product.sums_bytes(groups, plan.tiles)));
+  plan.slots = int(std::min<int64_t>(plan.split, room / sums_bytes));
   plan.warps = plan.split * plan.groups;
-  plan.shared_bytes = product.tile_bytes + product.sums_bytes(groups * plan.slots, plan.tiles);
-  divide(plan, product);
-  return plan;
+  plan.shared_bytes = kept + plan.slots * sums_bytes;
+  divide(plan, product, sharers);
+  return true;
+}
+
+// By the blocks of one grid, for 16 units each. All of them are on the chip at once, one to a multiprocessor, since they wait for
+// each other. Regime kStep if they are too many or too large, or the steps too few.
+inline ProductPlan plan_grid(const Chip& chip, const LayerParams& p, const Product& product) {
+  ProductPlan plan{};
+  if (p.steps.T >= kLeastSteps && divide_shared(plan, chip, p, product, product.unit_tiles, 0)) plan.regime = Regime::kGrid;
+  return plan.regime == Regime::kGrid ? plan : ProductPlan{};
+}
+
+// By the blocks of a cluster, as many as there is room for. Each has two copies of the states: the one that is multiplied, and the
+// one that all blocks write their part into.
+inline ProductPlan plan_cluster(const Chip& chip, const LayerParams& p, const Product& product) {
+  constexpr int kSizes[] = {8, 4, 2};  // 8 is the most that every chip with clusters has
+  for (int size : kSizes) {
+    ProductPlan plan{};
+    if (chip.major < 9 || p.steps.T < kLeastSteps || size > product.unit_tiles) continue;
+    if (!divide_shared(plan, chip, p, product, size, 2)) continue;
+    plan.regime = Regime::kCluster;
+    return plan;
+  }
+  return {};
 }
 
 // The kernels of a layer's steps: forward the cell and the projection, backward the gradient of the state that is multiplied by
@@ -166,14 +197,19 @@ struct StepPlan {
   ProductPlan cell, projection, dh, dunprojected;
 };
 
-// Where a block can keep all weights, blocks need not wait for each other. Not measured yet: for a small batch that is one
-// multiprocessor's work against an exchange.
+// The fewer blocks keep the weights, the nearer they are to each other: none waits for another, or only for its neighbours. Not
+// measured yet: for a small batch that is one multiprocessor's work, or a few's, against an exchange.
 inline StepPlan plan_step(const Chip& chip, const LayerParams& p, int gates, bool tf32, Regimes regimes) {
   const bool alone = !p.weight_hr[0];  // a step is one kernel
   auto plan = [&](int64_t units, int gates_of_sum, int64_t depth, bool may_stay) {
     const Product product(p, tf32, units, gates_of_sum, depth);
-    ProductPlan found = may_stay && regimes.block ? plan_block(chip, p, product) : ProductPlan{};
-    if (found.regime == Regime::kStep && may_stay && regimes.grid) found = plan_grid(chip, p, product);
+    ProductPlan found{};
+    auto look = [&](bool allowed, auto planner) {
+      if (allowed && may_stay && found.regime == Regime::kStep) found = planner(chip, p, product);
+    };
+    look(regimes.block, plan_block);
+    look(regimes.cluster, plan_cluster);
+    look(regimes.grid, plan_grid);
     return found.regime == Regime::kStep ? plan_grid_a_step(chip, p, product) : found;
   };
   return {plan(p.H, gates, p.P, alone), plan(p.P, 1, p.H, false), plan(p.P, 1, gates * p.H, alone), plan(p.H, 1, p.P, false)};

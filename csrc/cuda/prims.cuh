@@ -93,6 +93,39 @@ FUSEDRNN_DEVICE void wait_until(const uint32_t* word, uint32_t value FUSEDRNN_SI
 #endif
 }
 
+// ---- Clusters: blocks that are neighbours on the chip (sm_90) ----
+
+// All threads of the cluster arrive, and wait before they arrive again: then each sees what the others wrote before they arrived, in
+// shared memory too. Between the two is time for what needs nobody.
+FUSEDRNN_DEVICE void cluster_arrive(FUSEDRNN_ONLY_SITE) {
+#if defined(FUSEDRNN_ON_HOST)
+  cuda_on_host::cluster_arrive(file, line);
+#elif __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+#endif
+}
+FUSEDRNN_DEVICE void cluster_wait(FUSEDRNN_ONLY_SITE) {
+#if defined(FUSEDRNN_ON_HOST)
+  cuda_on_host::cluster_wait(file, line);
+#elif __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+#endif
+}
+
+// Where what lies here in this block's shared memory lies in that of another block of the cluster, by its number there.
+template <class T>
+FUSEDRNN_DEVICE T* in_block(T* shared, unsigned block FUSEDRNN_SITE) {
+#if defined(FUSEDRNN_ON_HOST)
+  return cuda_on_host::shared_of_rank(shared, block, file, line);
+#elif __CUDA_ARCH__ >= 900
+  uint64_t found;
+  asm("mapa.u64 %0, %1, %2;" : "=l"(found) : "l"(shared), "r"(block));
+  return reinterpret_cast<T*>(found);
+#else
+  return shared;  // no cluster is launched here
+#endif
+}
+
 // ---- Shared memory ----
 
 // Hands out the block's dynamic shared memory piece by piece, each 16-byte aligned. All threads take the same.
@@ -186,8 +219,8 @@ void launch(const char* name, void (*kernel)(Args), const Grid& grid, const Queu
   launch.block = dim3(unsigned(grid.threads));
   launch.shared_bytes = size_t(grid.shared_bytes);
   launch.overlaps_previous = grid.overlaps && queue.overlaps;
-  launch.cooperative = grid.all_at_once;
-  launch.most_resident = unsigned(queue.multiprocessors);
+  launch.cooperative = grid.all_at_once || grid.cluster > 1;
+  if (grid.all_at_once) launch.most_resident = unsigned(queue.multiprocessors);
   launch.cluster = unsigned(grid.cluster);
   cuda_on_host::launch(launch, [kernel, args] { kernel(args); });
 #else

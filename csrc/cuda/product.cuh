@@ -103,12 +103,15 @@ void pack(const void* const (&from)[kMaxDirections], typename A::Element* const 
 
 // ---- The product ----
 
-// Blocks of a product's grid: unit tiles first. Their rows and units.
+// Where a block is in a product's grid: those that share rows are side by side. Its tiles of units, and its first row.
 struct BlockPlace {
-  int64_t unit_tile, first_row;
+  int64_t sharer, batch_tile, unit_tile, end_tile, first_row;
   FUSEDRNN_DEVICE BlockPlace(const ProductPlan& plan)
-      : unit_tile(blockIdx.x % unsigned(plan.unit_tiles)),
-        first_row(int64_t(blockIdx.x / unsigned(plan.unit_tiles)) * plan.block_rows) {}
+      : sharer(blockIdx.x % unsigned(plan.sharers)), batch_tile(blockIdx.x / unsigned(plan.sharers)),
+        unit_tile(sharer * plan.unit_tiles_each), end_tile(unit_tile + plan.unit_tiles_each),
+        first_row(batch_tile * plan.block_rows) {
+    if (end_tile > plan.unit_tiles) end_tile = plan.unit_tiles;
+  }
 };
 
 // The sums of a block, in shared memory: (slots, gates, rows of the block, kColumnPitch) numbers, of which 16 to a row are in
@@ -193,15 +196,21 @@ struct BlockSums {
   }
 
   // The end of a step for the i-th (row, unit) of the block.
-  template <class Step>
+  template <class Step, class Pass>
   FUSEDRNN_DEVICE void finish(const Step& step, int d, const typename Step::Now& now, int i, int64_t row, int64_t unit,
-                              const typename Step::Inputs& inputs) const {
+                              const typename Step::Inputs& inputs, const Pass& pass) const {
     typename A::Sum sums[kGates];  // nothing for rows that have not begun
 #pragma unroll
     for (int gate = 0; gate < kGates; ++gate)
       sums[gate] = row < step.multiplied(now) ? total(gate, i / kUnits, i % kUnits) : typename A::Sum(0);
-    step.finish(d, now, row, unit, sums, inputs);
+    step.finish(d, now, row, unit, sums, inputs, pass);
   }
+};
+
+// For kernels whose next step reads the states from memory.
+struct PassNothing {
+  template <class Element>
+  FUSEDRNN_DEVICE void operator()(int64_t, Element) const {}
 };
 
 // One kernel of a step. A Step is what differs from kernel to kernel, and is its argument:
@@ -214,7 +223,9 @@ struct BlockSums {
 //   int64_t visited(now)         rows that are looked at
 //   int64_t units
 //   fetch(d, now, row, unit)     what a unit reads besides its sums: Inputs
-//   finish(d, now, row, unit, sums, inputs)   what becomes of them
+//   finish(d, now, row, unit, sums, inputs, pass)   what becomes of them; pass(at, element) for each number that the next step
+//                                multiplies, when it is written: its place in states(d, next)
+//   states_of(d, turn)           either buffer of states, for cluster.cuh
 template <class Step, int kTiles>
 __global__ void __launch_bounds__(kMostWarps * kLanes, 1) step_kernel(const __grid_constant__ Step step) {
   using A = typename Step::Arithmetic;
@@ -234,7 +245,7 @@ __global__ void __launch_bounds__(kMostWarps * kLanes, 1) step_kernel(const __gr
   for (int i = threadIdx.x; i < kUnits * step.plan.block_rows; i += blockDim.x) {
     const int64_t row = place.first_row + i / kUnits, unit = place.unit_tile * kUnits + i % kUnits;
     if (row >= step.visited(now) || unit >= step.units) continue;
-    sums.finish(step, d, now, i, row, unit, step.fetch(d, now, row, unit));
+    sums.finish(step, d, now, i, row, unit, step.fetch(d, now, row, unit), PassNothing{});
   }
 }
 

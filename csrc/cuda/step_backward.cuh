@@ -83,7 +83,8 @@ struct BackwardProjection : BackwardBase<A> {
   struct Inputs {};
   FUSEDRNN_DEVICE Inputs fetch(int, const Now&, int64_t, int64_t) const { return {}; }
 
-  FUSEDRNN_DEVICE void finish(int d, const Now& now, int64_t b, int64_t u, const Sum (&sum)[1], const Inputs&) const {
+  template <class Pass>
+  FUSEDRNN_DEVICE void finish(int d, const Now& now, int64_t b, int64_t u, const Sum (&sum)[1], const Inputs&, const Pass&) const {
     if (b >= now.count) return this->leave_h(d, b, u, sum[0]);
     // Through the later step, past it, and from the output.
     const Sum dh = sum[0] + m.dh[this->state_at(d, b, u, p.P)] + Sum(widen(this->grad_output(d, now, b, u)));
@@ -107,8 +108,9 @@ struct BackwardCell : BackwardBase<A> {
 
   FUSEDRNN_DEVICE bool projected() const { return p.weight_hr[0]; }
   FUSEDRNN_DEVICE const Element* weights(int d) const { return projected() ? m.weight_hr[d] : m.weight_hh[d]; }
+  FUSEDRNN_DEVICE const Element* states_of(int d, int turn) const { return m.dpre[turn] + d * m.dpre_size; }
   FUSEDRNN_DEVICE const Element* states(int d, const Now& now) const {
-    return projected() ? m.dprojected + d * m.dprojected_size : m.dpre[now.turn] + d * m.dpre_size;
+    return projected() ? m.dprojected + d * m.dprojected_size : states_of(d, now.turn);
   }
   FUSEDRNN_DEVICE int64_t multiplied(const Now& now) const { return projected() ? now.count : now.multiplied; }
 
@@ -145,7 +147,9 @@ struct BackwardCell : BackwardBase<A> {
     return in;
   }
 
-  FUSEDRNN_DEVICE void finish(int d, const Now& now, int64_t b, int64_t u, const Sum (&sum)[1], const Inputs& in) const {
+  template <class Pass>
+  FUSEDRNN_DEVICE void finish(int d, const Now& now, int64_t b, int64_t u, const Sum (&sum)[1], const Inputs& in,
+                              const Pass& pass) const {
     const int64_t H = p.H, at = this->state_at(d, b, u, H), row = now.first + b;
     if (b >= now.count) {
       if (!projected()) this->leave_h(d, b, u, sum[0]);
@@ -173,8 +177,12 @@ struct BackwardCell : BackwardBase<A> {
     for (int k = 0; k < Cell::kPre; ++k) grad_pre_row[k * H] = narrow<S>(grad_pre[k]);
     Element* dpre = m.dpre[1 - now.turn] + d * m.dpre_size;
 #pragma unroll
-    for (int g = 0; g < Cell::kGates; ++g)
-      dpre[packed_state_at<A>(dpre_blocks, b, g * H + u)] = A::element(grad_pre[Cell::h_pre(g)]);
+    for (int g = 0; g < Cell::kGates; ++g) {
+      const int64_t place = packed_state_at<A>(dpre_blocks, b, g * H + u);
+      const Element element = A::element(grad_pre[Cell::h_pre(g)]);
+      dpre[place] = element;
+      pass(place, element);
+    }
     if (!projected()) m.dh[at] = grad_state[0];
     if constexpr (kInner > 0) m.dinner[at] = grad_state[1];
   }

@@ -38,7 +38,8 @@ struct ForwardCell {
   int64_t units, unprojected_blocks;
 
   FUSEDRNN_DEVICE const Element* weights(int d) const { return m.weight_hh[d]; }
-  FUSEDRNN_DEVICE const Element* states(int d, const Now& now) const { return m.h[now.turn] + d * m.h_size; }
+  FUSEDRNN_DEVICE const Element* states_of(int d, int turn) const { return m.h[turn] + d * m.h_size; }
+  FUSEDRNN_DEVICE const Element* states(int d, const Now& now) const { return states_of(d, now.turn); }
   FUSEDRNN_DEVICE int64_t multiplied(const Now& now) const { return now.multiplied; }
   FUSEDRNN_DEVICE int64_t visited(const Now& now) const { return now.count; }
   FUSEDRNN_DEVICE int64_t state_at(int d, int64_t b, int64_t u) const { return (d * p.steps.B + b) * p.H + u; }
@@ -62,7 +63,9 @@ struct ForwardCell {
     return in;
   }
 
-  FUSEDRNN_DEVICE void finish(int d, const Now& now, int64_t b, int64_t u, const Sum (&sum)[kGates], const Inputs& in) const {
+  template <class Pass>
+  FUSEDRNN_DEVICE void finish(int d, const Now& now, int64_t b, int64_t u, const Sum (&sum)[kGates], const Inputs& in,
+                              const Pass& pass) const {
     const bool projected = p.weight_hr[0];
     const int64_t H = p.H, row = now.first + b, at = state_at(d, b, u);
     Sum pre[Cell::kPre] = {}, new_state[Cell::kStates], saved[slots(Cell::kSaved)];
@@ -80,7 +83,10 @@ struct ForwardCell {
     } else {
       const S h = narrow<S>(new_state[0]);
       m.state[0][at] = new_state[0];
-      m.h[1 - now.turn][d * m.h_size + packed_state_at<A>(plan.depth_blocks, b, u)] = A::element(new_state[0]);
+      const int64_t place = packed_state_at<A>(plan.depth_blocks, b, u);
+      const Element element = A::element(new_state[0]);
+      m.h[1 - now.turn][d * m.h_size + place] = element;
+      pass(place, element);
       static_cast<S*>(p.output)[(row * p.D + d) * H + u] = h;
       if (last) static_cast<S*>(p.hy)[at] = h;
     }
@@ -122,7 +128,8 @@ struct ForwardProjection {
   struct Inputs {};
   FUSEDRNN_DEVICE Inputs fetch(int, const Now&, int64_t, int64_t) const { return {}; }
 
-  FUSEDRNN_DEVICE void finish(int d, const Now& now, int64_t b, int64_t u, const Sum (&sum)[1], const Inputs&) const {
+  template <class Pass>
+  FUSEDRNN_DEVICE void finish(int d, const Now& now, int64_t b, int64_t u, const Sum (&sum)[1], const Inputs&, const Pass&) const {
     const S h = narrow<S>(sum[0]);
     m.h[1 - now.turn][d * m.h_size + packed_state_at<A>(h_blocks, b, u)] = A::element(sum[0]);
     static_cast<S*>(p.output)[((now.first + b) * p.D + d) * p.P + u] = h;

@@ -78,18 +78,47 @@ inline void grid_sync(CUDA_ON_HOST_SITE) {
   meet(grid.barrier, unsigned(grid.blocks * grid.threads), site);
 }
 
-// barrier.cluster.arrive.release and barrier.cluster.wait.acquire by all threads of the cluster.
-inline void cluster_sync(CUDA_ON_HOST_SITE) {
+// barrier.cluster.arrive.release: the calling thread is one of all threads of the cluster, and will wait.
+inline void cluster_arrive(CUDA_ON_HOST_SITE) {
   Quiet quiet;
   progress();
-  const Site site{"cluster_sync", file, line};
-  Block& block = *current->block;
-  Grid& grid = *block.grid;
-  const unsigned size = grid.launch.cluster;
-  Barrier& barrier = grid.clusters[block.number / size];
-  if (grid.exited_of[block.number / size]) fail(site, "barrier divergence: threads of the cluster have exited");
-  check_same_place(barrier, site);
-  meet(barrier, size * grid.threads, site);
+  const Site site{"cluster_arrive", file, line};
+  Thread& me = *current;
+  Grid& grid = *me.block->grid;
+  const uint64_t number = me.block->number / grid.launch.cluster;
+  ClusterBarrier& barrier = grid.clusters[number];
+  if (me.arrived) fail(site, "a thread arrives again that has not waited");
+  if (barrier.exited) fail(site, "barrier divergence: threads of the cluster have exited");
+  barrier.before[barrier.meetings % 2].release();
+  me.arrived = true;
+  me.meeting = barrier.meetings;
+  if (++barrier.arrived < grid.launch.cluster * grid.threads) return;
+  barrier.arrived = 0;
+  ++barrier.meetings;
+  ++machine.statistics.barriers;
+  for (Thread* other : barrier.waiting) wake(*other);
+  barrier.waiting.clear();
+}
+
+// barrier.cluster.wait.acquire: until all have arrived.
+inline void cluster_wait(CUDA_ON_HOST_SITE) {
+  Quiet quiet;
+  progress();
+  const Site site{"cluster_wait", file, line};
+  Thread& me = *current;
+  ClusterBarrier& barrier = me.block->grid->clusters[me.block->number / me.block->grid->launch.cluster];
+  if (!me.arrived) fail(site, "a thread waits that has not arrived");
+  if (barrier.meetings == me.meeting) {
+    barrier.waiting.push_back(&me);
+    wait_in(site);
+  }
+  barrier.before[me.meeting % 2].acquire();
+  me.arrived = false;
+}
+
+inline void cluster_sync(CUDA_ON_HOST_SITE) {
+  cluster_arrive(file, line);
+  cluster_wait(file, line);
 }
 
 // ------------------------------------------------------------------------------------------------ warp collectives

@@ -8,7 +8,7 @@
 //   --arithmetics A,B   only these (f32, tf32, f64, bf16, f16)
 //   --order N           all in this order of threads (the place in test::kOrders), not each in one taken by lot
 //   --chip N            all on this chip (the place in test::kChips)
-//   --regime NAME       all in this one where it can be (step, block, grid)
+//   --regime NAME       all in this one where it can be (step, block, cluster, grid)
 //   --only N            only case N
 //   --most-macs N       only cases of at most N multiply-adds a step
 //   --plant N           mistake N is made, in builds that have mistakes to make (this program must find out)
@@ -45,7 +45,22 @@ struct Coverage {
   int one_tile = 0, two_tiles = 0, four_tiles = 0;  // of the batch, to a warp
   int split = 0, groups = 0, both = 0, unit_tiles = 0, batch_tiles = 0, projections = 0;
   int blocks = 0, block_groups = 0, block_turns = 0, block_tiles = 0;  // one grid for all steps, its blocks alone
-  int grids = 0, grid_groups = 0, grid_split = 0, grid_turns = 0, grid_units = 0, grid_tiles = 0;  // or together
+  struct Together {  // or together
+    int all = 0, groups = 0, split = 0, turns = 0, units = 0, tiles = 0;
+    void add(const fusedrnn::ProductPlan& plan) {
+      ++all;
+      groups += plan.groups > 1;
+      split += plan.split > 1;
+      turns += plan.slots < plan.split;
+      units += plan.sharers > 1;
+      tiles += plan.batch_tiles > 1;
+    }
+    void print(const char* name) const {
+      std::printf("; %d of a %s, %d with groups, %d split, %d in turns, %d with several tiles of units, %d of the batch", all, name,
+                  groups, split, turns, units, tiles);
+    }
+  } grids, clusters;
+  int tiles_in_turn = 0;  // of units, of a block of a cluster
   // `more` is of the second kernel of a step with projections.
   void add(const fusedrnn::ProductPlan& plan, const fusedrnn::ProductPlan* more = nullptr) {
     if (plan.regime == fusedrnn::Regime::kBlock) {
@@ -55,14 +70,10 @@ struct Coverage {
       block_tiles += plan.batch_tiles > 1;
       return;
     }
-    if (plan.regime == fusedrnn::Regime::kGrid) {
-      ++grids;
-      grid_groups += plan.groups > 1;
-      grid_split += plan.split > 1;
-      grid_turns += plan.slots < plan.split;
-      grid_units += plan.unit_tiles > 1;
-      grid_tiles += plan.batch_tiles > 1;
-      return;
+    if (plan.regime == fusedrnn::Regime::kGrid) return grids.add(plan);
+    if (plan.regime == fusedrnn::Regime::kCluster) {
+      tiles_in_turn += plan.unit_tiles_each > 1;
+      return clusters.add(plan);
     }
     (plan.tiles == 1 ? one_tile : plan.tiles == 2 ? two_tiles : four_tiles) += 1;
     split += plan.split > 1;
@@ -77,10 +88,12 @@ struct Coverage {
   void print(const char* pass) const {
     std::printf("%s met: %d products of a tile, %d of two, %d of four, %d split, %d with groups, %d with both, %d with several "
                 "tiles of units, %d of the batch, %d projections; %d of a block for all steps, %d with groups, %d in turns, %d with "
-                "several tiles of the batch; %d of a grid for all steps, %d with groups, %d split, %d in turns, %d with several tiles of units, "
-                "%d of the batch\n",
+                "several tiles of the batch",
                 pass, one_tile, two_tiles, four_tiles, split, groups, both, unit_tiles, batch_tiles, projections, blocks, block_groups,
-                block_turns, block_tiles, grids, grid_groups, grid_split, grid_turns, grid_units, grid_tiles);
+                block_turns, block_tiles);
+    grids.print("grid");
+    clusters.print("cluster");
+    std::printf(", %d of units in turn\n", tiles_in_turn);
   }
 };
 

@@ -31,10 +31,11 @@ constexpr Arithmetic kArithmetics[] = {
     {"f16", Dtype::kFloat16, false, as_it_is},
 };
 
-// From one on which every layer is large to one on which few are, and whose threads the emulator can all have at once; with and without grids that overlap; and two whose blocks
-// have so little shared memory that it limits their warps, or what these leave there.
+// From one on which every layer is large to one on which few are, and whose threads the emulator can all have at once; with
+// and without clusters and grids that overlap; and three whose blocks have so little shared memory that it limits their warps,
+// or what these leave there.
 constexpr fusedrnn::Chip kChips[] = {
-    {1, 227 << 10, 9}, {4, 99 << 10, 8}, {16, 163 << 10, 8}, {31, 227 << 10, 9}, {1, 24 << 10, 9}, {16, 12 << 10, 9},
+    {1, 227 << 10, 9}, {4, 99 << 10, 9}, {16, 163 << 10, 9}, {31, 227 << 10, 8}, {1, 24 << 10, 9}, {16, 12 << 10, 9}, {8, 20 << 10, 9},
 };
 
 struct KernelCase : Case {
@@ -84,10 +85,15 @@ inline std::vector<KernelCase> kernel_cases() {
               for (bool project : {false, true})
                 if (projects || !project) add(cell, arithmetic, D, packed, B, H, project, 6);
           if (packed) {  // more steps than a kernel's argument lists
-            add(cell, arithmetic, D, packed, 3, 7, false, 6);
+            const fusedrnn::Regime regime = fusedrnn::Regime(1 + cases.size() % 3);
+            add(cell, arithmetic, D, packed, 3, regime == fusedrnn::Regime::kCluster ? 17 : 7, false, 6);
             cases.back().T = fusedrnn::ListedRows::kMost + 14;
-            cases.back().regime = D == 1 ? fusedrnn::Regime::kBlock : fusedrnn::Regime::kGrid;
+            cases.back().regime = regime;
+            if (regime == fusedrnn::Regime::kCluster) cases.back().chip = &kChips[2];
           }
+          add(cell, arithmetic, D, packed, 125, 19, false, 2);  // so many rows that the warps of a cluster's block divide them
+          cases.back().regime = fusedrnn::Regime::kCluster;
+          cases.back().chip = &kChips[1];
           for (auto [B, H] : {std::pair<int, int>{61, 33}, {125, 31}, {257, 17}, {3, 263}, {40, 131}})
             for (bool project : {false, true})
               if (projects || !project) add(cell, arithmetic, D, packed, B, H, project, 2);

@@ -43,7 +43,11 @@ inline void end_thread() {
     fail("a thread exits without grid_dependency_wait: its grid could complete before the one that it overlaps");
   for (const Collective& open : me.warp->open)
     if (open.mask >> me.lane() & 1) fail("warp divergence: a thread exits while other lanes wait for it in " + text(open.site));
-  for (const Barrier* barrier : {&block.barriers[0], &grid.barrier, &grid.clusters[block.number / grid.launch.cluster]})
+  ClusterBarrier& cluster = grid.clusters[block.number / grid.launch.cluster];
+  if (me.arrived) fail("a thread exits that has arrived at its cluster's barrier and not waited: others may still use its shared memory");
+  if (cluster.arrived) fail("barrier divergence: a thread exits while others of its cluster wait for it");
+  ++cluster.exited;
+  for (const Barrier* barrier : {&block.barriers[0], &grid.barrier})
     if (!barrier->waiting.empty())
       fail("barrier divergence: a thread exits while others (" + text(*barrier->waiting[0]) + ") wait in " +
            text(barrier->site));
@@ -52,7 +56,6 @@ inline void end_thread() {
   me.warp->alive &= ~(1u << me.lane());
   --block.alive;
   ++grid.threads_exited;
-  ++grid.exited_of[block.number / grid.launch.cluster];
   --machine.threads_alive;
   me.state = ThreadState::kDone;
 }
@@ -158,7 +161,7 @@ inline void start_block(Grid& grid) {
     thread.site = {};
     thread.copies.clear();
     thread.arrays_taken = 0;
-    thread.triggered = thread.waited = false;
+    thread.triggered = thread.waited = thread.arrived = false;
     block.threads.push_back(&thread);
     wake(thread);
   }
@@ -226,7 +229,6 @@ inline void launch(const Launch& launch, std::function<void()> body) {
   grid->blocks = uint64_t(launch.grid.x) * launch.grid.y * launch.grid.z;
   grid->threads = launch.block.x * launch.block.y * launch.block.z;
   grid->clusters.resize(size_t(grid->blocks / launch.cluster));
-  grid->exited_of.resize(grid->clusters.size());
   machine.queued.push_back(std::move(grid));
 }
 

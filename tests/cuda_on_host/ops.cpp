@@ -18,12 +18,12 @@ struct Host {
 };
 
 // The order in which threads run (cuda_on_host::Order), its seed, the chip for which work is planned, and whether kernels that
-// do all steps may be chosen, by a block or by a grid.
-void configure(int64_t order, int64_t seed, int64_t multiprocessors, int64_t major, bool block, bool grid) {
+// do all steps may be chosen, by a block, by a cluster and by a grid.
+void configure(int64_t order, int64_t seed, int64_t multiprocessors, int64_t major, bool block, bool cluster, bool grid) {
   cuda_on_host::configure(int(order), uint64_t(seed));
   chip.multiprocessors = int(multiprocessors);
   chip.major = int(major);
-  regimes = {block, grid};
+  regimes = {block, cluster, grid};
 }
 
 }  // namespace
@@ -31,7 +31,7 @@ void configure(int64_t order, int64_t seed, int64_t multiprocessors, int64_t maj
 STABLE_TORCH_LIBRARY(fusedrnn_on_host, m) {
   m.def(fusedrnn::kForwardSchema);
   m.def(fusedrnn::kBackwardSchema);
-  m.def("configure(int order, int seed, int multiprocessors, int major, bool block, bool grid) -> ()");
+  m.def("configure(int order, int seed, int multiprocessors, int major, bool block, bool cluster, bool grid) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fusedrnn_on_host, CPU, m) {

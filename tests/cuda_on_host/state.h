@@ -29,7 +29,7 @@ struct Block;
 struct Grid;
 struct Thread;
 
-// Where counted threads meet: a block's sixteen barriers, a cluster's and a grid's one. Empty between two meetings.
+// Where counted threads meet: a block's sixteen barriers and a grid's one. Empty between two meetings.
 struct Barrier {
   unsigned expected = 0;
   Site site;                     // of the first to arrive
@@ -43,6 +43,15 @@ struct Barrier {
     before[0].forget();
     before[1].forget();
   }
+};
+
+// Where the threads of a cluster meet, in two halves: arriving, and waiting.
+struct ClusterBarrier {
+  unsigned arrived = 0;
+  uint64_t meetings = 0;  // that are over
+  uint64_t exited = 0;    // threads
+  std::vector<Thread*> waiting;
+  HappensBefore before[2];  // see Barrier
 };
 
 // An operation that the lanes of `mask` carry out together, and of which not all have arrived.
@@ -104,6 +113,8 @@ struct Thread {
   AsyncCopies copies;
   size_t arrays_taken = 0;  // of shared memory
   bool triggered = false, waited = false;  // griddepcontrol
+  bool arrived = false;                    // at the cluster's barrier, and has not waited
+  uint64_t meeting = 0;                    // of that barrier
 
   unsigned lane() const { return number % 32; }
 };
@@ -137,8 +148,7 @@ struct Grid {
   uint64_t resident = 1;            // at most so many blocks at a time
   uint64_t stride = 1, offset = 0;  // the i-th block to start is number (i * stride + offset) % blocks
   Barrier barrier;                  // grid_sync
-  std::vector<Barrier> clusters;    // cluster_sync
-  std::vector<uint64_t> exited_of;  // threads of each cluster
+  std::vector<ClusterBarrier> clusters;
   std::vector<Thread*> dependents;  // threads of the next grid that wait for this one to complete
   bool previous_complete = true;
   // What orders memory between grids: what a thread comes after when it starts, what its wait comes after, what it precedes.

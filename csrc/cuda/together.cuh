@@ -1,0 +1,75 @@
+// All steps of a pass in one grid, where several blocks keep the weights together. Each keeps those of some tiles of 16 units, all
+// gates, in shared memory for the whole sequence, and multiplies them with the states of its rows of the batch. The blocks of the same
+// rows pass their part of the new states to each other once a step. The steps themselves, forward and backward, are those that a
+// grid a step runs too (step_forward.cuh, step_backward.cuh).
+//
+// A Meeting is how the states are passed, and is made for a call (grid.cuh, cluster.cuh):
+//   begin()             after which all weights and first states are there
+//   wait(s)             until all blocks have done the steps before step s; by all threads of the block, as everything here
+//   states(now)         of the block's rows, for the step
+//   pass(now)           what is called with each number that the next step multiplies
+//   say(s)              that this block has done step s
+//   end()               before the block goes
+#pragma once
+#include "product.cuh"
+#include "walk.h"
+
+namespace fusedrnn {
+
+template <class Step, int kTiles, template <class> class Meeting>
+__global__ void __launch_bounds__(kMostWarps * kLanes, 1) together_kernel(const __grid_constant__ ManySteps<Step> args) {
+  using A = typename Step::Arithmetic;
+  using Element = typename A::Element;
+  constexpr int kGates = Step::kGates;
+  const Step& step = args.step;
+  const ProductPlan& plan = step.plan;
+  const int d = blockIdx.z;
+  const BlockPlace place(plan);
+
+  const int64_t tile_size = packed_tile_count<A>(plan, kGates);
+  prims::Shared shared;
+  Element* weights = shared.template take<Element>(plan.unit_tiles_each * tile_size);
+  BlockSums<A, kGates, kTiles> sums(plan, shared);
+  const Meeting<Step> meeting(args, place, plan.depth_blocks * A::kDepth, shared);
+  if (place.unit_tile < place.end_tile)
+    copy_in(weights, step.weights(d) + place.unit_tile * tile_size, (place.end_tile - place.unit_tile) * tile_size);
+  meeting.begin();
+
+  const int places = kUnits * plan.block_rows;  // (row, unit) of a tile, of which a thread has the same at every step
+  int64_t first = args.first[d];
+  for (int64_t s = args.rows.begin; s < args.rows.end; ++s) {
+    const typename Step::Now now = step_at(step.p, args.rows, d, s, first);
+    const bool multiplies = place.first_row < step.multiplied(now);
+    const auto pass = meeting.pass(now);
+    int64_t tile = place.unit_tile;
+    auto row_of = [&](int i) { return place.first_row + i / kUnits; };
+    auto unit_of = [&](int i) { return tile * kUnits + i % kUnits; };
+    auto is_place = [&](int i) {
+      return i < places && tile < place.end_tile && row_of(i) < step.visited(now) && unit_of(i) < step.units;
+    };
+    auto fetch = [&](int i) { return is_place(i) ? step.fetch(d, now, row_of(i), unit_of(i)) : typename Step::Inputs{}; };
+
+    typename Step::Inputs next = fetch(threadIdx.x);  // on its way while others finish the last step
+    meeting.wait(s);
+    while (tile < place.end_tile) {
+      if (multiplies) {
+        const Element* tile_weights = weights + (tile - place.unit_tile) * tile_size;
+        sums.load_weights(tile_weights, sums.part);
+        sums.multiply(tile_weights, meeting.states(now));
+      }
+      for (int i = threadIdx.x; i < places; i += blockDim.x) {
+        const typename Step::Inputs inputs = next;
+        next = fetch(i + blockDim.x);
+        if (is_place(i)) sums.finish(step, d, now, i, row_of(i), unit_of(i), inputs, pass);
+      }
+      if (++tile == place.end_tile) break;
+      next = fetch(threadIdx.x);
+      prims::block_sync();  // nobody reads this tile's sums any more
+    }
+    meeting.say(s);
+    first = first_of_next(args.rows, d, s, first, goes_up(d, Step::kBackward));
+  }
+  meeting.end();
+}
+
+}  // namespace fusedrnn
