@@ -47,7 +47,11 @@ double seconds_a_step(exchange::Way way, int blocks, int threads, int part, int6
     return milliseconds / 1e3;
   };
   std::vector<double> found;
-  for (int round = 0; round < 7; ++round) found.push_back((run(2 * steps) - run(steps)) / double(steps));  // no launch is in it
+  if (blocks > multiprocessors) throw std::runtime_error("more blocks than multiprocessors: some would share one");
+  for (int round = 0; round < 7; ++round) {
+    const double twice = run(2 * steps);
+    found.push_back((twice - run(steps)) / double(steps));  // no launch is in it
+  }
   std::vector<uint32_t> state(result_bytes / 4);
   check(cudaMemcpy(state.data(), bench.result, result_bytes, cudaMemcpyDeviceToHost));
   if (state != exchange::expected(steps, blocks, part)) throw std::runtime_error("the state is wrong");

@@ -79,13 +79,43 @@ struct Place {
   FUSEDRNN_DEVICE int size() const { return blocks * part; }
 };
 
+// Reads a part of `size` things, as many at a time as hide the latency of a load, and each again until it has arrived:
+// keep(i, thing). All threads of the block divide them among themselves.
+template <class Load, class Arrived, class Keep>
+FUSEDRNN_DEVICE void read_all(int size, const Load& load, const Arrived& arrived, const Keep& keep) {
+  constexpr int kAhead = 8;
+  const int threads = int(blockDim.x);
+  for (int first = int(threadIdx.x); first < size; first += kAhead * threads) {
+    decltype(load(0)) found[kAhead];
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k)
+      if (first + k * threads < size) found[k] = load(first + k * threads);
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) {
+      const int i = first + k * threads;
+      if (i >= size) continue;
+      for (; !arrived(found[k]); found[k] = load(i)) pause();
+      keep(i, found[k]);
+    }
+  }
+}
+
+struct alignas(16) Four {  // numbers that are loaded at once
+  uint32_t number[4];
+};
+
 struct ByMemory {
   Place place;
   uint32_t* state;  // (kSlots, blocks, part)
   FUSEDRNN_DEVICE uint32_t* slot(int64_t s) const { return state + s % 2 * place.size(); }
   FUSEDRNN_DEVICE void publish(int64_t s, int i, uint32_t value) const { slot(s)[place.block * place.part + i] = value; }
   FUSEDRNN_DEVICE void copy(int64_t s, uint32_t* to) const {
-    for (int i = threadIdx.x; i < place.size(); i += blockDim.x) to[i] = slot(s)[i];
+    if (place.part % 4 == 0) copy_as(reinterpret_cast<const Four*>(slot(s)), reinterpret_cast<Four*>(to), place.size() / 4);
+    else copy_as(slot(s), to, place.size());
+  }
+  template <class T>
+  static FUSEDRNN_DEVICE void copy_as(const T* from, T* to, int size) {
+    read_all(size, [&](int i) { return from[i]; }, [](const T&) { return true; }, [&](int i, const T& found) { to[i] = found; });
   }
 };
 
@@ -127,11 +157,8 @@ struct Tagged {
   }
   FUSEDRNN_DEVICE void published(int64_t) const {}
   FUSEDRNN_DEVICE void gather(int64_t s, uint32_t* to) const {
-    for (int i = threadIdx.x; i < place.size(); i += blockDim.x) {
-      uint64_t found;
-      while ((found = load_relaxed(slot(s) + i)) >> 32 != uint64_t(s)) pause();
-      to[i] = uint32_t(found);
-    }
+    read_all(place.size(), [&](int i) { return load_relaxed(slot(s) + i); },
+             [&](uint64_t found) { return found >> 32 == uint64_t(s); }, [&](int i, uint64_t found) { to[i] = uint32_t(found); });
   }
 };
 
@@ -154,11 +181,8 @@ struct Sentinel {
   }
   FUSEDRNN_DEVICE void published(int64_t) const {}
   FUSEDRNN_DEVICE void gather(int64_t s, uint32_t* to) const {
-    for (int i = threadIdx.x; i < place.size(); i += blockDim.x) {
-      uint32_t found;
-      while (!((found = load_relaxed(slot(s) + i)) & kMark)) pause();
-      to[i] = found & ~kMark;
-    }
+    read_all(place.size(), [&](int i) { return load_relaxed(slot(s) + i); }, [](uint32_t found) { return (found & kMark) != 0; },
+             [&](int i, uint32_t found) { to[i] = found & ~kMark; });
     fence();  // what was emptied before these numbers came is seen to be empty
   }
 };
@@ -208,7 +232,8 @@ __global__ void __launch_bounds__(kMostThreads, 1) cluster_kernel(const __grid_c
       uint32_t sum = 0;
       for (int block = 0; block < blocks; ++block) sum += from[block * args.part + i];
       const uint32_t value = next_number(sum, s, mine);
-      for (int block = 0; block < blocks; ++block) prims::in_block(state, unsigned(block))[s % 2 * size + mine * args.part + i] = value;
+      for (int block = 0; block < blocks; ++block)
+        prims::in_block(state, unsigned(block))[s % 2 * size + mine * args.part + i] = value;
       if (s == args.steps) args.result[mine * args.part + i] = value;
     }
     cluster_sync();

@@ -91,7 +91,8 @@ def small(device: str = "cuda") -> None:
     from fusedrnn.select import DTYPES
 
     formats = [(torch.float32, "ieee"), (torch.float32, "tf32"), *((dtype, "ieee") for dtype in DTYPES - {torch.float32})]
-    for kernel, (dtype, precision), (kind, sizes, options) in itertools.product(("block", "cluster", "grid", "step"), formats, SMALL_LAYERS):
+    kernels = ("block", "cluster", "grid", "step")
+    for kernel, (dtype, precision), (kind, sizes, options) in itertools.product(kernels, formats, SMALL_LAYERS):
         torch.backends.cudnn.rnn.fp32_precision = precision
         with FusedProvider(cuda=kernel).around():
             module = getattr(fusedrnn, kind)(*sizes, **options, device=device, dtype=dtype)

@@ -16,7 +16,7 @@ PROVIDERS: dict[str, Callable[[], Provider]] = {
     "torch-again": lambda: TorchProvider("torch-again"),
     # each kernel of ours by force
     **{f"fusedrnn-{isa}": lambda isa=isa: FusedProvider(f"fusedrnn-{isa}", isa) for isa in ("baseline", "avx2", "avx512")},
-    **{f"fusedrnn-{kernel}": lambda kernel=kernel: FusedProvider(f"fusedrnn-{kernel}", cuda=kernel) for kernel in ("block", "cluster", "grid", "step")},
+    **{f"fusedrnn-{name}": lambda name=name: FusedProvider(f"fusedrnn-{name}", cuda=name) for name in ("block", "cluster", "grid", "step")},
     **PEERS,
 }
 

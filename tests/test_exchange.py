@@ -22,7 +22,7 @@ PLANTS = {
                       {"plain": WRONG, "thread": RACE}),
     "words_no_wait": (r"exchange\.wait\(s\);", "exchange.wait(MADE ? s - 1 : s);", {"plain": WRONG, "thread": RACE}),
     "one_slot": (r"return state \+ s % 2 \*", "return state + (MADE ? 0 : s % 2) *", {"plain": WRONG, "thread": RACE}),
-    "tagged_any": (r">> 32 != uint64_t\(s\)\) pause", ">> 32 != (MADE ? found >> 32 : uint64_t(s))) pause", {"plain": WRONG}),
+    "tagged_any": (r"return found >> 32 == uint64_t\(s\);", "return MADE || found >> 32 == uint64_t(s);", {"plain": WRONG}),
     "tagged_one_slot": (r"return state \+ s % kSlots \*(.*?)\}", r"return state + (MADE ? 0 : s % kSlots) *\1}", {"plain": f"{WRONG}|{STUCK}"}),
     "sentinel_not_emptied": (r"if \(s > 1\) \{", "if (s > 1 && !MADE) {", {"plain": WRONG}),
     "sentinel_emptied_too_much": (r"slot\(s \+ 1\)", "slot(MADE ? s + 2 : s + 1)", {"plain": f"{WRONG}|{STUCK}"}),

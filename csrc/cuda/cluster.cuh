@@ -14,7 +14,8 @@ struct ByCluster {
   const unsigned blocks;
 
   FUSEDRNN_DEVICE ByCluster(const ManySteps<Step>& args, const BlockPlace& place, int64_t row_size, prims::Shared& shared)
-      : size(args.step.plan.block_rows * row_size), first_number(place.first_row * row_size), first_step(args.rows.begin), blocks(unsigned(args.step.plan.sharers)) {
+      : size(args.step.plan.block_rows * row_size), first_number(place.first_row * row_size), first_step(args.rows.begin),
+        blocks(unsigned(args.step.plan.sharers)) {
     memory = shared.template take<Element>(2 * size);
     for (int turn = 0; turn < 2; ++turn) copy_in(copy(turn), args.step.states_of(blockIdx.z, turn) + first_number, size);
   }

@@ -27,12 +27,22 @@ void with_arithmetic(const LayerParams& p, const CudaContext& context, const Fn&
   }
 }
 
+// The context without what the code that this device runs cannot do.
+template <class A>
+CudaContext as_compiled(CudaContext context) {
+  const bool modern = context.chip.major >= 9 && is_made_for_sm_90(pack_kernel<A, 1>);  // any kernel: all are compiled alike
+  context.overlaps = context.overlaps && modern;
+  context.regimes.cluster = context.regimes.cluster && modern;
+  return context;
+}
+
 template <class Cell, template <class, class> class Pass, class Params>
 int64_t cuda_workspace(const Params& p, const CudaContext& context) {
   int64_t bytes = 0;
   with_arithmetic(p, context, [&](auto arithmetic) {
+    using A = decltype(arithmetic);
     Arena arena{nullptr};
-    Pass<Cell, decltype(arithmetic)>(p, context, arena);
+    Pass<Cell, A>(p, as_compiled<A>(context), arena);
     bytes = arena.used;
   });
   return bytes;
@@ -42,10 +52,8 @@ template <class Cell, template <class, class> class Pass, class Params>
 void run_cuda(const Params& p, const CudaContext& context, void* workspace) {
   with_arithmetic(p, context, [&](auto arithmetic) {
     using A = decltype(arithmetic);
-    CudaContext here = context;
-    here.overlaps = context.overlaps && waits_for_previous_grid(pack_kernel<A, 1>);  // any kernel: all are compiled alike
     Arena arena{static_cast<char*>(workspace)};
-    Pass<Cell, A>(p, here, arena).run();
+    Pass<Cell, A>(p, as_compiled<A>(context), arena).run();
   });
   end_of_launches();
 }

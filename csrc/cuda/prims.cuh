@@ -79,7 +79,7 @@ FUSEDRNN_DEVICE void wait_until(const uint32_t* word, uint32_t value FUSEDRNN_SI
 #if defined(FUSEDRNN_ON_HOST)
   while (int32_t(cuda_on_host::ld_acquire(word, file, line) - value) < 0) cuda_on_host::spin_pause(file, line);
 #else
-  uint32_t found;
+  uint32_t found;  // polled without order, which empties no cache
 #if defined(FUSEDRNN_BOUNDED_WAITS)
   constexpr uint32_t kPatience = 1u << 24;
   for (uint32_t tries = 0;; ++tries) {
@@ -87,9 +87,10 @@ FUSEDRNN_DEVICE void wait_until(const uint32_t* word, uint32_t value FUSEDRNN_SI
 #else
   for (;;) {
 #endif
-    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(found) : "l"(word) : "memory");
-    if (int32_t(found - value) >= 0) return;
+    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(found) : "l"(word) : "memory");
+    if (int32_t(found - value) >= 0) break;
   }
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(found) : "l"(word) : "memory");
 #endif
 }
 
@@ -261,10 +262,10 @@ void launch(const char* name, void (*kernel)(Args), const Grid& grid, const Queu
 #endif
 }
 
-// Whether wait_for_previous_grid waits in the code that this device runs. Where the library has none for sm_90 or later, a
-// later chip runs an older one's PTX, in which it does nothing.
+// Whether the code that this device runs was made for sm_90 or later. Where the library has none, a later chip runs an older
+// one's PTX, in which wait_for_previous_grid does nothing and a cluster is none.
 template <class Args>
-bool waits_for_previous_grid(void (*kernel)(Args)) {
+bool is_made_for_sm_90(void (*kernel)(Args)) {
 #if defined(FUSEDRNN_ON_HOST)
   (void)kernel;
   return true;

@@ -149,6 +149,7 @@ struct BlockSums {
   // weights: the unit tile's, of which load_weights has begun to load block `part`; states: from the block's first row on.
   // Ends with a barrier: all sums are there.
   FUSEDRNN_DEVICE void multiply(const Element* weights, const Element* states) {
+    prims::warp_sync();  // lanes may come from different ends of a step
     typename A::Sum sum[kGates][kTiles][4] = {};
     load_states(states, part);
     for (int64_t block = part; block < plan.depth_blocks;) {

@@ -52,7 +52,8 @@ struct KernelCase : Case {
 
 inline std::string text(const KernelCase& c, size_t number) {
   const fusedrnn::Chip& chip = *c.chip;
-  return std::string(c.arithmetic->name) + ", regime " + fusedrnn::kRegimeNames[int(c.regime)] + ", " + std::to_string(chip.multiprocessors) + " multiprocessors of " +
+  return std::string(c.arithmetic->name) + ", regime " + fusedrnn::kRegimeNames[int(c.regime)] + ", " +
+         std::to_string(chip.multiprocessors) + " multiprocessors of " +
          std::to_string(chip.major) + ".x with " + std::to_string(chip.shared_bytes >> 10) + " KiB, " + kOrders[c.order] +
          ", " + text(static_cast<const Case&>(c), number);
 }
