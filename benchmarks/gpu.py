@@ -29,7 +29,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 from . import machine, table
 from .machine import ROOT
-from .providers import FusedProvider
+from .providers import CUDA_KERNELS, FusedProvider
 from .rows import pairs, read
 
 MINUTES = 9
@@ -91,8 +91,7 @@ def small(device: str = "cuda") -> None:
     from fusedrnn.select import DTYPES
 
     formats = [(torch.float32, "ieee"), (torch.float32, "tf32"), *((dtype, "ieee") for dtype in DTYPES - {torch.float32})]
-    kernels = ("block", "cluster", "grid", "step")
-    for kernel, (dtype, precision), (kind, sizes, options) in itertools.product(kernels, formats, SMALL_LAYERS):
+    for kernel, (dtype, precision), (kind, sizes, options) in itertools.product(CUDA_KERNELS, formats, SMALL_LAYERS):
         torch.backends.cudnn.rnn.fp32_precision = precision
         with FusedProvider(cuda=kernel).around():
             module = getattr(fusedrnn, kind)(*sizes, **options, device=device, dtype=dtype)

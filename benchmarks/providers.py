@@ -14,6 +14,7 @@ import torch
 
 from .shapes import Case
 
+CUDA_KERNELS = ("block", "cluster", "grid", "step")  # fusedrnn.select's, which may not be built yet where this is read
 CLASS_NAMES = {"rnn": "RNN", "gru": "GRU", "lstm": "LSTM"}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from .peers import PEERS
-from .providers import FusedProvider, Provider, TorchProvider
+from .providers import CUDA_KERNELS, FusedProvider, Provider, TorchProvider
 
 PROVIDERS: dict[str, Callable[[], Provider]] = {
     "torch": TorchProvider,
@@ -16,7 +16,7 @@ PROVIDERS: dict[str, Callable[[], Provider]] = {
     "torch-again": lambda: TorchProvider("torch-again"),
     # each kernel of ours by force
     **{f"fusedrnn-{isa}": lambda isa=isa: FusedProvider(f"fusedrnn-{isa}", isa) for isa in ("baseline", "avx2", "avx512")},
-    **{f"fusedrnn-{name}": lambda name=name: FusedProvider(f"fusedrnn-{name}", cuda=name) for name in ("block", "cluster", "grid", "step")},
+    **{f"fusedrnn-{name}": lambda name=name: FusedProvider(f"fusedrnn-{name}", cuda=name) for name in CUDA_KERNELS},
     **PEERS,
 }
 

@@ -70,7 +70,8 @@ def _forward(cell, batch_sizes, batch_first, input, hx, cx, weights, save):
 
 def _input_product(input, weight, bias):
     """torch.nn.functional.linear, into large pages where that is worth it."""
-    if input.numel() // input.shape[-1] * len(weight) < LARGE or is_compiling():  # before anything that costs a small call time
+    # Before anything that costs a small call time; and a graph that is compiled for any size must not ask for the size.
+    if is_compiling() or input.numel() * len(weight) <= LARGE * input.shape[-1]:
         return linear(input, weight, bias)
     rows = input.reshape(-1, input.shape[-1])
     out = _large_empty(rows, len(weight))
@@ -85,7 +86,7 @@ LARGE = 1 << 20  # numbers of a result for which large pages are worth asking fo
 
 def _large_empty(rows, columns):
     """Memory for a product of `rows` and so many columns, on large pages; None if it is small, or no plain memory of a CPU."""
-    if len(rows) * columns < LARGE or not rows.is_cpu or is_compiling() or _are_functorch_transforms_active():
+    if is_compiling() or len(rows) * columns < LARGE or not rows.is_cpu or _are_functorch_transforms_active():
         return None
     out = rows.new_empty(len(rows), columns)
     if type(out) is not torch.Tensor:  # a fake one
@@ -326,11 +327,9 @@ def _grad_input(cell, grad_pre, weights, shape, batch_first):
     for d, (w_ih, *_) in enumerate(weights):
         gates = w_ih.shape[0]
         grad_gates = grad_pre if gates == grad_pre.shape[1] else grad_pre[:, d * width : d * width + gates]
-        if d > 0:
-            grad_input.addmm_(grad_gates, w_ih)
-        elif (out := _large_empty(grad_gates, w_ih.shape[1])) is not None:
-            grad_input = torch.mm(grad_gates, w_ih, out=out)
+        if d == 0:
+            grad_input = torch.mm(grad_gates, w_ih, out=_large_empty(grad_gates, w_ih.shape[1]))
         else:
-            grad_input = torch.mm(grad_gates, w_ih)
+            grad_input.addmm_(grad_gates, w_ih)
     grad_input = grad_input.view(*shape)  # in half the time of view(shape)
     return grad_input.transpose(0, 1) if batch_first else grad_input

@@ -11,7 +11,6 @@ from .convert import FUSED_OF_STOCK
 from .modules import CELL_OF_MODE, FusedLayer
 
 INSTRUCTION_SETS = ("avx512", "avx2", "baseline")
-CUDA_KERNELS = ("block", "cluster", "grid", "step")
 
 
 def explain(module: nn.Module, input: Tensor | PackedSequence, hx=None) -> str:
@@ -45,7 +44,7 @@ def explain(module: nn.Module, input: Tensor | PackedSequence, hx=None) -> str:
     elsewhere = f"the input is on {data.device}"
     on_cuda = data.device.type == "cuda"
     against = _reasons_against_kernels(module, input) if on_cuda and not reason else {}
-    for kernel in CUDA_KERNELS:
+    for kernel in select.FUSED_CUDA_KERNELS:
         kernels[f"fused CUDA kernels, {kernel}"] = (reason or against[kernel]) if on_cuda else elsewhere
     for isa in INSTRUCTION_SETS:
         kernels[f"fused engine, {isa}"] = elsewhere if on_cuda else reason or _reason_against(isa)

@@ -30,7 +30,8 @@ DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16}
 DEVICES = frozenset({"cpu", "meta", "cuda"})
 #: What the environment variable FUSEDRNN_KERNEL may name for tensors on CUDA: a kernel of csrc/cuda, where it can run a layer
 #: ("step" else), or torch's own. If it is unset the first of them that can.
-CUDA_KERNELS = ("block", "cluster", "grid", "step", "torch")
+FUSED_CUDA_KERNELS = ("block", "cluster", "grid", "step")
+CUDA_KERNELS = (*FUSED_CUDA_KERNELS, "torch")
 OLDEST_CUDA = (8, 0)  # compute capability, as csrc/cuda/ops.cpp has it
 HAS_CUDA, CUDA_WHY_NOT = (_C.build_record()[key] for key in ("cuda", "cuda_why_not"))
 
