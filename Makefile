@@ -16,6 +16,8 @@ ifeq ($(VENV),0)
 else
   RUN := $(VENV)/bin/python
   READY := $(VENV)/installed
+  # There they are installed, and their tests must not be skipped.
+  export FUSEDRNN_CLIENTS := 1
 endif
 
 .PHONY: help build demo examples test bench gpu info docs clean distclean
@@ -59,10 +61,11 @@ docs: build
 	    fusedrnn '!fusedrnn[.]' $(patsubst fusedrnn/%.py,fusedrnn.%,$(wildcard fusedrnn/[a-z]*.py))
 
 # The stamp: a second make installs nothing. Torch comes first, so that no other package chooses one.
-$(VENV)/installed: requirements.txt requirements-torch.txt setup.py pyproject.toml
+$(VENV)/installed: requirements.txt requirements-torch.txt requirements-clients.txt setup.py pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install $(TORCH)
 	$(RUN) -m pip install -r requirements.txt
+	$(RUN) -m pip install -r requirements-clients.txt -c requirements.txt
 	$(RUN) setup.py -q build_ext --inplace
 	$(RUN) -m pip install --no-build-isolation --no-deps -e .
 	touch $@

@@ -2,7 +2,7 @@
 // arithmetic.
 //
 // An operator computes the recurrence of one layer in all its directions, backward with the gradients of its weights. The
-// product of the input and weight_ih for all steps, and the gradient of the input, are ATen's (fusedrnn/autograd.py).
+// product of the input and weight_ih for all steps, and the gradient of the input, are ATen's (fusedrnn/layer.py).
 //
 // Only LibTorch's stable ABI is used here, so that one build of the library serves every torch from 2.10 on.
 #pragma once
@@ -12,6 +12,8 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <cstring>
+#include <numeric>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -23,16 +25,18 @@
 
 namespace fusedrnn {
 
-// hx and cx: null for zeros. batch_sizes: null for padded sequences. The results of recurrence_forward behind cy are for
+// Null: no biases, no projections; hx and cx null for zeros. (A list is not empty, but null: AOTInductor cannot hand on an empty one.)
+// batch_sizes (T,): of packed sequences; with padded ones their lengths (B,), null if all have T steps.
+// Outputs behind the end of a sequence are zero, and its last states are those of its own last step. The results of recurrence_forward behind cy are for
 // recurrence_backward alone and empty unless `save`; cy is empty for cells with one state. grad_weights holds, for each
 // direction, the gradients of weight_ih, weight_hh, bias_ih, bias_hh and weight_hr. What is not needed is empty. allow_tf32:
 // on a device that has TF32, weights and states in float32 may be rounded to it before they are multiplied.
 constexpr char kForwardSchema[] =
-    "recurrence_forward(str cell, Tensor[] gates_x, Tensor[] weight_hh, Tensor[] bias_hh, Tensor[] weight_hr, Tensor? hx, "
+    "recurrence_forward(str cell, Tensor[] gates_x, Tensor[] weight_hh, Tensor[]? bias_hh, Tensor[]? weight_hr, Tensor? hx, "
     "Tensor? cx, Tensor? batch_sizes, bool save, bool allow_tf32) -> "
     "(Tensor output, Tensor hy, Tensor cy, Tensor saved, Tensor states)";
 constexpr char kBackwardSchema[] =
-    "recurrence_backward(str cell, Tensor? input, Tensor[] weight_hh, Tensor[] weight_hr, Tensor? hx, Tensor? cx, "
+    "recurrence_backward(str cell, Tensor? input, Tensor[] weight_hh, Tensor[]? weight_hr, Tensor? hx, Tensor? cx, "
     "Tensor output, Tensor saved, Tensor states, Tensor? batch_sizes, Tensor? grad_output, Tensor? grad_hy, "
     "Tensor? grad_cy, bool need_grad_hx, bool need_grad_cx, bool need_grad_weight_ih, bool need_grad_weight_hh, "
     "bool need_grad_bias, bool need_grad_weight_hr, bool allow_tf32) -> "
@@ -41,6 +45,8 @@ constexpr char kBackwardSchema[] =
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
+using Tensors = std::vector<Tensor>;
+using MaybeTensors = std::optional<Tensors>;
 using Sizes = std::vector<int64_t>;
 
 struct CellTraits {
@@ -95,12 +101,11 @@ struct Call {
   CellTraits cell;
   Tensor first;                  // gives dtype and device to all others
   int64_t D = 0, H = 0, P = 0, T = 0, B = 0, rows = 0;
-  bool projected = false, packed = false;
-  std::vector<Tensor> held;
-  std::vector<int64_t> offsets;
+  bool projected = false, packed = false, uneven = false;  // uneven: padded, with lengths
+  Tensors held;
 
-  Call(const char* op, const std::string& cell_name, const std::vector<Tensor>& weight_hh,
-       const std::vector<Tensor>& weight_hr)
+  Call(const char* op, const std::string& cell_name, const Tensors& weight_hh,
+       const Tensors& weight_hr)
       : op(op), cell(find_cell(op, cell_name)) {
     D = int64_t(weight_hh.size());
     STD_TORCH_CHECK(D == 1 || D == kMaxDirections, op, ": weight_hh must hold 1 or 2 tensors, one a direction, got ", D);
@@ -178,46 +183,51 @@ struct Call {
 
   // T, B and where rows lie: from batch_sizes, or from a padded sequence's first two sizes.
   void set_steps(const char* name, const Tensor& sequence, const MaybeTensor& batch_sizes, const MaybeTensor& hx) {
-    packed = batch_sizes.has_value();
-    const int64_t dims = packed ? 2 : 3;
-    STD_TORCH_CHECK(sequence.dim() == dims, op, ": ", name, " must have ", dims, " dimensions ",
-                    packed ? "(rows, features) with batch_sizes" : "(T, B, features)", ", got ", text(sizes_of(sequence)));
+    packed = batch_sizes && sequence.dim() == 2;
+    uneven = batch_sizes && !packed;
+    STD_TORCH_CHECK(packed || sequence.dim() == 3, op, ": ", name, " must have 3 dimensions (T, B, features), or 2 ",
+                    "(rows, features) with batch_sizes, got ", text(sizes_of(sequence)));
+    const int64_t* sizes = nullptr;
+    if (batch_sizes) {
+      STD_TORCH_CHECK(batch_sizes->is_cpu() && batch_sizes->scalar_type() == ScalarType::Long && batch_sizes->dim() == 1, op,
+                      ": batch_sizes must be a one-dimensional int64 tensor on the CPU");
+      held.push_back(torch::stable::contiguous(*batch_sizes));
+      sizes = held.back().const_data_ptr<int64_t>();
+    }
     if (!packed) {
       T = sequence.size(0);
       B = sequence.size(1);
       rows = T * B;
       STD_TORCH_CHECK(T > 0, op, ": expected sequence length to be larger than 0, got 0");
+      steps_ = {T, B, nullptr, nullptr};
+      if (uneven) set_lengths(sizes, batch_sizes->size(0));
       return;
     }
     rows = sequence.size(0);
-    STD_TORCH_CHECK(batch_sizes->is_cpu() && batch_sizes->scalar_type() == ScalarType::Long && batch_sizes->dim() == 1, op,
-                    ": batch_sizes must be a one-dimensional int64 tensor on the CPU");
-    held.push_back(torch::stable::contiguous(*batch_sizes));
     T = batch_sizes->size(0);
     STD_TORCH_CHECK(T > 0, op, ": expected sequence length to be larger than 0, got no batch_sizes");
-    const int64_t* sizes = held.back().const_data_ptr<int64_t>();
     int64_t sum = 0;
     for (int64_t t = 0; t < T; ++t) {
       STD_TORCH_CHECK(sizes[t] > 0 && (t == 0 || sizes[t] <= sizes[t - 1]), op,
                       ": batch_sizes must be positive and never increase, got ", sizes[t], " at step ", t);
       STD_TORCH_CHECK(sizes[t] <= rows - sum, op, ": batch_sizes must add up to the ", rows, " rows of ", name,
                       ", got more by step ", t);
-      offsets.push_back(sum);
+      offsets_.push_back(sum);
       sum += sizes[t];
     }
     STD_TORCH_CHECK(sum == rows, op, ": batch_sizes must add up to the ", rows, " rows of ", name, ", got ", sum);
     B = sizes[0];
-    batch_sizes_ = sizes;
+    steps_ = {T, B, sizes, offsets_.data()};
     STD_TORCH_CHECK(!hx || (hx->dim() == 3 && hx->size(1) == B), op, ": hx must be ", text({D, B, P}), ", got ",
                     hx ? text(sizes_of(*hx)) : "");
   }
 
-  void fill(LayerParams& p, const std::vector<Tensor>& weight_hh, const std::vector<Tensor>& weight_hr,
+  void fill(LayerParams& p, const Tensors& weight_hh, const Tensors& weight_hr,
             const MaybeTensor& hx, const MaybeTensor& cx) {
     held.reserve(16);
     p.cell = cell.id;
     p.dtype = dtype();
-    p.steps = {T, B, packed ? batch_sizes_ : nullptr, packed ? offsets.data() : nullptr};
+    p.steps = steps_;
     p.H = H;
     p.P = P;
     p.D = D;
@@ -237,12 +247,51 @@ struct Call {
     return sizes;
   }
   int64_t extra_states() const { return cell.states - 1 + projected; }
+  bool has_steps() const { return rows > 0 && steps_.T > 0; }
+
+  // Padded sequences with lengths: zeros behind their ends, in a tensor of rows of the sequence, which no engine writes.
+  void clear_behind(const Tensor& sequence) const {
+    const size_t row = uneven && rows > 0 ? size_t(sequence.numel() / rows * sequence.element_size()) : 0;
+    for (int64_t t = 0; uneven && t < T; ++t)
+      for (int64_t b = 0; b < B; ++b)
+        if (t >= lengths_[b]) std::memset(static_cast<char*>(sequence.data_ptr()) + size_t(t * B + b) * row, 0, row);
+  }
+  // A sequence of no steps ends in the states, or their gradients, that it began with: `from` (D, B, width), null for zeros.
+  void pass_through(const Tensor& to, const void* from) const {
+    if (!uneven || to.numel() == 0) return;
+    const size_t row = size_t(to.numel() / (D * B) * to.element_size());
+    for (int64_t i = 0; i < D * B; ++i) {
+      if (lengths_[i % B] > 0) continue;
+      char* at = static_cast<char*>(to.data_ptr()) + size_t(i) * row;
+      from ? std::memcpy(at, static_cast<const char*>(from) + size_t(i) * row, row) : std::memset(at, 0, row);
+    }
+  }
 
  private:
-  const int64_t* batch_sizes_ = nullptr;
+  Steps steps_{};
+  const int64_t* lengths_ = nullptr;
+  std::vector<int64_t> offsets_, batch_sizes_, order_;
+
+  void set_lengths(const int64_t* lengths, int64_t count) {
+    STD_TORCH_CHECK(count == B, op, ": lengths must be one for each of ", B, " sequences, got ", count);
+    lengths_ = lengths;
+    batch_sizes_.assign(size_t(T), 0);
+    for (int64_t b = 0; b < B; ++b) {
+      STD_TORCH_CHECK(lengths[b] >= 0 && lengths[b] <= T, op, ": lengths must be from 0 to ", T, ", got ", lengths[b], " at ", b);
+      if (lengths[b] > 0) ++batch_sizes_[size_t(lengths[b] - 1)];
+    }
+    for (int64_t t = T - 1; t > 0; --t) batch_sizes_[size_t(t - 1)] += batch_sizes_[size_t(t)];  // those that end later run, too
+    order_.resize(size_t(B));
+    std::iota(order_.begin(), order_.end(), 0);
+    std::stable_sort(order_.begin(), order_.end(), [&](int64_t a, int64_t b) { return lengths[a] > lengths[b]; });
+    steps_.T = std::find(batch_sizes_.begin(), batch_sizes_.end(), 0) - batch_sizes_.begin();
+    steps_.batch_sizes = batch_sizes_.data();
+    steps_.order = order_.data();
+  }
 };
 
 // An Engine is made for one call and has
+//   kTakesLengths: whether padded sequences may have lengths
 //   Engine(call, allow_tf32)
 //   forward(ForwardParams), backward(BackwardParams, needs)
 //   grad_weights(GradWeightsParams, needs, tensors): the gradients of the weights of all directions
@@ -261,9 +310,15 @@ struct GradSources {
 };
 
 template <class Engine>
+void check_takes_lengths(const Call& call) {
+  STD_TORCH_CHECK(!call.uneven || Engine::kTakesLengths, call.op, ": lengths of padded sequences are for tensors on the CPU alone");
+}
+
+template <class Engine>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> recurrence_forward(
-    std::string cell, std::vector<Tensor> gates_x, std::vector<Tensor> weight_hh, std::vector<Tensor> bias_hh,
-    std::vector<Tensor> weight_hr, MaybeTensor hx, MaybeTensor cx, MaybeTensor batch_sizes, bool save, bool allow_tf32) {
+    std::string cell, Tensors gates_x, Tensors weight_hh, MaybeTensors maybe_bias_hh, MaybeTensors maybe_weight_hr,
+    MaybeTensor hx, MaybeTensor cx, MaybeTensor batch_sizes, bool save, bool allow_tf32) {
+  const Tensors bias_hh = maybe_bias_hh.value_or(Tensors{}), weight_hr = maybe_weight_hr.value_or(Tensors{});
   Call call("fusedrnn::recurrence_forward", cell, weight_hh, weight_hr);
   const int64_t D = call.D, H = call.H, P = call.P, G = call.cell.gates;
   STD_TORCH_CHECK(int64_t(gates_x.size()) == D, call.op, ": gates_x must hold ", D, " tensors, got ", gates_x.size());
@@ -286,7 +341,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> recurrence_forward(
   Tensor cy = allocate(like, call.cell.states > 1 ? Sizes{D, call.B, H} : Sizes{0});
   Tensor saved = allocate(like, save ? call.sequence_sizes({D, call.cell.saved, H}) : Sizes{0});
   Tensor states = allocate(like, save ? call.sequence_sizes({D, call.extra_states(), H}) : Sizes{0});
-  if (call.rows > 0) {
+  check_takes_lengths<Engine>(call);
+  call.clear_behind(output);
+  call.pass_through(hy, p.hx);
+  call.pass_through(cy, p.cx);
+  if (call.has_steps()) {
     p.output = output.data_ptr();
     p.hy = hy.data_ptr();
     p.cy = cy.data_ptr();
@@ -299,11 +358,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> recurrence_forward(
 }
 
 template <class Engine>
-std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> recurrence_backward(
-    std::string cell, MaybeTensor input, std::vector<Tensor> weight_hh, std::vector<Tensor> weight_hr, MaybeTensor hx,
+std::tuple<Tensor, Tensor, Tensor, Tensors> recurrence_backward(
+    std::string cell, MaybeTensor input, Tensors weight_hh, MaybeTensors maybe_weight_hr, MaybeTensor hx,
     MaybeTensor cx, Tensor output, Tensor saved, Tensor states, MaybeTensor batch_sizes, MaybeTensor grad_output,
     MaybeTensor grad_hy, MaybeTensor grad_cy, bool need_grad_hx, bool need_grad_cx, bool need_grad_weight_ih,
     bool need_grad_weight_hh, bool need_grad_bias, bool need_grad_weight_hr, bool allow_tf32) {
+  const Tensors weight_hr = maybe_weight_hr.value_or(Tensors{});
   Call call("fusedrnn::recurrence_backward", cell, weight_hh, weight_hr);
   const int64_t D = call.D, H = call.H, P = call.P;
   call.set_steps("output", output, batch_sizes, hx);
@@ -329,6 +389,7 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> recurrence_backward(
 
   const Tensor& like = call.first;
   const Needs needs{need_grad_hx, need_grad_cx, need_grad_weight_ih, need_grad_weight_hh, need_grad_bias, need_grad_weight_hr};
+  check_takes_lengths<Engine>(call);
   Engine engine(call, allow_tf32);
   Tensor grad_pre = allocate(like, call.sequence_sizes({D, call.cell.pre, H}));
   Tensor grad_hx = allocate(like, need_grad_hx ? Sizes{D, call.B, P} : Sizes{0});
@@ -349,7 +410,11 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> recurrence_backward(
     p.grad_hx = need_grad_hx ? grad_hx.data_ptr() : nullptr;
     p.grad_cx = need_grad_cx ? grad_cx.data_ptr() : nullptr;
     w.grad_proj = p.grad_proj = grad_proj ? grad_proj->data_ptr() : nullptr;
-    if (call.rows > 0) engine.backward(p, needs);
+    call.clear_behind(grad_pre);
+    if (grad_proj) call.clear_behind(*grad_proj);
+    call.pass_through(grad_hx, p.grad_hy);
+    call.pass_through(grad_cx, p.grad_cy);
+    if (call.has_steps()) engine.backward(p, needs);
     call.held.erase(call.held.begin() + int64_t(held), call.held.end());
   }
 

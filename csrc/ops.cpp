@@ -19,6 +19,7 @@ namespace {
 
 class OnCpu {
  public:
+  static constexpr bool kTakesLengths = true;
   OnCpu(const Call& call, bool) : call_(call), engine_(cpu_engine(selected_isa())) {}
 
   void forward(const ForwardParams& p) const { run(p, engine_.forward_workspace, engine_.forward); }

@@ -8,23 +8,27 @@ namespace fusedrnn {
 enum class Dtype { kFloat32, kFloat64, kBFloat16, kFloat16 };  // of every tensor of a call
 constexpr int kMaxDirections = 2;
 
-// Step t has rows(t) rows of the batch; they lie at row_offset(t), row_offset(t) + 1, ... of a sequence stored row
-// after row. Padded input is the case where every step has B rows.
+// Step t has rows(t) rows of the batch, the longest sequences first. A sequence is stored row after row, step after step: all B
+// rows of a step (padded) or those that it has (packed). Padded sequences of different lengths keep the order of the caller, and
+// `order` says where each lies.
 struct Steps {
-  int64_t T, B;
-  const int64_t* batch_sizes;  // (T), non-increasing; null: padded
-  const int64_t* offsets;      // (T), sum of the batch sizes before t; null: padded
+  int64_t T, B;                    // T: of the longest sequence
+  const int64_t* batch_sizes;      // (T), non-increasing; null: B at every step
+  const int64_t* offsets;          // (T), sum of the batch sizes before t; null: padded
+  const int64_t* order = nullptr;  // (B), the row of the batch that is row b of the steps; null: b
   int64_t rows(int64_t t) const { return batch_sizes ? batch_sizes[t] : B; }
   int64_t row_offset(int64_t t) const { return offsets ? offsets[t] : t * B; }
-  int64_t row_count() const { return row_offset(T - 1) + rows(T - 1); }
+  int64_t row_count() const { return offsets ? offsets[T - 1] + batch_sizes[T - 1] : T * B; }
+  int64_t place(int64_t b) const { return order ? order[b] : b; }
+  int64_t row(int64_t t, int64_t b) const { return row_offset(t) + place(b); }
   // Where row b of step t lies in a sequence of rows that are `row` elements apart, and `step` from step to step if padded.
   int64_t position(int64_t t, int64_t b, int64_t step, int64_t row) const {
-    return offsets ? (offsets[t] + b) * row : t * step + b * row;
+    return offsets ? (offsets[t] + b) * row : t * step + place(b) * row;
   }
   // Where the state is that row b of step t began with in direction d: that row of the step before, or -1 at its first step.
   int64_t row_before(int64_t t, int64_t b, int64_t d) const {
     const int64_t before = d ? t + 1 : t - 1;
-    return before < 0 || before >= T || b >= rows(before) ? -1 : row_offset(before) + b;
+    return before < 0 || before >= T || b >= rows(before) ? -1 : row(before, b);
   }
 };
 

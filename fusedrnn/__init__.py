@@ -3,6 +3,7 @@
     import fusedrnn
     lstm = fusedrnn.LSTM(28, 128)            # was torch.nn.LSTM(28, 128)
     model = fusedrnn.convert(model)          # or: every stock layer of a model, in place
+    fusedrnn.patch()                         # or: torch.nn's own names, for packages that are to run as they are
     print(fusedrnn.explain(lstm, x))         # which kernel runs this call, and why no other
 """
 
@@ -16,5 +17,6 @@ from .cells import GRUCell, LSTMCell, RNNCell  # noqa: E402
 from .convert import convert  # noqa: E402
 from .explain import explain  # noqa: E402
 from .modules import GRU, LSTM, RNN  # noqa: E402
+from .patch import patch  # noqa: E402
 
-__all__ = ["GRU", "GRUCell", "LSTM", "LSTMCell", "RNN", "RNNCell", "__version__", "convert", "explain", "functional"]
+__all__ = ["GRU", "GRUCell", "LSTM", "LSTMCell", "RNN", "RNNCell", "__version__", "convert", "explain", "functional", "patch"]

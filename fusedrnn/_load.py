@@ -4,6 +4,8 @@ import importlib
 import sys
 import sysconfig
 from pathlib import Path
+from types import ModuleType
+from typing import Any, NoReturn
 
 from ._version import __version__
 
@@ -13,7 +15,7 @@ BUILD = "pip install --no-build-isolation -v ."
 SOURCES = " (in the folder with fusedrnn's setup.py)"
 
 
-def load():
+def load() -> ModuleType:
     """Imports fusedrnn._C and loads _ops.so into torch.ops.
 
     Returns: the module fusedrnn._C.
@@ -35,7 +37,7 @@ def load():
     return extension
 
 
-def _import_torch():
+def _import_torch() -> Any:
     needed = f"torch {'.'.join(map(str, MIN_TORCH))} or newer"
     mend = f'"{sys.executable}" -m pip install "torch>={MIN_TORCH[0]}.{MIN_TORCH[1]}"'
     try:
@@ -47,7 +49,7 @@ def _import_torch():
     return torch
 
 
-def _import_extension():
+def _import_extension() -> ModuleType:
     python = sysconfig.get_config_var("SOABI")
     needed = f"one built for this Python, {python}"
     library = FOLDER / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
@@ -62,9 +64,9 @@ def _import_extension():
         _fail(f"{library}, which does not load ({_one_line(error)})", needed, BUILD + SOURCES, error)
 
 
-def _one_line(error):
+def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
-def _fail(found, needed, mend, cause=None):
+def _fail(found: str, needed: str, mend: str, cause: BaseException | None = None) -> NoReturn:
     raise ImportError(f"fusedrnn {__version__} found {found}, and needs {needed}. To mend it: {mend}") from cause

@@ -1,48 +1,59 @@
-"""One layer, with its gradients: the input product, the recurrence, and what autograd needs of both.
+"""One layer, differentiable: for autograd, for torch.compile, and for torch.func.
 
-The product of the input and weight_ih, the gradient of the input, and those of large weights are single matrix products of
-ATen's, over all rows of the sequence at once; all else is the operators' (`fusedrnn/ops.py`).
+The engine computes the layer and its first derivatives (`fusedrnn/layer.py`). A batch of calls, as torch.vmap makes it, is folded
+into the engine's batch. Second derivatives and forward mode run through `fusedrnn.reference`, in plain torch.
 """
 
-from functools import lru_cache
+from types import SimpleNamespace
 
 import torch
+from torch import Tensor
 from torch._C import _are_functorch_transforms_active
 from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
-from torch.compiler import is_compiling
-from torch.nn.functional import linear
+from torch.compiler import is_compiling, is_exporting
 
-from . import _C, reference
-from .ops import TRAITS, recurrence_backward, recurrence_forward
+from . import onnx, reference, select
+from .layer import backward, by_direction, forward
+from .reference import Weights
 
 
-def layer(cell, input, hx, cx, weights, batch_sizes=None, batch_first=False):
+def layer(cell: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, weights: list[Weights],
+          ragged: Tensor | None = None, batch_first: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
     """Runs one recurrent layer, forward and, with two directions, in reverse beside it.
 
     Args:
         cell: "rnn_tanh", "rnn_relu", "lstm" or "gru".
-        input: (T, B, I); (B, T, I) if `batch_first`; or (rows, I), the data of a PackedSequence, with `batch_sizes`.
-        hx: (D, B, P) initial hidden states, or None for zeros (not with `batch_sizes`).
+        input: (T, B, I); (B, T, I) if `batch_first`; or (rows, I), the data of a PackedSequence.
+        hx: (D, B, P) initial hidden states, or None for zeros (not with packed data).
         cx: (D, B, H) initial cell states of the lstm, or None for zeros.
         weights: for each of the D directions (weight_ih, weight_hh, bias_ih, bias_hh, weight_hr), None where there is none.
-        batch_sizes: (T,) int64 on the CPU, as in a PackedSequence.
+        ragged: int64 on the CPU, batch_sizes (T,) of packed data, or the lengths (B,) of padded sequences; None: all have T steps.
         batch_first: see input.
 
     Returns:
         output `(T, B, D*P)` in this order of memory, also if `batch_first`, or `(rows, D*P)`; hy (D, B, P); and cy (D, B, H),
         None for cells without one.
     """
+    if forward_ad._current_level >= 0:
+        select.warn_once(f"fusedrnn's {cell}", "its reference in plain torch", "the engine has no forward-mode derivative")
+        return reference.layer(cell, input, hx, cx, weights, ragged, batch_first)
     tensors = [input, hx, cx]
     for group in weights:
         tensors += group
-    transformed = _are_functorch_transforms_active() or forward_ad._current_level >= 0
-    if transformed or is_compiling():
-        output, hy, cy, _, _ = TransformedLayer.apply(cell, batch_sizes, batch_first, *tensors)
+    if is_compiling():
+        if onnx.is_recording():
+            return onnx.layer(cell, input, hx, cx, weights, ragged, batch_first)
+        if is_exporting() or not _needs_grad(tensors):  # an exported program is to be run, and not to be trained
+            output, hy, cy, _, _ = forward(cell, ragged, batch_first, input, hx, cx, tensors[3:], save=False)
+        else:
+            output, hy, cy, _, _ = CompiledLayer.apply(cell, ragged, batch_first, *tensors)
+    elif _are_functorch_transforms_active():
+        output, hy, cy, _, _ = TransformedLayer.apply(cell, ragged, batch_first, *tensors)
     elif _needs_grad(tensors):
-        return _apply(cell, batch_sizes, batch_first, *tensors)
+        return _apply(cell, ragged, batch_first, *tensors)
     else:
-        output, hy, cy, _, _ = _forward(cell, batch_sizes, batch_first, input, hx, cx, weights, save=False)
+        output, hy, cy, _, _ = forward(cell, ragged, batch_first, input, hx, cx, tensors[3:], save=False)
     return output, hy, cy if cell == "lstm" else None
 
 
@@ -54,103 +65,39 @@ def _needs_grad(tensors):
     return False
 
 
-def _forward(cell, batch_sizes, batch_first, input, hx, cx, weights, save):
-    gates_x, weight_hh, bias_hh, weight_hr = [], [], [], []
-    for w_ih, w_hh, b_ih, b_hh, w_hr in weights:
-        if b_hh is not None:
-            bias_hh.append(b_hh)
-        gates = _input_product(input, w_ih, b_ih)
-        gates_x.append(gates.transpose(0, 1) if batch_first else gates)
-        weight_hh.append(w_hh)
-        if w_hr is not None:
-            weight_hr.append(w_hr)
-    return recurrence_forward(cell, gates_x, weight_hh, bias_hh, weight_hr, hx, cx, batch_sizes, save,
-                              allows_tf32(input, batch_sizes, batch_first))
-
-
-def _input_product(input, weight, bias):
-    """torch.nn.functional.linear, into large pages where that is worth it."""
-    # Before anything that costs a small call time; and a graph that is compiled for any size must not ask for the size.
-    if is_compiling() or input.numel() * len(weight) <= LARGE * input.shape[-1]:
-        return linear(input, weight, bias)
-    rows = input.reshape(-1, input.shape[-1])
-    out = _large_empty(rows, len(weight))
-    if out is None:
-        return linear(input, weight, bias)
-    out = torch.mm(rows, weight.t(), out=out) if bias is None else torch.addmm(bias, rows, weight.t(), out=out)
-    return out.view(*input.shape[:-1], -1)
-
-
-LARGE = 1 << 20  # numbers of a result for which large pages are worth asking for; csrc/pages.h has the limit in bytes
-
-
-def _large_empty(rows, columns):
-    """Memory for a product of `rows` and so many columns, on large pages; None if it is small, or no plain memory of a CPU."""
-    if is_compiling() or len(rows) * columns < LARGE or not rows.is_cpu or _are_functorch_transforms_active():
-        return None
-    out = rows.new_empty(len(rows), columns)
-    if type(out) is not torch.Tensor:  # a fake one
-        return None
-    _C.want_large_pages(out.data_ptr(), out.nbytes)
-    return out
-
-
-def allows_tf32(input, batch_sizes, batch_first):
-    """Whether torch lets float32 numbers be rounded to TF32 before they are multiplied.
-
-    By cuDNN's setting, which takes its layers, or by cuBLAS's, which takes its cells, and here every single step.
-
-    Args:
-        input: (T, B, features), batch first (B, T, features), or the data of a packed sequence.
-        batch_sizes: of a packed sequence; None: padded.
-        batch_first: whether the batch is the first dimension.
-    Returns:
-        True if so; always False on a CPU.
-    """
-    if not input.is_cuda:
-        return False
-    steps = len(batch_sizes) if batch_sizes is not None else input.shape[1 if batch_first else 0]
-    by_cudnn = steps > 1 and torch.backends.cudnn.enabled
-    return (torch.backends.cudnn.rnn if by_cudnn else torch.backends.cuda.matmul).fp32_precision == "tf32"
-
-
-def _groups(tensors):
-    return [tensors] if len(tensors) == 5 else [tensors[i : i + 5] for i in range(0, len(tensors), 5)]
-
-
 class Layer(torch.autograd.Function):
     """`layer` for autograd where no transform is present."""
 
     @staticmethod
-    def forward(ctx, cell, batch_sizes, batch_first, *tensors):
+    def forward(ctx, cell, ragged, batch_first, *tensors):
         """Run the layer and keep what backward needs.
 
         Args:
             ctx: autograd's.
-            cell, batch_sizes, batch_first: as in `layer`.
+            cell, ragged, batch_first: as in `layer`.
             tensors: input, hx, cx, and the weights of all directions, one after the other.
 
         Returns:
             output, hy and cy, as `layer`.
         """
         input, hx, cx, *weights = tensors
-        outputs = _forward(cell, batch_sizes, batch_first, input, hx, cx, _groups(weights), save=True)
-        Layer.keep(ctx, cell, batch_sizes, batch_first, tensors, outputs)
+        outputs = forward(cell, ragged, batch_first, input, hx, cx, weights, save=True)
+        Layer.keep(ctx, cell, ragged, batch_first, tensors, outputs)
         output, hy, cy, _, _ = outputs
         return output, hy, cy if cell == "lstm" else None
 
     @staticmethod
-    def keep(ctx, cell, batch_sizes, batch_first, tensors, outputs):
+    def keep(ctx, cell, ragged, batch_first, tensors, outputs):
         """Keep what backward needs.
 
         Args:
-            ctx, cell, batch_sizes, batch_first, tensors: as in `Layer.forward`.
+            ctx, cell, ragged, batch_first, tensors: as in `Layer.forward`.
             outputs: the operator's.
         """
         output, _, _, saved, states = outputs
         ctx.cell, ctx.batch_first = cell, batch_first
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(batch_sizes, output, saved, states, *tensors)
+        ctx.save_for_backward(ragged, output, saved, states, *tensors)
 
     @staticmethod
     def backward(ctx, grad_output, grad_hy, grad_cy, *_):
@@ -165,30 +112,42 @@ class Layer(torch.autograd.Function):
         """
         grads = (grad_output, grad_hy, grad_cy if ctx.cell == "lstm" else None)
         wanted = ctx.needs_input_grad[3:]
+        if is_compiling() and _are_functorch_transforms_active():  # where torch.compile takes needs_input_grad for what it was outside
+            wanted = [tensor is not None for tensor in ctx.saved_tensors[4:]]
         if all(grad is None for grad in grads):
             return (None,) * len(ctx.needs_input_grad)
-        backward = _differentiable_backward if _is_transformed(grads) else _backward
-        return None, None, None, *backward(ctx, grads, wanted)
+        if is_compiling() and not torch.is_grad_enabled():
+            found = backward(ctx, grads, wanted)
+        elif any(grad is not None and is_legacy_batchedtensor(grad) for grad in grads):  # is_grads_batched
+            ragged, _output, _saved, _states, *tensors = ctx.saved_tensors
+            found = _reference_gradients(ctx.cell, ragged, ctx.batch_first, wanted, grads, tensors)
+        elif torch.is_grad_enabled() or _are_functorch_transforms_active():
+            chosen = frozenset(i for i, want in enumerate(wanted) if want)
+            some = iter(LayerGradients.apply(ctx.cell, ctx.batch_first, chosen, *grads, *ctx.saved_tensors))
+            found = [next(some) if want else None for want in wanted]
+        else:
+            found = backward(ctx, grads, wanted)
+        return None, None, None, *found
 
 
-class TransformedLayer(Layer):
-    """`Layer` for torch.func and torch.compile, whose backward can have no tensors but inputs and outputs of forward.
+class CompiledLayer(Layer):
+    """`Layer` for torch.compile, whose backward can have no tensors but inputs and outputs of forward.
 
     So what it needs besides is two more outputs, which take longer than the arithmetic of a small layer.
     """
 
     @staticmethod
-    def forward(cell, batch_sizes, batch_first, input, hx, cx, *weights):
+    def forward(cell, ragged, batch_first, input, hx, cx, *weights):  # type: ignore[override]
         """Run the layer.
 
         Args:
-            cell, batch_sizes, batch_first, input, hx, cx: as in `layer`.
+            cell, ragged, batch_first, input, hx, cx: as in `layer`.
             weights: of all directions, one after the other.
 
         Returns:
             all five results of the operator.
         """
-        return _forward(cell, batch_sizes, batch_first, input, hx, cx, _groups(weights), save=True)
+        return forward(cell, ragged, batch_first, input, hx, cx, weights, save=True)
 
     @staticmethod
     def setup_context(ctx, inputs, outputs):
@@ -198,9 +157,9 @@ class TransformedLayer(Layer):
             ctx: autograd's.
             inputs, outputs: of forward.
         """
-        cell, batch_sizes, batch_first, *tensors = inputs
+        cell, ragged, batch_first, *tensors = inputs
         ctx.mark_non_differentiable(*outputs[3:])
-        Layer.keep(ctx, cell, batch_sizes, batch_first, tensors, outputs)
+        Layer.keep(ctx, cell, ragged, batch_first, tensors, outputs)
 
 
 # Function.apply inspects the signature of forward at every call, which takes longer than a small layer does, for the sake of
@@ -208,128 +167,184 @@ class TransformedLayer(Layer):
 _apply = super(torch.autograd.Function, Layer).apply
 
 
-def _is_transformed(grads):
-    """Whether these gradients will be differentiated again, or are many at once (is_grads_batched, torch.func)."""
-    if torch.is_grad_enabled():
-        return True
-    if is_compiling():
-        return False
-    if _are_functorch_transforms_active():
-        return True
-    for grad in grads:
-        if grad is not None and is_legacy_batchedtensor(grad):
-            return True
-    return False
+class TransformedLayer(CompiledLayer):
+    """`Layer` for the transforms of torch.func."""
+
+    @staticmethod
+    def vmap(info, in_dims, cell, ragged, batch_first, *tensors):
+        """Many calls at once: as one with a larger batch, or, if they have weights of their own, one after the other.
+
+        Args:
+            info: torch.vmap's.
+            in_dims: for each argument the dimension that counts the calls, None if it is the same for all.
+            cell, ragged, batch_first, tensors: as in `Layer.forward`.
+
+        Returns:
+            the results, and where their calls are counted.
+        """
+        size, dims = info.batch_size, in_dims[3:]
+        if any(dim is not None for dim in dims[3:]):
+            return _one_by_one(size, in_dims, TransformedLayer.apply, cell, ragged, batch_first, *tensors)
+        packed = tensors[0].dim() - (dims[0] is not None) == 2
+        at = 0 if packed else 1  # of the batch in what has rows of the sequence
+        ins = (0 if packed or batch_first else 1, 1, 1)
+        folded = [_fold(*each, size) for each in zip(tensors, dims, ins)]
+        ragged = _fold_ragged(ragged, in_dims[1], packed, size)
+        results = TransformedLayer.apply(cell, ragged, batch_first, *folded, *tensors[3:])
+        outs = (at, 1, 1 if cell == "lstm" else None, at, at)
+        return _unfold_all(results, outs, size)
 
 
-def _differentiable_backward(ctx, grads, wanted):
-    """`_backward` through the reference recurrence in plain torch, which every transform can take."""
-    batch_sizes, _output, _saved, _states, *tensors = ctx.saved_tensors
+class LayerGradients(torch.autograd.Function):
+    """The gradients of a layer as a function of their own, which can be differentiated and taken many at once."""
+
+    @staticmethod
+    def forward(cell, batch_first, chosen, grad_output, grad_hy, grad_cy, *saved):
+        """Run the layer's backward pass.
+
+        Args:
+            cell, batch_first: as in `layer`.
+            chosen: whose gradients are asked for, as a set of places in (input, hx, cx, *weights).
+            grad_output, grad_hy, grad_cy: gradients of the layer's results, None where there is none.
+            saved: what `Layer.keep` saved.
+
+        Returns:
+            these gradients.
+        """
+        wanted = [i in chosen for i in range(len(saved) - 4)]
+        kept = SimpleNamespace(cell=cell, batch_first=batch_first, saved_tensors=saved, maybe_clear_saved_tensors=lambda: None)
+        return tuple(grad for grad in backward(kept, (grad_output, grad_hy, grad_cy), wanted) if grad is not None)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        """Keep what the second derivative needs.
+
+        Args:
+            ctx: autograd's.
+            inputs, output: of forward.
+        """
+        ctx.cell, ctx.batch_first, ctx.chosen, *tensors = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        """Differentiate the reference's gradients.
+
+        Args:
+            ctx: as forward left it.
+            grads: gradients of the gradients that it returned.
+
+        Returns:
+            a gradient for each argument of forward, None where none is wanted.
+        """
+        *outer, ragged, output, saved, states = ctx.saved_tensors[:7]
+        tensors = ctx.saved_tensors[7:]
+        arguments = [*outer, *tensors]
+        needed = [*ctx.needs_input_grad[3:6], *ctx.needs_input_grad[10:]]
+        variables = [i for i, need in enumerate(needed) if need]
+        given = [k for k, grad in enumerate(grads) if grad is not None]
+        wanted = [i in ctx.chosen for i in range(len(tensors))]
+        found = [None] * len(arguments)
+        if given and variables:
+
+            def gradients(*primals):
+                inputs = list(arguments)
+                for i, primal in zip(variables, primals):
+                    inputs[i] = primal
+                all_of_them = _reference_gradients(ctx.cell, ragged, ctx.batch_first, wanted, inputs[:3], inputs[3:])
+                some = [grad for grad in all_of_them if grad is not None]
+                return tuple(some[k] for k in given)
+
+            _, pullback = torch.func.vjp(gradients, *(arguments[i] for i in variables))  # type: ignore[misc]
+            for i, grad in zip(variables, pullback(tuple(grads[k] for k in given))):
+                found[i] = grad
+        return None, None, None, *found[:3], None, None, None, None, *found[3:]
+
+    @staticmethod
+    def vmap(info, in_dims, cell, batch_first, chosen, *tensors):
+        """Many backward passes: as one with a larger batch; one after the other if there are gradients of weights, which are sums
+        over the batch.
+
+        Args:
+            info, in_dims: as in `TransformedLayer.vmap`.
+            cell, batch_first, chosen, tensors: as in `forward`.
+
+        Returns:
+            the results, and where their calls are counted.
+        """
+        size, dims = info.batch_size, in_dims[3:]
+        if max(chosen) >= 3 or any(dim is not None for dim in dims[10:]):
+            return _one_by_one(size, in_dims, LayerGradients.apply, cell, batch_first, chosen, *tensors)
+        packed = tensors[7].dim() - (dims[7] is not None) == 2
+        at = 0 if packed else 1
+        input_at = 0 if packed or batch_first else 1
+        places = (at, 1, 1, None, at, at, at, input_at, 1, 1)
+        folded = [tensor if place is None else _fold(tensor, dim, place, size)
+                  for tensor, dim, place in zip(tensors, dims, places)]
+        folded[3] = _fold_ragged(tensors[3], dims[3], packed, size)
+        results = LayerGradients.apply(cell, batch_first, chosen, *folded, *tensors[10:])
+        outs = [place for i, place in enumerate((input_at, 1, 1)) if i in chosen]
+        return _unfold_all(results, outs, size)
+
+
+def _fold(tensor, dim, at, size):
+    """A tensor of many calls as one of a larger batch: dimension `at`, the batch, times `size`, the calls, counted by `dim`."""
+    if tensor is None:
+        return None
+    if dim is None:
+        tensor = tensor.unsqueeze(at + 1).expand(*tensor.shape[: at + 1], size, *tensor.shape[at + 1 :])
+    else:
+        tensor = tensor.movedim(dim, at + 1)
+    return tensor.flatten(at, at + 1)
+
+
+def _fold_ragged(ragged, dim, packed, size):
+    """batch_sizes, which grow, or lengths, which are repeated, as `_fold` does it."""
+    if ragged is None:
+        return None
+    return ragged * size if packed else _fold(ragged, dim, 0, size)
+
+
+def _unfold_all(results, places, size):
+    """The reverse of `_fold` for results whose batch is in these places, None where there is none; and where calls are counted."""
+    found = [result if at is None else result.unflatten(at, (result.shape[at] // size, size))
+             for result, at in zip(results, places)]
+    return tuple(found), tuple(None if at is None else at + 1 for at in places)
+
+
+def _one_by_one(size, in_dims, call, *args):
+    """The results of each call, stacked, and where they are counted."""
+    each = []
+    for n in range(size):
+        one = [arg if dim is None else arg.select(dim, n) for arg, dim in zip(args, in_dims)]
+        each.append(call(*one))
+    results = tuple(torch.stack(parts) for parts in zip(*each))
+    return results, (0,) * len(results)
+
+
+def _reference_gradients(cell, ragged, batch_first, wanted, grads, tensors):
+    """What `fusedrnn.layer.backward` computes, by the reference in plain torch, which every transform can take.
+
+    Args:
+        cell, ragged, batch_first, wanted: as there.
+        grads: of output, hy and cy, None for zeros.
+        tensors: input, hx, cx and the weights.
+
+    Returns:
+        a list of gradients, None where not wanted.
+    """
     chosen = [i for i, want in enumerate(wanted) if want]
     given = [k for k, grad in enumerate(grads) if grad is not None]
 
-    def forward(*primals):
+    def run(*primals):
         inputs = list(tensors)
         for i, primal in zip(chosen, primals):
             inputs[i] = primal
         input, hx, cx, *weights = inputs
-        outputs = reference.layer(ctx.cell, input, hx, cx, _groups(weights), batch_sizes, ctx.batch_first)
+        outputs = reference.layer(cell, input, hx, cx, by_direction(weights), ragged, batch_first)
         return tuple(outputs[k] for k in given)
 
-    _, pullback = torch.func.vjp(forward, *(tensors[i] for i in chosen))
+    _, pullback = torch.func.vjp(run, *(tensors[i] for i in chosen))  # type: ignore[misc]
     found = iter(pullback(tuple(grads[k] for k in given)))
     return [next(found) if want else None for want in wanted]
-
-
-def _backward(ctx, grads, wanted):
-    """Gradients of (input, hx, cx, *weights), None where not wanted."""
-    cell, batch_first = ctx.cell, ctx.batch_first
-    batch_sizes, output, saved, states, input, hx, cx, *weights = ctx.saved_tensors
-    if not is_compiling():
-        ctx.maybe_clear_saved_tensors()  # unless the graph is retained, so that what is deleted below is freed
-    weights = _groups(weights)
-    weight_hh = [group[1] for group in weights]
-    weight_hr = [group[4] for group in weights if group[4] is not None]
-    steps_first = input.transpose(0, 1) if batch_first else input
-    want_weights = wanted[3:] if len(weights) == 1 else [any(both) for both in zip(*_groups(wanted[3:]))]
-    want_ih, want_hh, want_b_ih, want_b_hh, want_hr = want_weights
-    many_rows = batch_sizes is None and steps_first.shape[0] * steps_first.shape[1] > MANY_ROWS
-    library_ih = many_rows and want_ih and min(weights[0][0].shape) > NARROW
-    library_hh = many_rows and want_hh and min(weights[0][1].shape) > NARROW
-    grad_pre, grad_hx, grad_cx, grad_weights = recurrence_backward(
-        cell, steps_first, weight_hh, weight_hr, hx, cx, output, saved, states, batch_sizes, *grads, wanted[1], wanted[2],
-        want_ih and not library_ih, want_hh and not library_hh, want_b_ih or want_b_hh, want_hr,
-        allows_tf32(input, batch_sizes, batch_first),
-    )
-    del saved, states  # the largest tensors, and more are to be made
-    for d in range(len(weights)):
-        if library_ih and wanted[3 + 5 * d]:
-            grad_weights[5 * d] = _grad_weight_ih(cell, d, grad_pre, steps_first)
-        if library_hh and wanted[4 + 5 * d]:
-            grad_weights[5 * d + 1] = _grad_weight_hh(cell, d, grad_pre, output, hx)
-    return (
-        _grad_input(cell, grad_pre, weights, steps_first.shape, batch_first) if wanted[0] else None,
-        grad_hx if wanted[1] else None,
-        grad_cx if wanted[2] else None,
-        *[grad if want else None for grad, want in zip(grad_weights, wanted[3:])],
-    )
-
-
-# The engine adds up the rows of a sequence in short parts, as accurately as torch.nn, which adds up one step's at a time. Of more
-# rows than these the steps are many too, and a matrix library's sum is no worse than torch.nn's, and takes a sixth less time. If a
-# side of the weight is narrow, MKL's sum is neither: one chain of additions (6400 rows, 512 by 3: 70 units in the last place).
-MANY_ROWS, NARROW = 1024, 32
-
-
-def _grad_weight_ih(cell, direction, grad_pre, input):
-    gates = grad_pre[:, :, direction, : TRAITS[cell]["gates"]]  # x_pre is the identity
-    return _rows(gates).t() @ _rows(input)
-
-
-def _grad_weight_hh(cell, direction, grad_pre, output, hx):
-    """Padded sequences: each step began with the output of the step before, the first with hx."""
-    steps, batch, directions, _, hidden = grad_pre.shape
-    states = output.view(steps, batch, directions, -1)[:, :, direction]
-    first, begun, before = (-1, slice(0, -1), slice(1, None)) if direction else (0, slice(1, None), slice(0, -1))
-    grad = output.new_empty(TRAITS[cell]["gates"] * hidden, states.shape[-1])
-    gate = 0
-    for pre, count in _runs(cell):
-        gates, part = grad_pre[:, :, direction, pre : pre + count], grad[gate * hidden : (gate + count) * hidden]
-        torch.mm(_rows(gates[begun]).t(), _rows(states[before]), out=part)
-        if hx is not None:
-            part.addmm_(gates[first].flatten(1).t(), hx[direction])
-        gate += count
-    return grad
-
-
-def _rows(tensor):
-    """(T, B, ...) as a matrix of T*B rows."""
-    return tensor.flatten(2).flatten(0, 1) if tensor.dim() > 3 else tensor.flatten(0, 1)
-
-
-@lru_cache
-def _runs(cell):
-    """(first pre-activation, how many) for each run of recurrent halves of gates that follow each other."""
-    runs = []
-    for pre in TRAITS[cell]["h_pre"]:
-        if runs and sum(runs[-1]) == pre:
-            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
-        else:
-            runs.append((pre, 1))
-    return runs
-
-
-def _grad_input(cell, grad_pre, weights, shape, batch_first):
-    """Every direction's gradients of the gates' input halves, which come first of the pre-activations, times its weight_ih."""
-    width = TRAITS[cell]["pre"] * grad_pre.shape[-1]
-    grad_pre = grad_pre.view(-1, len(weights) * width)
-    grad_input = None
-    for d, (w_ih, *_) in enumerate(weights):
-        gates = w_ih.shape[0]
-        grad_gates = grad_pre if gates == grad_pre.shape[1] else grad_pre[:, d * width : d * width + gates]
-        if d == 0:
-            grad_input = torch.mm(grad_gates, w_ih, out=_large_empty(grad_gates, w_ih.shape[1]))
-        else:
-            grad_input.addmm_(grad_gates, w_ih)
-    grad_input = grad_input.view(*shape)  # in half the time of view(shape)
-    return grad_input.transpose(0, 1) if batch_first else grad_input

@@ -4,14 +4,17 @@ Like the layers (modules.py), they leave to the stock class's `forward` every ca
 """
 
 from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.fx import Proxy
 from torch.nn.modules.rnn import RNNCellBase
+from torch.types import Device
 
 from . import functional, select, shared
 
+view_of_its_own = torch.ops.aten._unsafe_view.default
 NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 NONLINEAR = {"tanh": "rnn_tanh", "relu": "rnn_relu"}
 
@@ -21,11 +24,11 @@ class FusedCell(RNNCellBase):
 
     stock: type[RNNCellBase]  # the torch.nn class that this one stands for
 
-    def _call(self, input, hx):
+    def _call(self, input: Any, hx: Any) -> Any:
         h, c = self._split_states(hx)
         states = () if h is None else (h,) if c is None else (h, c)
         weights = self._weights_by_name()
-        cell = self._cell()
+        cell: Any = self._cell()
 
         run = functional.stack
         if not select.is_ordinary(input, states, weights):
@@ -40,19 +43,20 @@ class FusedCell(RNNCellBase):
         if not self._fits(input, h, c):
             return shared.run_stock(self, input, hx, select.MISFIT)
 
-        # (B, features) or (features,) to (T, B, features) and back; T is 1, and so is D.
+        # (B, features) or (features,) to (T, B, features) and back; T is 1, and so is D. What goes back is no view, as in torch:
+        # fully_shard would lose the hook on one that is edited in place.
+        size = (*input.shape[:-1], self.hidden_size)
         added = (0,) if input.dim() == 2 else (0, 0)
         for dim in added:
             input = input.unsqueeze(dim)
             h = h if h is None else h.unsqueeze(dim)
             c = c if c is None else c.unsqueeze(dim)
         _, hy, cy = run(cell, input, h, c, weights, len(weights) == 4, 1, 0.0, False, False, False, None)
-        for dim in added:
-            hy = hy.squeeze(dim)
-            cy = cy if cy is None else cy.squeeze(dim)
+        hy = view_of_its_own(hy, size)
+        cy = cy if cy is None else view_of_its_own(cy, size)
         return hy if cy is None else (hy, cy)
 
-    def reason_for_stock(self, input: Tensor, hx=None) -> str | None:
+    def reason_for_stock(self, input: Tensor, hx: Tensor | tuple[Tensor, Tensor] | None = None) -> str | None:
         """Why this call runs on torch's own kernels, or is refused by torch; None if it runs on the engine.
 
         Args:
@@ -70,7 +74,7 @@ class FusedCell(RNNCellBase):
         """The cell's name in the engine; None if it has no such cell."""
         raise NotImplementedError
 
-    def _split_states(self, hx):
+    def _split_states(self, hx: Any) -> Any:
         """(h, c) out of the caller's hx, (None, None) if there is none."""
         return hx, None
 
@@ -117,8 +121,8 @@ class RNNCell(FusedCell):
     stock = torch.nn.RNNCell
     nonlinearity: str
 
-    def __init__(self, input_size: int, hidden_size: int, bias: bool = True, nonlinearity: str = "tanh", device=None,
-                 dtype=None) -> None:
+    def __init__(self, input_size: int, hidden_size: int, bias: bool = True, nonlinearity: str = "tanh",
+                 device: Device = None, dtype: torch.dtype | None = None) -> None:
         """Take what the class says under Arguments."""
         super().__init__(input_size, hidden_size, bias, num_chunks=1, device=device, dtype=dtype)
         self.nonlinearity = nonlinearity
@@ -137,6 +141,10 @@ class RNNCell(FusedCell):
             RuntimeError, ValueError: where torch.nn.RNNCell raises them, in its words.
         """
         return self._call(input, hx)
+
+    if TYPE_CHECKING:  # torch.nn.Module's own takes anything and gives Any
+        @shared.signature_of(forward)
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
     def _cell(self) -> str | None:
         return NONLINEAR.get(self.nonlinearity)
@@ -162,7 +170,8 @@ class LSTMCell(FusedCell):
 
     stock = torch.nn.LSTMCell
 
-    def __init__(self, input_size: int, hidden_size: int, bias: bool = True, device=None, dtype=None) -> None:
+    def __init__(self, input_size: int, hidden_size: int, bias: bool = True, device: Device = None,
+                 dtype: torch.dtype | None = None) -> None:
         """Take what the class says under Arguments."""
         super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
 
@@ -181,13 +190,17 @@ class LSTMCell(FusedCell):
         """
         return self._call(input, hx)
 
+    if TYPE_CHECKING:
+        @shared.signature_of(forward)
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
     def _cell(self) -> str:
         return "lstm"
 
-    def _split_states(self, hx):
+    def _split_states(self, hx: Any) -> Any:
         return shared.split_pair(hx)
 
-    def _fits(self, input, h, c) -> bool:
+    def _fits(self, input: Tensor, h: Tensor | None, c: Tensor | None) -> bool:
         return (h is None) == (c is None) and super()._fits(input, h, c)
 
 
@@ -210,7 +223,8 @@ class GRUCell(FusedCell):
 
     stock = torch.nn.GRUCell
 
-    def __init__(self, input_size: int, hidden_size: int, bias: bool = True, device=None, dtype=None) -> None:
+    def __init__(self, input_size: int, hidden_size: int, bias: bool = True, device: Device = None,
+                 dtype: torch.dtype | None = None) -> None:
         """Take what the class says under Arguments."""
         super().__init__(input_size, hidden_size, bias, num_chunks=3, device=device, dtype=dtype)
 
@@ -227,6 +241,10 @@ class GRUCell(FusedCell):
             RuntimeError, ValueError: where torch.nn.GRUCell raises them, in its words.
         """
         return self._call(input, hx)
+
+    if TYPE_CHECKING:
+        @shared.signature_of(forward)
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
     def _cell(self) -> str:
         return "gru"

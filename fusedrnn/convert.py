@@ -1,10 +1,15 @@
 """Swap stock recurrent layers for fused ones in a model, and back."""
 
+from typing import Any, Literal, TypeVar
+
 import torch
 from torch import nn
+from torch.ao.quantization.quantization_mappings import DEFAULT_DYNAMIC_QUANT_MODULE_MAPPINGS
 from torch.nn.utils.parametrize import is_parametrized
 
-from . import cells, modules
+from . import cells, modules, shared
+
+Model = TypeVar("Model", bound=nn.Module)
 
 FUSED_OF_STOCK: dict[type[nn.Module], type[nn.Module]] = {
     fused.stock: fused
@@ -13,7 +18,7 @@ FUSED_OF_STOCK: dict[type[nn.Module], type[nn.Module]] = {
 STOCK_OF_FUSED = {fused: stock for stock, fused in FUSED_OF_STOCK.items()}
 
 
-def convert(model: nn.Module, to: str = "fused") -> nn.Module:
+def convert(model: Model, to: Literal["fused", "torch"] = "fused") -> Model:
     """Turn every torch.nn RNN, LSTM, GRU, RNNCell, LSTMCell and GRUCell in a model into fusedrnn's, or the reverse.
 
     It works in place: a layer stays the object it was, with its Parameters, buffers, hooks, mode and every reference to
@@ -47,10 +52,28 @@ def convert(model: nn.Module, to: str = "fused") -> nn.Module:
         elif is_parametrized(module) and kind.__bases__[0] in classes:
             # parametrize gives the module a class of its own, whose properties compute the weights: the same, new base
             own = {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")}
-            module.__class__ = type(kind)(kind.__name__, (classes[kind.__bases__[0]],), own)
+            module.__class__ = type(kind)(kind.__name__, (classes[kind.__bases__[0]],), own)  # type: ignore[misc]
         else:
             continue
         if isinstance(module, nn.RNNBase):
             with torch.no_grad():  # a computed weight would keep its graph alive and stand in the way of deepcopy
                 module._init_flat_weights()  # the two classes keep track of their weights differently
     return model
+
+
+class _Quantized:
+    """Makes torch's dynamically quantized layer of one of ours; what torch.ao.quantization.quantize_dynamic calls."""
+
+    def __init__(self, quantized: Any) -> None:
+        self.quantized = quantized
+
+    def __deepcopy__(self, memo: Any) -> "_Quantized":
+        return self
+
+    def from_float(self, module: Any, use_precomputed_fake_quant: bool = False) -> Any:
+        return self.quantized.from_float(shared.as_stock(module), use_precomputed_fake_quant)
+
+
+for _fused, _stock in STOCK_OF_FUSED.items():
+    if _stock in DEFAULT_DYNAMIC_QUANT_MODULE_MAPPINGS:
+        DEFAULT_DYNAMIC_QUANT_MODULE_MAPPINGS[_fused] = _Quantized(DEFAULT_DYNAMIC_QUANT_MODULE_MAPPINGS[_stock])

@@ -5,15 +5,15 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from . import _C, select
-from .autograd import allows_tf32
 from .cells import FusedCell
 from .convert import FUSED_OF_STOCK
-from .modules import CELL_OF_MODE, FusedLayer
+from .layer import allows_tf32
+from .modules import CELL_OF_MODE, FusedLayer, Pair
 
 INSTRUCTION_SETS = ("avx512", "avx2", "baseline")
 
 
-def explain(module: nn.Module, input: Tensor | PackedSequence, hx=None) -> str:
+def explain(module: nn.Module, input: Tensor | PackedSequence, hx: Tensor | Pair | None = None) -> str:
     """Which kernel `module(input, hx)` runs, and for each other one why it does not. Runs nothing.
 
     Args:
@@ -33,7 +33,7 @@ def explain(module: nn.Module, input: Tensor | PackedSequence, hx=None) -> str:
     """
     data = input.data if isinstance(input, PackedSequence) else input
     if isinstance(module, (FusedLayer, FusedCell)):
-        package, stock, reason = "fusedrnn", module.stock, module.reason_for_stock(input, hx)
+        package, stock, reason = "fusedrnn", module.stock, module.reason_for_stock(input, hx)  # type: ignore[arg-type]
     elif isinstance(module, tuple(FUSED_OF_STOCK)):
         package, stock = "torch.nn", next(cls for cls in FUSED_OF_STOCK if isinstance(module, cls))
         reason = "the module is torch.nn's own; fusedrnn.convert(model) changes that"
@@ -43,7 +43,7 @@ def explain(module: nn.Module, input: Tensor | PackedSequence, hx=None) -> str:
     kernels = {f"torch.nn.{stock.__name__}": None if reason else "the fused engine takes the call"}
     elsewhere = f"the input is on {data.device}"
     on_cuda = data.device.type == "cuda"
-    against = _reasons_against_kernels(module, input) if on_cuda and not reason else {}
+    against = _reasons_against_kernels(module, input) if on_cuda and not reason else {}  # type: ignore[arg-type]
     for kernel in select.FUSED_CUDA_KERNELS:
         kernels[f"fused CUDA kernels, {kernel}"] = (reason or against[kernel]) if on_cuda else elsewhere
     for isa in INSTRUCTION_SETS:
@@ -62,7 +62,7 @@ def _reasons_against_kernels(module: FusedLayer | FusedCell, input: Tensor | Pac
     data, H = input.data if isinstance(input, PackedSequence) else input, module.hidden_size
     if isinstance(module, FusedCell):
         sizes = {"T": 1, "B": len(data) if data.dim() == 2 else 1, "H": H, "P": H, "D": 1, "tf32": False}  # of no matter: T is 1
-        return select.reasons_against_kernels(data.device, module._cell(), data.dtype, **sizes)
+        return select.reasons_against_kernels(data.device, module._cell(), data.dtype, **sizes)  # type: ignore[arg-type]
     if isinstance(input, PackedSequence):
         T, B = len(input.batch_sizes), int(input.batch_sizes[0])
     else:

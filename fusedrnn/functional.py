@@ -6,12 +6,14 @@ the packed form are one function, told apart by `batch_sizes`. Shapes and gate o
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, _VF
 
 from . import autograd, select
 from .reference import Weights
+from .shared import signature_of
 
 
 def group_weights(params: Sequence[Tensor | None], has_biases: bool, num_layers: int,
@@ -30,7 +32,7 @@ def group_weights(params: Sequence[Tensor | None], has_biases: bool, num_layers:
             or none.
     """
     if len(params) == 4 and has_biases and num_layers == num_directions == 1:  # by far the most frequent call
-        return [[(*params, None)]]
+        return [[(*params, None)]]  # type: ignore[list-item]
     bare = 4 if has_biases else 2
     directions = num_layers * num_directions
     size = len(params) // directions
@@ -39,7 +41,7 @@ def group_weights(params: Sequence[Tensor | None], has_biases: bool, num_layers:
             f"fusedrnn.functional: params must hold {bare} tensors, or {bare + 1} with projections, for each of "
             f"{num_layers} layers and {num_directions} directions, got {len(params)} tensors in all"
         )
-    grouped = []
+    grouped: list[Any] = []
     for at in range(0, len(params), size):
         bias_ih, bias_hh = params[at + 2: at + 4] if has_biases else (None, None)
         weight_hr = params[at + bare] if size > bare else None
@@ -49,12 +51,13 @@ def group_weights(params: Sequence[Tensor | None], has_biases: bool, num_layers:
 
 def stack(cell: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, params: Sequence[Tensor | None],
           has_biases: bool, num_layers: int, dropout: float, train: bool, bidirectional: bool, batch_first: bool,
-          batch_sizes: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+          ragged: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Run the engine layer upon layer, on arguments already known to suit it: see `fusedrnn.select`.
 
     Args:
         cell: the engine's name of it, a key of `fusedrnn.reference.CELLS`.
-        input, params, has_biases, num_layers, dropout, train, bidirectional, batch_first, batch_sizes: as in `lstm`.
+        input, params, has_biases, num_layers, dropout, train, bidirectional, batch_first: as in `lstm`.
+        ragged: batch_sizes, as in `lstm`, or the lengths (B,) of padded sequences, on the CPU; None: all have T steps.
         hx, cx: initial states `(L*D, B, P)` and `(L*D, B, H)`, or None for zeros.
 
     Returns:
@@ -65,10 +68,10 @@ def stack(cell: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, params
     """
     num_directions = 2 if bidirectional else 1
     layers = group_weights(params, has_biases, num_layers, num_directions)
-    if batch_sizes is not None and hx is None:
-        hx, cx = zero_states(cell, input, int(batch_sizes[0]), layers)
+    if input.dim() == 2 and hx is None:
+        hx, cx = zero_states(cell, input, int(ragged[0]), layers)  # type: ignore[index]
     if num_layers == 1:
-        output, hy, cy = autograd.layer(cell, input, hx, cx, layers[0], batch_sizes, batch_first)
+        output, hy, cy = autograd.layer(cell, input, hx, cx, layers[0], ragged, batch_first)
     else:
         absent = (None,) * num_layers
         each_hx = absent if hx is None else hx.split(num_directions)
@@ -79,15 +82,16 @@ def stack(cell: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, params
                 # torch's own dropout on torch's own layout, so that a seeded run draws the mask torch.nn would draw
                 output = torch.dropout(output, dropout, True)
             output, hy, cy = autograd.layer(
-                cell, output, each_hx[k], each_cx[k], weights, batch_sizes, batch_first and k == 0)
+                cell, output, each_hx[k], each_cx[k], weights, ragged, batch_first and k == 0)
             hys.append(hy)
             cys.append(cy)
         hy = torch.cat(hys)
-        cy = torch.cat(cys) if cell == "lstm" else None
+        cy = torch.cat(cys) if cell == "lstm" else None  # type: ignore[arg-type]
     return output.transpose(0, 1) if batch_first else output, hy, cy
 
 
-def stack_cast(dtype: torch.dtype, cell, input, hx, cx, params, *options) -> tuple[Tensor, Tensor, Tensor | None]:
+def stack_cast(dtype: torch.dtype, cell: str, input: Tensor, hx: Tensor | None, cx: Tensor | None,
+               params: Sequence[Tensor | None], *options: Any) -> tuple[Tensor, Tensor, Tensor | None]:
     """`stack` under torch's autocast, which would give a result of this dtype: cast everything to it and run.
 
     Args:
@@ -97,7 +101,8 @@ def stack_cast(dtype: torch.dtype, cell, input, hx, cx, params, *options) -> tup
     Returns:
         output, hy and cy as in `stack`.
     """
-    input, hx, cx, *params = (None if t is None else t.to(dtype) for t in (input, hx, cx, *params))
+    tensors: list[Any] = [None if t is None else t.to(dtype) for t in (input, hx, cx, *params)]
+    input, hx, cx, *params = tensors
     with torch.autocast(input.device.type, enabled=False):
         return stack(cell, input, hx, cx, params, *options)
 
@@ -122,7 +127,9 @@ def zero_states(cell: str, input: Tensor, batch: int, layers: list[list[Weights]
     return hx, input.new_zeros(directions, batch, H) if cell == "lstm" else None
 
 
-def _run(cell, input, hx, cx, params, has_biases, num_layers, dropout, train, bidirectional, batch_first, batch_sizes):
+def _run(cell: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, params: Sequence[Tensor], has_biases: bool,
+         num_layers: int, dropout: float, train: bool, bidirectional: bool, batch_first: bool,
+         batch_sizes: Tensor | None) -> tuple[Tensor, Tensor, Any]:
     states = [state for state in (hx, cx) if state is not None]
     options = (has_biases, num_layers, dropout, train, bidirectional, batch_first, batch_sizes)
     if select.is_ordinary(input, states, params):
@@ -237,11 +244,12 @@ def rnn(input: Tensor, hx: Tensor | None, params: Sequence[Tensor], has_biases: 
                 batch_first and batch_sizes is None, batch_sizes)[:2]
 
 
-def rnn_tanh(*args, **kwargs) -> tuple[Tensor, Tensor]:
+@signature_of(gru)
+def rnn_tanh(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     """`rnn` with nonlinearity "tanh".
 
     Args:
-        args, kwargs: as for `rnn`, but for the nonlinearity.
+        input, hx, params, has_biases, num_layers, dropout, train, bidirectional, batch_first, batch_sizes: as in `rnn`.
 
     Returns:
         output and hy, as `rnn`.
@@ -249,11 +257,12 @@ def rnn_tanh(*args, **kwargs) -> tuple[Tensor, Tensor]:
     return rnn(*args, nonlinearity="tanh", **kwargs)
 
 
-def rnn_relu(*args, **kwargs) -> tuple[Tensor, Tensor]:
+@signature_of(gru)
+def rnn_relu(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     """`rnn` with nonlinearity "relu".
 
     Args:
-        args, kwargs: as for `rnn`, but for the nonlinearity.
+        input, hx, params, has_biases, num_layers, dropout, train, bidirectional, batch_first, batch_sizes: as in `rnn`.
 
     Returns:
         output and hy, as `rnn`.

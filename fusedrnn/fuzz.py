@@ -10,12 +10,15 @@ import dataclasses
 import os
 import random
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
+from torch.types import Device
 
-from .testing import Measured, assemble, compare_runs, make_leaves, one_thread, run_module
+from .testing import Measured, Perturb, States, Tensors, assemble, compare_runs, make_leaves, one_thread, run_module
 
 __all__ = ["Case", "random_case"]
 
@@ -47,7 +50,7 @@ class Case:
 
     seed: int
     kind: str
-    options: dict
+    options: dict[str, Any]
     T: int
     B: int
     lengths: tuple[int, ...] | None
@@ -72,7 +75,7 @@ class Case:
         isa = os.environ.get("FUSEDRNN_CPU_ISA")
         return f"{f'FUSEDRNN_CPU_ISA={isa} ' if isa else ''}python -m fusedrnn.fuzz {self.seed}"
 
-    def modules(self, device="cpu"):
+    def modules(self, device: Device = "cpu") -> tuple[nn.Module, ...]:
         """Make the two modules.
 
         Args:
@@ -83,14 +86,15 @@ class Case:
         """
         import fusedrnn
 
-        return tuple(self._module(getattr(home, self.kind), device) for home in (fusedrnn, torch.nn))
+        ours = getattr(fusedrnn, self.kind)
+        return tuple(self._module(cls, device) for cls in (ours, ours.stock))
 
-    def _module(self, cls, device):
+    def _module(self, cls: Any, device: Device) -> nn.Module:
         torch.manual_seed(self.seed)
         module = cls(**self.options, device=device, dtype=self.dtype).train(self.training)
         return module.requires_grad_("weights" not in self.frozen)
 
-    def tensors(self, device="cpu"):
+    def tensors(self, device: Device = "cpu") -> tuple[Tensor, States]:
         """Draw the arguments of the call.
 
         Args:
@@ -101,7 +105,7 @@ class Case:
         """
         generator = torch.Generator().manual_seed(self.seed)
 
-        def draw(*shape, layout):
+        def draw(*shape: int, layout: str) -> Tensor:
             return _laid_out(shape, layout, generator, self.dtype).to(device)
 
         options = self.options
@@ -122,7 +126,8 @@ class Case:
             return input, hx
         return input, (hx, draw(rows, *middle, options["hidden_size"], layout=self.hx_layout))
 
-    def run(self, module, dtype=None, perturb=None, device="cpu"):
+    def run(self, module: nn.Module, dtype: torch.dtype | None = None, perturb: Perturb | None = None,
+            device: Device = "cpu") -> Tensors:
         """Make the call, as `fusedrnn.testing.compare_runs` wants it.
 
         Args:
@@ -150,7 +155,7 @@ class Case:
                 module, run_input, run_hx, uses=self.uses, cotangent=self.cotangent, seed=self.seed, wrt=leaves
             )
 
-    def check(self, device="cpu") -> list[Measured]:
+    def check(self, device: Device = "cpu") -> list[Measured]:
         """Make the call on both modules and compare everything that can be seen.
 
         Values and gradients by the rule of `fusedrnn.testing`; shapes, dtypes, strides, which gradients are undefined,
@@ -174,8 +179,8 @@ class Case:
         finally:
             torch.set_num_threads(threads)
 
-    def _check(self, device):
-        outcomes = []
+    def _check(self, device: Device) -> list[Measured]:
+        outcomes: list[Any] = []
         ours, stock = self.modules(device)
         for module in (ours, stock):
             try:
@@ -196,7 +201,7 @@ class Case:
                 f"{name}: strides {got[name].stride()}, torch.nn has {expected[name].stride()}"
             )
             assert got[name].requires_grad == expected[name].requires_grad, f"{name}: requires_grad differs"
-        return compare_runs(lambda *a: self.run(*a, device=device), ours, stock)
+        return compare_runs(lambda *a: self.run(*a, device=device), ours, stock)  # type: ignore[misc]
 
 
 def strides(tensor: Tensor) -> list[int]:
@@ -211,10 +216,10 @@ def strides(tensor: Tensor) -> list[int]:
     return [stride for stride, size in zip(tensor.stride(), tensor.shape) if size > 1 and tensor.numel()]
 
 
-def _laid_out(shape, layout: str, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+def _laid_out(shape: Sequence[int], layout: str, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
     """A random tensor of `shape` whose memory is "contiguous", "transposed", "sliced", or "expanded" (stride 0)."""
 
-    def normal(*sizes):
+    def normal(*sizes: int) -> Tensor:
         return torch.randn(*sizes, generator=generator).to(dtype)
 
     if layout == "transposed":
@@ -244,12 +249,12 @@ def random_case(seed: int) -> Case:
     """
     r = random.Random(seed)
 
-    def some(probability):
+    def some(probability: float) -> bool:
         return r.random() < probability
 
     kind = r.choice(["RNN", "LSTM", "GRU"])
     H = r.choice(SIZES)
-    options = dict(
+    options: dict[str, Any] = dict(
         input_size=r.choice(SIZES),
         hidden_size=H,
         num_layers=r.choice([1, 1, 2, 3]),

@@ -6,9 +6,8 @@ torch's: a call that the engine does not take, a malformed one included, runs th
 so that it is served, or refused, exactly as there.
 """
 
-import inspect
-from collections.abc import Callable
 from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,39 +15,32 @@ from torch.compiler import is_compiling
 from torch.fx import Proxy
 from torch.nn import RNNBase
 from torch.nn.utils.rnn import PackedSequence
+from torch.types import Device
 
-from . import functional, select, shared
+from . import functional, onnx, select, shared
 
-Sequence = Tensor | PackedSequence
+Sequence = TypeVar("Sequence", Tensor, PackedSequence, Tensor | PackedSequence)  # the output is what the input is
 Pair = tuple[Tensor, Tensor]
 
 CELL_OF_MODE = {"RNN_TANH": "rnn_tanh", "RNN_RELU": "rnn_relu", "LSTM": "lstm", "GRU": "gru"}
 
 
-def _signature_of(declared: Callable) -> Callable:
-    """Let an `__init__(self, *args, **kwargs)` show the signature it has in fact.
-
-    The open form keeps the words of torch's TypeErrors; the signature serves help(), editors and
-    torch.nn.utils.skip_init, which refuses a class that shows no `device`.
-    """
-    def show(init: Callable) -> Callable:
-        init.__signature__ = inspect.signature(declared)
-        return init
-
-    return show
-
-
 class FusedLayer(RNNBase):
     """What RNN, LSTM and GRU share: a call, from torch's arguments to the engine's and back. Not for direct use."""
 
+    # Their constructors take (*args, **kwargs) for the sake of the words of torch's TypeErrors. The signatures that they
+    # show serve torch.nn.utils.skip_init too, which refuses a class without a `device`.
+
     stock: type[RNNBase]  # the torch.nn class that this one stands for
 
-    def _call(self, input, hx):
+    def _call(self, input: Any, hx: Any, lengths: Any = None) -> Any:
         packed = isinstance(input, PackedSequence)
         if packed:
             data, batch_sizes, sorted_indices, unsorted_indices = input
+            onnx.refuse_packed()
         else:
             data, batch_sizes = input, None
+        ragged = batch_sizes if lengths is None else self._checked_lengths(lengths, data, packed)
         h, c = self._split_states(hx)
         states = () if h is None else (h,) if c is None else (h, c)
         weights = shared.weights_by_name(self, self._flat_weights_names)
@@ -56,16 +48,18 @@ class FusedLayer(RNNBase):
         cell, run = CELL_OF_MODE[self.mode], functional.stack
         if not select.is_ordinary(data, states, weights):
             if isinstance(input, Proxy) or isinstance(h, Proxy):
-                return shared.record_as_leaf(self, input, hx)
+                return shared.record_as_leaf(self, input, hx, **({} if lengths is None else {"lengths": lengths}))
             reason = select.reason_for_fallback(data, states, weights)
             if reason is not None:
-                return shared.run_stock(self, input, hx, reason)
+                return self._run_stock(input, hx, ragged, reason)
             onednn = cell == "lstm" and not packed and not self.proj_size
             dtype = select.autocast_dtype(cell, data, h, onednn)
             if dtype is not None:
                 run = partial(functional.stack_cast, dtype)
         if not self._fits(data, h, c, batch_sizes):
-            return shared.run_stock(self, input, hx, select.MISFIT)
+            return self._run_stock(input, hx, ragged, select.MISFIT)
+        if lengths is not None and data.is_cuda:
+            return shared.run_packed(self, input, hx, ragged)  # type: ignore[arg-type]
 
         batched = packed or data.dim() == 3
         if not batched:
@@ -78,7 +72,7 @@ class FusedLayer(RNNBase):
 
         output, hy, cy = run(
             cell, data, h, c, weights, self.bias, self.num_layers, self.dropout, self.training, self.bidirectional,
-            self.batch_first and batched and not packed, batch_sizes,
+            self.batch_first and batched and not packed, ragged,
         )
 
         if not batched:
@@ -91,7 +85,28 @@ class FusedLayer(RNNBase):
                 cy = cy if cy is None else cy.index_select(1, unsorted_indices)
         return output, hy if cy is None else (hy, cy)
 
-    def _split_states(self, hx):
+    def _run_stock(self, input: Any, hx: Any, ragged: Any, reason: str) -> Any:
+        with_lengths = ragged is not None and not isinstance(input, PackedSequence)
+        return shared.run_packed(self, input, hx, ragged) if with_lengths else shared.run_stock(self, input, hx, reason)
+
+    def _checked_lengths(self, lengths: Any, data: Any, packed: bool) -> Tensor:
+        """As the engine takes them. Their values are the operator's business."""
+        if isinstance(data, Proxy) or isinstance(lengths, Proxy):  # to be recorded
+            return lengths
+        who = f"fusedrnn.{self.stock.__name__}"
+        if packed or data.dim() != 3:
+            got = "a PackedSequence" if packed else f"{data.dim()} dimensions"
+            raise ValueError(f"{who}: lengths are for padded input of 3 dimensions, got {got}")
+        if not isinstance(lengths, Tensor):
+            raise TypeError(f"{who}: lengths must be a tensor of integers, got {type(lengths).__name__}")
+        batch = data.shape[0 if self.batch_first else 1]
+        if lengths.dtype.is_floating_point or lengths.dtype.is_complex or lengths.dtype == torch.bool:
+            raise TypeError(f"{who}: lengths must be a tensor of integers, got {lengths.dtype}")
+        if lengths.dim() != 1 or lengths.shape[0] != batch:
+            raise ValueError(f"{who}: lengths must be of shape ({batch},), got {tuple(lengths.shape)}")
+        return lengths.to("cpu", torch.int64)
+
+    def _split_states(self, hx: Any) -> Any:
         """(h, c) out of the caller's hx, (None, None) if there is none."""
         return hx, None
 
@@ -120,7 +135,7 @@ class FusedLayer(RNNBase):
         return h.shape == (rows, *batch, self.proj_size or self.hidden_size) and (
             c is None or c.shape == (rows, *batch, self.hidden_size))
 
-    def reason_for_stock(self, input: Sequence, hx=None) -> str | None:
+    def reason_for_stock(self, input: Tensor | PackedSequence, hx: Tensor | Pair | None = None) -> str | None:
         """Why this call runs on torch's own kernels, or is refused by torch; None if it runs on the engine.
 
         Args:
@@ -153,8 +168,8 @@ class FusedLayer(RNNBase):
         known = zip(self._flat_weights_names, self._flat_weights, strict=True)
         return any(getattr(self, name, None) is not weight for name, weight in known)
 
-    def __setstate__(self, state) -> None:
-        super().__setstate__(state)
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._flat_weight_refs = []
 
 
@@ -189,14 +204,14 @@ class RNN(FusedLayer):
 
     def _declared(self, input_size: int, hidden_size: int, num_layers: int = 1, nonlinearity: str = "tanh",
                   bias: bool = True, batch_first: bool = False, dropout: float = 0.0, bidirectional: bool = False,
-                  device=None, dtype=None) -> None: ...
+                  device: Device = None, dtype: torch.dtype | None = None) -> None: ...
 
-    @_signature_of(_declared)
-    def __init__(self, *args, **kwargs) -> None:
+    @shared.signature_of(_declared)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Take what the class says under Arguments."""
         _refuse_proj_size(kwargs)
         if len(args) > 3:
-            self.nonlinearity = args[3]
+            self.nonlinearity: str = args[3]
             args = args[:3] + args[4:]
         else:
             self.nonlinearity = kwargs.pop("nonlinearity", "tanh")
@@ -204,20 +219,27 @@ class RNN(FusedLayer):
             raise ValueError(f"Unknown nonlinearity '{self.nonlinearity}'. Select from 'tanh' or 'relu'.")
         super().__init__(f"RNN_{self.nonlinearity.upper()}", *args, **kwargs)
 
-    def forward(self, input: Sequence, hx: Tensor | None = None) -> tuple[Sequence, Tensor]:
+    def forward(self, input: Sequence, hx: Tensor | None = None, *, lengths: Tensor | None = None) -> tuple[Sequence, Tensor]:
         """Run all layers over a sequence.
 
         Args:
             input: `(T, B, I)`, `(B, T, I)` if batch_first, `(T, I)` unbatched, or a PackedSequence.
             hx: initial states `(L*D, B, H)`, unbatched `(L*D, H)`, or None for zeros.
+            lengths: (B,) integers from 0 to T, the steps that each sequence of a padded input has, in any order; None: all
+                have T. Behind its end the output is zero, and its last states are those of its own last step.
 
         Returns:
             the output, `(T, B, D*H)` or as the input is laid out, and the last states hy, shaped as hx.
 
         Raises:
-            RuntimeError, ValueError: where torch.nn.RNN raises them, in its words.
+            RuntimeError, ValueError: where torch.nn.RNN raises them, in its words; TypeError, ValueError, RuntimeError: lengths
+                that do not fit.
         """
-        return self._call(input, hx)
+        return self._call(input, hx, lengths)
+
+    if TYPE_CHECKING:  # torch.nn.Module's own takes anything and gives Any
+        @shared.signature_of(forward)
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
 class LSTM(FusedLayer):
@@ -247,35 +269,40 @@ class LSTM(FusedLayer):
 
     def _declared(self, input_size: int, hidden_size: int, num_layers: int = 1, bias: bool = True,
                   batch_first: bool = False, dropout: float = 0.0, bidirectional: bool = False, proj_size: int = 0,
-                  device=None, dtype=None) -> None: ...
+                  device: Device = None, dtype: torch.dtype | None = None) -> None: ...
 
-    @_signature_of(_declared)
-    def __init__(self, *args, **kwargs) -> None:
+    @shared.signature_of(_declared)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Take what the class says under Arguments."""
         super().__init__("LSTM", *args, **kwargs)
 
-    def forward(self, input: Sequence, hx: Pair | None = None) -> tuple[Sequence, Pair]:
+    def forward(self, input: Sequence, hx: Pair | None = None, *, lengths: Tensor | None = None) -> tuple[Sequence, Pair]:
         """Run all layers over a sequence.
 
         Args:
             input: as in `RNN.forward`.
             hx: a pair of initial states, h `(L*D, B, P)` and c `(L*D, B, H)`, unbatched without B, or None for zeros.
+            lengths: as in `RNN.forward`.
 
         Returns:
             the output, `(T, B, D*P)` or as the input is laid out, and the last states (hy, cy), shaped as hx.
 
         Raises:
-            RuntimeError, ValueError: where torch.nn.LSTM raises them, in its words.
+            RuntimeError, ValueError, TypeError: as there.
         """
-        return self._call(input, hx)
+        return self._call(input, hx, lengths)
 
-    def _split_states(self, hx):
+    if TYPE_CHECKING:
+        @shared.signature_of(forward)
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    def _split_states(self, hx: Any) -> Any:
         return shared.split_pair(hx)
 
     # What the stock forward needs beyond RNNBase.
     get_expected_cell_size = torch.nn.LSTM.get_expected_cell_size
-    check_forward_args = torch.nn.LSTM.check_forward_args
-    permute_hidden = torch.nn.LSTM.permute_hidden
+    check_forward_args = torch.nn.LSTM.check_forward_args  # type: ignore[assignment]
+    permute_hidden = torch.nn.LSTM.permute_hidden  # type: ignore[assignment]
 
 
 class GRU(FusedLayer):
@@ -302,29 +329,33 @@ class GRU(FusedLayer):
 
     def _declared(self, input_size: int, hidden_size: int, num_layers: int = 1, bias: bool = True,
                   batch_first: bool = False, dropout: float = 0.0, bidirectional: bool = False,
-                  device=None, dtype=None) -> None: ...
+                  device: Device = None, dtype: torch.dtype | None = None) -> None: ...
 
-    @_signature_of(_declared)
-    def __init__(self, *args, **kwargs) -> None:
+    @shared.signature_of(_declared)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Take what the class says under Arguments."""
         _refuse_proj_size(kwargs)
         super().__init__("GRU", *args, **kwargs)
 
-    def forward(self, input: Sequence, hx: Tensor | None = None) -> tuple[Sequence, Tensor]:
+    def forward(self, input: Sequence, hx: Tensor | None = None, *, lengths: Tensor | None = None) -> tuple[Sequence, Tensor]:
         """Run all layers over a sequence.
 
         Args:
-            input, hx: as in `RNN.forward`.
+            input, hx, lengths: as in `RNN.forward`.
 
         Returns:
             output and hy, as there.
 
         Raises:
-            RuntimeError, ValueError: where torch.nn.GRU raises them, in its words.
+            RuntimeError, ValueError, TypeError: as there.
         """
-        return self._call(input, hx)
+        return self._call(input, hx, lengths)
+
+    if TYPE_CHECKING:
+        @shared.signature_of(forward)
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
-def _refuse_proj_size(kwargs: dict) -> None:
+def _refuse_proj_size(kwargs: dict[str, Any]) -> None:
     if "proj_size" in kwargs:
         raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")

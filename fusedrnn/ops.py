@@ -1,11 +1,14 @@
 """The registered operators under typed names, what they give to a compiler, and the cells' traits.
 
 An operator computes the recurrence of one layer in all its directions, backward with the gradients of its weights;
-`fusedrnn/autograd.py` puts the product of the input, and its gradient, around it. Shapes: T steps, B rows of the batch, H
+`fusedrnn/layer.py` puts the product of the input, and its gradient, around it. Shapes: T steps, B rows of the batch, H
 hidden units, P projection size or H, D directions, G gates. With `batch_sizes` (the (T,) int64 tensor of a PackedSequence) a leading (T, B) is (rows,).
 """
 
+import math
+
 import torch
+from torch.utils.flop_counter import register_flop_formula
 
 from . import _C
 
@@ -22,8 +25,8 @@ recurrence_forward = torch.ops.fusedrnn.recurrence_forward.default
 recurrence_backward = torch.ops.fusedrnn.recurrence_backward.default
 
 
-def _batch_size(sequence, hx, batch_sizes):
-    if batch_sizes is None:
+def _batch_size(sequence, hx):
+    if sequence.dim() == 3:
         return sequence.shape[1]
     return torch.library.get_ctx().new_dynamic_size() if hx is None else hx.shape[1]
 
@@ -32,7 +35,7 @@ def _batch_size(sequence, hx, batch_sizes):
 def _(cell, gates_x, weight_hh, bias_hh, weight_hr, hx, cx, batch_sizes, save, allow_tf32):
     traits, directions, like = TRAITS[cell], len(weight_hh), weight_hh[0]
     hidden, width = like.shape[0] // traits["gates"], like.shape[1]
-    rows, batch = gates_x[0].shape[:-1], _batch_size(gates_x[0], hx, batch_sizes)
+    rows, batch = gates_x[0].shape[:-1], _batch_size(gates_x[0], hx)
     extra = traits["states"] - 1 + bool(weight_hr)
     return (
         like.new_empty(*rows, directions * width),
@@ -48,7 +51,7 @@ def _(cell, input, weight_hh, weight_hr, hx, cx, output, saved, states, batch_si
       need_grad_cx, need_grad_weight_ih, need_grad_weight_hh, need_grad_bias, need_grad_weight_hr, allow_tf32):
     traits, directions, like = TRAITS[cell], len(weight_hh), weight_hh[0]
     hidden, width = like.shape[0] // traits["gates"], like.shape[1]
-    rows, batch = output.shape[:-1], _batch_size(output, hx, batch_sizes)
+    rows, batch = output.shape[:-1], _batch_size(output, hx)
     grad_weights = [
         like.new_empty(*shape) if need else like.new_empty(0)
         for _ in range(directions)
@@ -66,3 +69,19 @@ def _(cell, input, weight_hh, weight_hr, hx, cx, output, saved, states, batch_si
         like.new_empty(directions, batch, hidden) if need_grad_cx else like.new_empty(0),
         grad_weights,
     )
+
+
+@register_flop_formula(torch.ops.fusedrnn.recurrence_forward)
+def _(cell, gates_x, weight_hh, bias_hh, weight_hr, *args, out_shape=None, **kwargs):
+    rows = math.prod(gates_x[0][:-1])
+    return 2 * rows * sum(math.prod(shape) for shape in [*weight_hh, *(weight_hr or [])])
+
+
+@register_flop_formula(torch.ops.fusedrnn.recurrence_backward)
+def _(cell, input, weight_hh, weight_hr, hx, cx, output, saved, states, batch_sizes, grad_output, grad_hy, grad_cy, need_grad_hx,
+      need_grad_cx, need_grad_weight_ih, need_grad_weight_hh, need_grad_bias, need_grad_weight_hr, *args, out_shape=None, **kwargs):
+    rows, first = math.prod(output[:-1]), 0 if need_grad_hx or len(output) == 2 else output[1]
+    states = sum(math.prod(shape) for shape in weight_hh)
+    projections = sum(math.prod(shape) for shape in weight_hr or [])
+    inputs = len(weight_hh) * weight_hh[0][0] * input[-1] if need_grad_weight_ih else 0
+    return 2 * (states * (rows * (1 + need_grad_weight_hh) - first) + rows * (projections * (1 + need_grad_weight_hr) + inputs))

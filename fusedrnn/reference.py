@@ -84,8 +84,8 @@ Step = Callable[[Tensor, Tensor, tuple[Tensor, ...]], tuple[Tensor, ...]]
 CELLS: dict[str, Step] = {"rnn_tanh": rnn_tanh, "rnn_relu": rnn_relu, "lstm": lstm, "gru": gru}
 
 
-def scan(step: Step, inputs: list[Tensor], states: tuple[Tensor, ...], weights: Weights,
-         reverse: bool) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+def scan(step: Step, inputs: list[Tensor], states: tuple[Tensor, ...], weights: Weights, reverse: bool,
+         lengths: Tensor | None = None) -> tuple[list[Tensor], tuple[Tensor, ...]]:
     """Carry the states through one direction of one layer.
 
     Args:
@@ -94,17 +94,24 @@ def scan(step: Step, inputs: list[Tensor], states: tuple[Tensor, ...], weights: 
         states: before the first step, (h (B, P),) or (h (B, P), c (B, H)).
         weights: of this direction, as `Weights` says.
         reverse: from the last step to the first.
+        lengths: (B,), the steps that each sequence has, if not all of them; every x is (B, I) then.
 
     Returns:
         h after each step, (b, P) each, in the order of `inputs`; and the states after the last step taken.
     """
     weight_ih, weight_hh, bias_ih, bias_hh, weight_hr = weights
     outputs = []
-    for x in reversed(inputs) if reverse else inputs:
+    for t in reversed(range(len(inputs))) if reverse else range(len(inputs)):
+        x = inputs[t]
         running = tuple(state[: len(x)] for state in states)
         new = step(linear(x, weight_ih, bias_ih), linear(running[0], weight_hh, bias_hh), running)
         if weight_hr is not None:  # Sak, Senior, Beaufays, arXiv:1402.1128 (2014)
             new = (linear(new[0], weight_hr), *new[1:])
+        if lengths is not None:  # who has no such step keeps the state, and puts out zeros
+            runs = (t < lengths).unsqueeze(-1)
+            states = tuple(torch.where(runs, now, before) for now, before in zip(new, states))
+            outputs.append(torch.where(runs, new[0], 0))
+            continue
         outputs.append(new[0])
         # The rows after b have ended (forward) or not yet begun (reverse): they keep the state they have.
         states = tuple(torch.cat([now, before[len(x):]]) for now, before in zip(new, states))
@@ -112,7 +119,7 @@ def scan(step: Step, inputs: list[Tensor], states: tuple[Tensor, ...], weights: 
 
 
 def layer(cell: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, weights: list[Weights],
-          batch_sizes: Tensor | None = None, batch_first: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
+          ragged: Tensor | None = None, batch_first: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
     """One layer with all its directions: what `autograd.layer` computes, step by step.
 
     Args:
@@ -120,7 +127,7 @@ def layer(cell: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, weight
         input: (T, B, I); (B, T, I) if batch_first; or the data (N, I) of a PackedSequence.
         hx, cx: (D, B, P) and (D, B, H), or None for zeros. cx for "lstm" only.
         weights: one tuple a direction; direction 1 runs in reverse.
-        batch_sizes: (T,), of a PackedSequence; None if padded.
+        ragged: batch_sizes (T,) of a PackedSequence, or the lengths (B,) of padded sequences; None: all have T steps.
         batch_first: see input.
 
     Returns:
@@ -131,11 +138,12 @@ def layer(cell: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, weight
     >>> output.shape, hy.shape
     (torch.Size([7, 2, 5]), torch.Size([1, 2, 5]))
     """
-    if batch_sizes is not None:
-        inputs = list(input.split(batch_sizes.tolist()))
+    packed = input.dim() == 2
+    if packed:
+        inputs = list(input.split(ragged.tolist()))  # type: ignore[union-attr]
     else:
         inputs = list((input.transpose(0, 1) if batch_first else input).unbind(0))
-    batch = len(inputs[0])
+    batch, lengths = len(inputs[0]), None if packed or ragged is None else ragged.to(input.device)
     outputs, last = [], []
     for d, direction in enumerate(weights):
         _, weight_hh, _, _, weight_hr = direction
@@ -144,8 +152,8 @@ def layer(cell: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, weight
         states = (input.new_zeros(batch, P) if hx is None else hx[d],)
         if cell == "lstm":
             states += (input.new_zeros(batch, H) if cx is None else cx[d],)
-        output, states = scan(CELLS[cell], inputs, states, direction, reverse=d == 1)
-        outputs.append(torch.stack(output) if batch_sizes is None else torch.cat(output))
+        output, states = scan(CELLS[cell], inputs, states, direction, d == 1, lengths)
+        outputs.append(torch.cat(output) if packed else torch.stack(output))
         last.append(states)
     hy, *cy = (torch.stack(state) for state in zip(*last))
     return torch.cat(outputs, -1), hy, cy[0] if cy else None

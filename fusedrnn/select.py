@@ -14,16 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import _get_tracing_state, _is_any_autocast_enabled, _len_torch_function_stack
-from torch._C._functorch import TransformType, get_interpreter_stack, peek_interpreter_stack
+from torch._C._functorch import peek_interpreter_stack
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling, is_exporting
+from torch.fx.experimental.proxy_tensor import PreDispatchTorchFunctionMode, TorchFunctionMetadataMode
 from torch.nn import Parameter
+from torch.onnx import is_in_onnx_export
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
-from . import _C
+from . import _C, onnx
 from ._load import BUILD
 
 DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
@@ -33,12 +35,12 @@ DEVICES = frozenset({"cpu", "meta", "cuda"})
 FUSED_CUDA_KERNELS = ("block", "cluster", "grid", "step")
 CUDA_KERNELS = (*FUSED_CUDA_KERNELS, "torch")
 OLDEST_CUDA = (8, 0)  # compute capability, as csrc/cuda/ops.cpp has it
-HAS_CUDA, CUDA_WHY_NOT = (_C.build_record()[key] for key in ("cuda", "cuda_why_not"))
+HAS_CUDA, CUDA_WHY_NOT = _C.build_record()["cuda"], _C.build_record()["cuda_why_not"]
 
 MISFIT = "torch has to judge arguments of this form"
 # Here the user plainly asked for a graph of torch's own ops: nothing to warn of.
 TRACING = "torch.jit.trace records torch's own ops"
-EXPORTING = "torch.export records torch's own ops, so that the exported program needs no fusedrnn"
+EXPORTING = "torch.onnx.export translates torch's own ops"
 SILENT = frozenset({TRACING, EXPORTING})
 
 
@@ -104,17 +106,17 @@ def cuda_kernel() -> str:
 
 
 @cache
-def chip(device: torch.device) -> dict[str, int] | None:
+def chip(device: torch.device) -> dict[str, Any] | None:
     """A CUDA device's multiprocessors, shared_bytes (the most that a block may have) and major (of its compute capability), as
     `_C.cuda_plan` takes them; None if there is none to ask."""
     if not torch.cuda.is_available():
         return None
-    found = torch.cuda.get_device_properties(device)
+    found: Any = torch.cuda.get_device_properties(device)
     memory = found.shared_memory_per_block_optin
     return {"multiprocessors": found.multi_processor_count, "shared_bytes": memory, "major": found.major}
 
 
-def reasons_against_kernels(device: torch.device, cell: str, dtype: torch.dtype, **sizes) -> dict[str, str | None]:
+def reasons_against_kernels(device: torch.device, cell: str, dtype: torch.dtype, **sizes: Any) -> dict[str, str | None]:
     """Why a layer's forward pass on CUDA is not run by the kernels of csrc/cuda.
 
     Args:
@@ -205,7 +207,7 @@ def reason_for_fallback(input: Any, states: Sequence[Any], weights: Sequence[Any
     Returns:
         the reason, or None.
     """
-    if is_exporting():
+    if is_exporting() and is_in_onnx_export() and not onnx.is_recording():
         return EXPORTING
     if not is_compiling():
         reason = _reason_in_context()
@@ -226,12 +228,9 @@ def _reason_in_context() -> str | None:
     if _get_tracing_state() is not None:
         return TRACING
     for mode in _get_current_function_mode_stack():
-        if not isinstance(mode, DeviceContext):  # that one only says where new tensors are made
+        # The first only says where new tensors are made; make_fx and torch.export take notes by the others.
+        if not isinstance(mode, (DeviceContext, TorchFunctionMetadataMode, PreDispatchTorchFunctionMode)):
             return f"the torch function mode {type(mode).__name__} is active and expects torch's functions"
-    if forward_ad._current_level >= 0:
-        return "the engine has no forward-mode derivative (torch.func.jvp, jacfwd, hessian)"
-    if any(level.key() == TransformType.Vmap for level in get_interpreter_stack() or ()):
-        return "the engine has no rule for torch.vmap"
     return None
 
 

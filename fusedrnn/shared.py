@@ -4,13 +4,42 @@ A module of ours names its counterpart in `stock`. The two keep the same attribu
 runs on our module, and that a change of class turns one into the other.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from torch import Tensor, nn
 from torch.fx import Proxy
+from torch.nn.modules.rnn import RNNBase, RNNCellBase
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from . import select
+
+if TYPE_CHECKING:
+    from .cells import FusedCell
+    from .modules import FusedLayer
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Stock = TypeVar("Stock", RNNBase, RNNCellBase)
+
+
+def signature_of(declared: Callable[P, R]) -> Callable[[Callable[..., Any]], Callable[P, R]]:
+    """Let a function of (*args, **kwargs) show the signature it has in fact: to help(), editors and type checkers.
+
+    Args:
+        declared: a function of this signature, which is not called.
+
+    Returns:
+        a decorator, which gives the function back.
+    """
+    def show(function: Callable[..., Any]) -> Callable[P, R]:
+        function.__signature__ = inspect.signature(declared)  # type: ignore[attr-defined]
+        return function
+
+    return show
 
 
 def weights_by_name(module: nn.Module, names: Sequence[str]) -> list[Tensor | None]:
@@ -31,7 +60,7 @@ def weights_by_name(module: nn.Module, names: Sequence[str]) -> list[Tensor | No
     return weights
 
 
-def split_pair(hx: Any) -> tuple:
+def split_pair(hx: Any) -> Sequence[Any]:
     """The two states of an LSTM's hx.
 
     Args:
@@ -47,7 +76,7 @@ def split_pair(hx: Any) -> tuple:
     return hx, None
 
 
-def run_stock(module: nn.Module, input: Any, hx: Any, reason: str) -> Any:
+def run_stock(module: FusedLayer | FusedCell, input: Any, hx: Any, reason: str) -> Any:
     """The call as torch.nn runs it. If torch raises, its error is all there is to say; if not, say why torch ran it.
 
     Args:
@@ -64,7 +93,7 @@ def run_stock(module: nn.Module, input: Any, hx: Any, reason: str) -> Any:
     return result
 
 
-def as_stock(module: nn.Module) -> nn.Module:
+def as_stock(module: Stock) -> Stock:
     """The module's torch.nn counterpart.
 
     Args:
@@ -80,17 +109,38 @@ def as_stock(module: nn.Module) -> nn.Module:
     return convert(twin, to="torch")
 
 
-def record_as_leaf(module: nn.Module, input: Any, hx: Any) -> Proxy:
+def run_packed(module: FusedLayer, input: Tensor, hx: Any, lengths: Tensor) -> tuple[Tensor, Any]:
+    """A call with lengths as one on a PackedSequence, for engines that take no lengths.
+
+    Args:
+        module: a layer of ours.
+        input, hx: the call's; input is padded.
+        lengths: one for each sequence.
+
+    Returns:
+        what the module returns.
+
+    Raises:
+        RuntimeError: a length is 0.
+    """
+    packed = pack_padded_sequence(input, lengths.cpu(), module.batch_first, enforce_sorted=False)
+    output, hidden = module(packed, hx)
+    steps = input.shape[1 if module.batch_first else 0]
+    return pad_packed_sequence(output, module.batch_first, total_length=steps)[0], hidden
+
+
+def record_as_leaf(module: nn.Module, input: Any, hx: Any, **kwargs: Any) -> Proxy:
     """Record a call of the module as one node of torch.fx's graph, as torch.fx does for torch.nn's own modules.
 
     Args:
         module: the one called.
         input, hx: the call's, at least one of them a Proxy.
+        kwargs: its other arguments.
 
     Returns:
         the Proxy of what the call will return.
     """
     args = (input,) if hx is None else (input, hx)
     pair = hx if isinstance(hx, (tuple, list)) else (hx,)
-    tracer = next(arg for arg in (input, *pair) if isinstance(arg, Proxy)).tracer
-    return tracer.create_proxy("call_module", tracer.path_of_module(module), args, {})
+    tracer: Any = next(arg for arg in (input, *pair) if isinstance(arg, Proxy)).tracer
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), args, kwargs)

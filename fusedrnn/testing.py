@@ -20,10 +20,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 __all__ = ["Measured", "compare_modules", "compare_runs", "compare_tensors", "run_module"]
@@ -33,6 +34,9 @@ ULPS = {torch.float64: 4.0, torch.float32: 4.0, torch.bfloat16: 1.0, torch.float
 NEIGHBOURS = 96
 
 Tensors = dict[str, Tensor | None]
+Input = Tensor | PackedSequence
+States = Tensor | tuple[Tensor, Tensor] | None
+Perturb = Callable[[Tensor], Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +101,8 @@ def compare_tensors(name: str, ours: Tensor, stock: Tensor, truth: Tensor, stock
     return Measured(name, _largest(ours, truth, stock), stock_error, allowed, scale)
 
 
-def compare_modules(ours, stock, input, hx=None, *, uses=None, cotangent="normal", seed=0) -> list[Measured]:
+def compare_modules(ours: nn.Module, stock: nn.Module, input: Input, hx: States = None, *, uses: Sequence[str] | None = None,
+                    cotangent: str = "normal", seed: int = 0) -> list[Measured]:
     """Compare two modules that hold the same weights: outputs and the gradients of input, hx and parameters.
 
     Args:
@@ -122,7 +127,7 @@ def compare_modules(ours, stock, input, hx=None, *, uses=None, cotangent="normal
     'output'
     """
 
-    def run(module, dtype=None, perturb=None) -> Tensors:
+    def run(module: nn.Module, dtype: torch.dtype | None = None, perturb: Perturb | None = None) -> Tensors:
         leaves = make_leaves(input, hx, dtype, perturb)
         torch.manual_seed(seed)
         run_input, run_hx = assemble(input, hx, leaves)
@@ -131,7 +136,7 @@ def compare_modules(ours, stock, input, hx=None, *, uses=None, cotangent="normal
     return compare_runs(run, ours, stock)
 
 
-def compare_runs(run: Callable, ours, stock) -> list[Measured]:
+def compare_runs(run: Callable[..., Tensors], ours: nn.Module, stock: nn.Module) -> list[Measured]:
     """Apply the rule of this file to whatever can be run on two modules.
 
     torch.nn runs on one thread: on a busy machine its small steps wait longer for threads than they compute.
@@ -153,7 +158,7 @@ def compare_runs(run: Callable, ours, stock) -> list[Measured]:
 
 
 @contextlib.contextmanager
-def one_thread():
+def one_thread() -> Iterator[None]:
     """A context in which torch has one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -163,7 +168,7 @@ def one_thread():
         torch.set_num_threads(threads)
 
 
-def _judge(run: Callable, got: Tensors, stock) -> list[Measured]:
+def _judge(run: Callable[..., Any], got: Any, stock: nn.Module) -> list[Measured]:
     expected = run(stock)
     assert list(got) == list(expected), f"tensors {list(got)}, torch.nn has {list(expected)}"
     for name in got:
@@ -179,11 +184,12 @@ def _judge(run: Callable, got: Tensors, stock) -> list[Measured]:
     def measure() -> list[Measured]:
         return [compare_tensors(name, got[name], expected[name], truth[name], errors[name]) for name in names]
 
-    def learn(perturb) -> None:
+    def learn(perturb: Perturb) -> None:
         """Raise `errors` to what torch.nn shows on inputs and weights passed through `perturb`."""
         module = perturbed(copy.deepcopy(stock), perturb)
         if hasattr(module, "flatten_parameters"):
-            module.flatten_parameters()  # or cuDNN copies the weights of a copy at every call, and warns of it
+            # or cuDNN copies the weights of a copy at every call, and warns of it
+            module.flatten_parameters()  # type: ignore[operator]
         near_truth = truth if perturb is _same else run(copy.deepcopy(module).double(), torch.float64, perturb)
         near = run(module.float(), torch.float32, perturb) if double else run(module, None, perturb)
         ratio = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps if double else 1.0
@@ -203,7 +209,8 @@ def _judge(run: Callable, got: Tensors, stock) -> list[Measured]:
     return rows
 
 
-def run_module(module, input, hx=None, *, uses=None, cotangent="normal", seed=0, wrt=None) -> Tensors:
+def run_module(module: nn.Module, input: Input, hx: States = None, *, uses: Sequence[str] | None = None,
+               cotangent: str = "normal", seed: int = 0, wrt: dict[str, Tensor] | None = None) -> Tensors:
     """Run `module(input, hx)` and its backward.
 
     Args:
@@ -219,7 +226,7 @@ def run_module(module, input, hx=None, *, uses=None, cotangent="normal", seed=0,
             undefined is None.
     """
     result = module(input) if hx is None else module(input, hx)
-    found = named_outputs(result, is_cell=not hasattr(module, "num_layers"))
+    found: dict[str, Any] = named_outputs(result, is_cell=not hasattr(module, "num_layers"))
     wanted = dict(wrt or {}) | dict(module.named_parameters())
     wanted = {name: tensor for name, tensor in wanted.items() if tensor.requires_grad}
     used = [name for name in found if (uses is None or name in uses) and found[name].requires_grad]
@@ -231,7 +238,7 @@ def run_module(module, input, hx=None, *, uses=None, cotangent="normal", seed=0,
     return found
 
 
-def named_outputs(result, is_cell: bool = False) -> dict[str, Tensor]:
+def named_outputs(result: Any, is_cell: bool = False) -> dict[str, Tensor]:
     """The tensors that a module returned, by name.
 
     Args:
@@ -248,7 +255,8 @@ def named_outputs(result, is_cell: bool = False) -> dict[str, Tensor]:
     return found | ({"hy": hidden} if isinstance(hidden, Tensor) else {"hy": hidden[0], "cy": hidden[1]})
 
 
-def make_leaves(input, hx, dtype=None, perturb=None) -> dict[str, Tensor]:
+def make_leaves(input: Input, hx: States, dtype: torch.dtype | None = None,
+                perturb: Perturb | None = None) -> dict[str, Tensor]:
     """Fresh leaves with the strides of the tensors given.
 
     Args:
@@ -266,7 +274,7 @@ def make_leaves(input, hx, dtype=None, perturb=None) -> dict[str, Tensor]:
     return {name: (t if dtype is None else t.to(dtype)).detach().requires_grad_() for name, t in tensors.items()}
 
 
-def assemble(input, hx, leaves: dict[str, Tensor]):
+def assemble(input: Input, hx: States, leaves: dict[str, Tensor]) -> tuple[Any, Any]:
     """Make a module's arguments of leaves.
 
     Args:
@@ -284,7 +292,7 @@ def assemble(input, hx, leaves: dict[str, Tensor]):
     return data, leaves["hx"] if isinstance(hx, Tensor) else (leaves["hx"], leaves["cx"])
 
 
-def perturbed(module, perturb):
+def perturbed(module: nn.Module, perturb: Perturb) -> nn.Module:
     """Pass every parameter through a function, in place.
 
     Args:

@@ -14,7 +14,7 @@ from torch import nn
 import fusedrnn
 
 MODULES = [name for _, name, _ in pkgutil.iter_modules(fusedrnn.__path__) if not name.startswith("_")]
-PUBLIC = ["RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell", "convert", "explain", "functional"]
+PUBLIC = ["RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell", "convert", "explain", "functional", "patch"]
 
 
 def test_exports():

@@ -1,4 +1,4 @@
-"""Gradients as autograd users meet them: gradcheck, any subset of outputs and inputs, twice, checkpointed, transformed."""
+"""Gradients as autograd users meet them: gradcheck, any subset of outputs and inputs, twice, checkpointed. torch.func: test_func.py."""
 
 import warnings
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
-from torch.func import functional_call, grad, jacrev, jvp, vmap
+from torch.func import functional_call
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.utils.checkpoint import checkpoint
 
@@ -79,10 +79,18 @@ def test_gradcheck_packed(cell, bidirectional, proj_size, engine):
     assert gradcheck(as_function(ours, batch_sizes), arguments(ours, B=3, batch_sizes=batch_sizes))
 
 
-@cells
-def test_gradgradcheck(cell):
-    ours, _ = double_pair(cell, I=3, H=2, bidirectional=True)
+@cells_and_layouts
+def test_gradgradcheck(cell, options):
+    ours, _ = double_pair(cell, **options)
     assert gradgradcheck(as_function(ours), arguments(ours, T=2), fast_mode=True)
+
+
+@pytest.mark.parametrize("options", [dict(), dict(num_layers=2, bidirectional=True)], ids=str)
+@cells
+def test_gradgradcheck_packed(cell, options):
+    ours, _ = double_pair(cell, **options)
+    batch_sizes = torch.tensor([3, 2, 1])
+    assert gradgradcheck(as_function(ours, batch_sizes), arguments(ours, B=3, batch_sizes=batch_sizes), fast_mode=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -307,7 +315,7 @@ def test_gradient_hooks_and_accumulation(cell):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Second derivatives and torch.func
+# Second derivatives
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -381,113 +389,44 @@ def test_create_graph_gives_the_same_first_gradient(cell):
     compare([g.detach() for g in graph], list(plain))
 
 
-def loss_of(module):
-    def loss(parameters, input):
-        output, _ = functional_call(module, parameters, (input,))
-        return output.square().sum()
+def wgan_step(module, head):
+    """The critic's gradients in a step with gradient penalty: Gulrajani and others, arXiv:1704.00028 (2017), section 4."""
+    torch.manual_seed(3)
+    real, fake = torch.randn(2, 5, 3, 3, dtype=torch.float64)
+    share = torch.rand(1, 3, 1, dtype=torch.float64)
+    between = (share * real + (1 - share) * fake).requires_grad_()
+    score = lambda x: head(module(x)[0][-1])  # noqa: E731
+    (slope,) = torch.autograd.grad(score(between).sum(), between, create_graph=True)
+    loss = score(fake).mean() - score(real).mean() + 10 * (slope.transpose(0, 1).flatten(1).norm(dim=1) - 1).square().mean()
+    return torch.autograd.grad(loss, [*module.parameters(), *head.parameters()])
 
-    return loss
 
-
-def func_arguments(module):
-    return {n: p.detach() for n, p in module.named_parameters()}, torch.linspace(-1, 1, 18).double().view(3, 2, 3)
-
-
-@pytest.mark.parametrize("transform", [grad, lambda f: grad(lambda p, x: grad(lambda y: f(p, y))(x).square().sum())],
-                         ids=["grad", "grad of grad"])  # fmt: skip
+@pytest.mark.parametrize("options", [dict(), dict(num_layers=2, bidirectional=True)], ids=str)
 @cells
-def test_func_grad(cell, transform):
-    compare(*(transform(loss_of(module))(*func_arguments(module)) for module in double_pair(cell)))
+def test_wgan_gradient_penalty(cell, options):
+    pair = double_pair(cell, **options)
+    head = nn.Linear(8 if options else 4, 1, dtype=torch.float64)
+    compare(*(wgan_step(module, head) for module in pair))
 
 
-@cells
-def test_func_jacrev(cell):
-    results = []
-    for module in double_pair(cell):
-        parameters, input = func_arguments(module)
-        results.append(jacrev(lambda x: functional_call(module, parameters, (x,))[0])(input))
-    compare(*results)
+def maml_step(module, head):
+    """The outer gradients of model-agnostic meta-learning through two inner steps: Finn and others, arXiv:1703.03400 (2017)."""
+    torch.manual_seed(4)
+    support, query = torch.randn(2, 4, 3, 3, dtype=torch.float64)
+    weights = {name: p for name, p in module.named_parameters()}
 
+    def loss(weights, x):
+        return (head(functional_call(module, weights, (x,))[0]) - x.sum(-1, keepdim=True)).square().mean()
 
-@cells
-def test_is_grads_batched(cell):
-    results = []
-    for module in double_pair(cell):
-        input = torch.linspace(-1, 1, 18).double().view(3, 2, 3).requires_grad_()
-        output, _ = module(input)
-        basis = torch.eye(output.numel(), dtype=torch.float64).view(-1, *output.shape)
-        results.append(torch.autograd.grad(output, input, basis, is_grads_batched=True)[0])
-    compare(*results)
-
-
-def right_or_raises(transform, ours, stock):
-    """The transform of ours gives what torch.nn's gives, or raises, or warns and leaves it to torch; never other numbers."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the fallback to torch.nn is a right answer here
-            got = transform(ours)
-    except (NotImplementedError, RuntimeError):
-        return
-    compare(got, transform(stock))
-
-
-@cells_and_layouts
-def test_forward_mode(cell, options):
-    """jvp: never a silent zero."""
-
-    def tangent(module):
-        parameters, input = func_arguments(module)
-        out, tangents = jvp(lambda x: module(x)[0], (input,), (torch.ones_like(input),))
-        return out.detach(), tangents.detach()
-
-    right_or_raises(tangent, *double_pair(cell, **options))
-
-    def with_dual_numbers(module):
-        _, input = func_arguments(module)
-        with torch.autograd.forward_ad.dual_level():
-            dual = torch.autograd.forward_ad.make_dual(input, torch.ones_like(input))
-            return torch.autograd.forward_ad.unpack_dual(module(dual)[0]).tangent.detach()
-
-    right_or_raises(with_dual_numbers, *double_pair(cell, **options))
+    fast = weights
+    for _ in range(2):
+        grads = torch.autograd.grad(loss(fast, support), list(fast.values()), create_graph=True)
+        fast = {name: p - 0.1 * g for (name, p), g in zip(fast.items(), grads)}
+    return torch.autograd.grad(loss(fast, query), [*weights.values(), *head.parameters()])
 
 
 @cells
-def test_forward_mode_over_a_weight(cell):
-    def tangent(module):
-        parameters, input = func_arguments(module)
-        ones = {name: torch.ones_like(p) for name, p in parameters.items()}
-        return jvp(lambda p: functional_call(module, p, (input,))[0], (parameters,), (ones,))[1]
-
-    right_or_raises(tangent, *double_pair(cell))
-
-
-@cells
-def test_vmap(cell):
-    """Over an extra dimension of the input; torch.nn has no rule for it, so the loop is the truth."""
-    ours, stock = double_pair(cell)
-    input = torch.randn(4, 3, 2, 3, dtype=torch.float64)
-    expected = torch.stack([stock(x)[0] for x in input])
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            got = vmap(lambda x: ours(x)[0])(input)
-    except (NotImplementedError, RuntimeError):
-        return
-    compare(got, expected)
-
-
-@cells
-def test_vmap_of_grad(cell):
-    """Gradients for each sample."""
-    ours, stock = double_pair(cell)
-    parameters = {n: p.detach() for n, p in ours.named_parameters()}
-    inputs = torch.randn(4, 3, 2, 3, dtype=torch.float64)
-    each = [grad(loss_of(stock))(parameters, x) for x in inputs]
-    expected = {name: torch.stack([g[name] for g in each]) for name in parameters}
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            got = vmap(grad(loss_of(ours)), in_dims=(None, 0))(parameters, inputs)
-    except (NotImplementedError, RuntimeError):
-        return
-    compare(got, expected)
+def test_maml(cell):
+    pair = double_pair(cell, num_layers=2)
+    head = nn.Linear(4, 1, dtype=torch.float64)
+    compare(*(maml_step(module, head) for module in pair))

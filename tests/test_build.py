@@ -210,7 +210,7 @@ def test_wheel(checkout, tmp_path):
     with zipfile.ZipFile(wheel) as content:
         names = content.namelist()
         content.extractall(tmp_path / "site")
-    assert "fusedrnn/_ops.so" in names and "fusedrnn/py.typed" in names
+    assert {"fusedrnn/_ops.so", "fusedrnn/_C.pyi", "fusedrnn/py.typed"} <= set(names)
     assert f"fusedrnn/_C{sysconfig.get_config_var('EXT_SUFFIX')}" in names
     assert {name.split("/")[0] for name in names} == {"fusedrnn", f"fusedrnn-{fusedrnn.__version__}.dist-info"}
     code = "import fusedrnn, torch; print(fusedrnn.__file__, fusedrnn.LSTM(3, 5)(torch.zeros(7, 2, 3))[0].shape)"

@@ -23,7 +23,7 @@ from documents import ROOT
 pytest.importorskip("pdoc")
 
 MODULES = [f"fusedrnn.{name}" for _, name, _ in pkgutil.iter_modules(fusedrnn.__path__) if not name.startswith("_")]
-EXAMPLES = ["RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell", "convert", "explain", "functional.rnn",
+EXAMPLES = ["RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell", "convert", "explain", "patch", "onnx.export", "functional.rnn",
             "functional.lstm", "functional.gru", "reference.layer", "testing.compare_modules",
             "fuzz.random_case"]  # fmt: skip
 

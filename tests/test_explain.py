@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import fusedrnn
 from conftest import fp32_precision
-from fusedrnn import autograd, explain, select
+from fusedrnn import explain, layer, select
 from same import FALLBACK
 
 KINDS = ["RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell"]
@@ -249,7 +249,7 @@ def test_cuda_kernel_by_width(width, chosen, reason, fake_cuda, monkeypatch):
 
 def test_tf32_follows_torch():
     """cuDNN's setting for the layers it would take, cuBLAS's for cells and single steps."""
-    allows, cudnn, cublas = autograd.allows_tf32, torch.backends.cudnn.rnn, torch.backends.cuda.matmul
+    allows, cudnn, cublas = layer.allows_tf32, torch.backends.cudnn.rnn, torch.backends.cuda.matmul
     with FakeTensorMode():
         steps, step, data = (torch.empty(size, device="cuda") for size in ((3, 2, 4), (1, 2, 4), (5, 4)))
         with fp32_precision(cudnn, "tf32"), fp32_precision(cublas, "ieee"):

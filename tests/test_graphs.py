@@ -1,4 +1,4 @@
-"""Those who record calls instead of making them: fake tensors, torch.jit, torch.fx, torch.export, torch.compile."""
+"""Those who record calls instead of making them: fake tensors, torch.jit, torch.fx. And those who count and name them."""
 
 import warnings
 
@@ -6,36 +6,13 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.utils.rnn import pack_padded_sequence
+from torch.utils.flop_counter import FlopCounterMode
 
 import fusedrnn
 from conftest import states_for
+from models import Model, all_kinds, input_for, kinds
 from same import compare
-
-KINDS = ["RNN", "LSTM", "GRU"]
-kinds = pytest.mark.parametrize("kind", KINDS)
-all_kinds = pytest.mark.parametrize("kind", KINDS + ["RNNCell", "LSTMCell", "GRUCell"])
-
-
-class Model(nn.Module):
-    """A recurrent layer or cell between two others."""
-
-    def __init__(self, kind, home=fusedrnn, **options):
-        super().__init__()
-        torch.manual_seed(0)
-        self.before = nn.Linear(3, 4)
-        self.middle = getattr(home, kind)(4, 5, **options)
-        self.after = nn.Linear(5, 2)
-
-    def forward(self, input):
-        result = self.middle(self.before(input))
-        while isinstance(result, (tuple, list)):
-            result = result[0]
-        return self.after(result)
-
-
-def input_for(kind):
-    return torch.randn((2, 3) if "Cell" in kind else (6, 2, 3))
-
 
 @pytest.mark.parametrize("options", [{}, dict(num_layers=2, bidirectional=True, batch_first=True)], ids=str)
 @kinds
@@ -111,35 +88,6 @@ def test_fx_records_a_leaf(kind):
     torch.testing.assert_close(graph(input), model(input))
 
 
-@pytest.mark.filterwarnings("ignore")
-@kinds
-def test_export_needs_no_fusedrnn(kind):
-    model, input = Model(kind).eval(), input_for(kind)
-    program = torch.export.export(model, (input,))
-    assert "fusedrnn" not in str(program.graph)
-    torch.testing.assert_close(program.module()(input), model(input))
-
-
-@pytest.mark.filterwarnings("ignore:.*functools.lru_cache")
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@all_kinds
-def test_compile_without_a_break(kind, backend):
-    """One graph, forward and backward, and new weights are seen by the compiled model."""
-    model, input = Model(kind), input_for(kind)
-    compiled = torch.compile(model, fullgraph=True, backend=backend)
-    results = []
-    for call in (model, compiled):
-        model.zero_grad()
-        output = call(input)
-        output.square().sum().backward()
-        results.append((output, [p.grad.clone() for p in model.parameters()]))
-    compare(results[1], results[0])
-    with torch.no_grad():
-        model.middle.get_parameter("weight_ih" + ("" if "Cell" in kind else "_l0")).zero_()
-    torch.testing.assert_close(compiled(input), model(input))
-    torch._dynamo.reset()
-
-
 @kinds
 def test_function_modes_see_torchs_call(kind):
     """A torch function mode expects torch's own functions, and gets them, with a warning."""
@@ -158,3 +106,42 @@ def test_function_modes_see_torchs_call(kind):
         result = module(input)
     assert {"RNN": "rnn_tanh", "LSTM": "lstm", "GRU": "gru"}[kind] in seen
     compare(result, stock(input))
+
+
+@pytest.mark.parametrize("options", [{}, dict(num_layers=2, bidirectional=True), dict(proj_size=3)], ids=str)
+@pytest.mark.parametrize("given", [False, True])
+@kinds
+def test_flop_counter(kind, options, given):
+    """The counts of torch.nn's own kernels. (Through oneDNN torch counts none.)"""
+    if "proj_size" in options and kind != "LSTM":
+        options = {}
+    counts = []
+    for home in (nn, fusedrnn):
+        module, input = getattr(home, kind)(4, 5, **options), torch.randn(7, 3, 4, requires_grad=True)
+        hx = states_for(module, 3, requires_grad=True) if given else None
+        with torch.backends.mkldnn.flags(enabled=False, allow_tf32=None), FlopCounterMode(display=False) as counter:
+            output = module(input, hx)[0]
+            counts.append(counter.get_total_flops())
+            output.sum().backward()
+            counts.append(counter.get_total_flops())
+    assert counts[0] > 0 and counts[2:] == counts[:2]
+
+
+def test_flop_counter_of_large_and_packed_layers():
+    """Large products are the library's; torch.nn multiplies the zeros that the first step begins with, too."""
+    counts = []
+    for home in (nn, fusedrnn):
+        module, input = home.GRU(40, 50, 2, bidirectional=True), torch.randn(100, 32, 40, requires_grad=True)
+        with FlopCounterMode(display=False) as counter:
+            module(input)[0].sum().backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] + 2 * 2 * 2 * 32 * 150 * 50
+    with FlopCounterMode(display=False) as counter:
+        module(pack_padded_sequence(torch.randn(5, 3, 40), [5, 4, 1]))
+    assert counter.get_total_flops() == 2 * 10 * 2 * 150 * (40 + 100 + 2 * 50)
+
+
+def test_profiler_names_the_operators():
+    with torch.profiler.profile() as profile:
+        fusedrnn.LSTM(4, 5)(torch.randn(3, 2, 4))[0].sum().backward()
+    assert {"fusedrnn::recurrence_forward", "fusedrnn::recurrence_backward"} <= {event.key for event in profile.key_averages()}

@@ -5,7 +5,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from conftest import make_pair
-from fusedrnn import _C, autograd
+from fusedrnn import _C, layer
 from fusedrnn.testing import run_module
 
 layouts = pytest.mark.parametrize("options", [{}, {"bias": False}, {"bidirectional": True, "num_layers": 2}, {"batch_first": True}])
@@ -16,8 +16,8 @@ cells = pytest.mark.parametrize("cell", ["RNN", "GRU", "LSTM"])
 def all_are_large(monkeypatch):
     """Every product asks for large pages; returns how often that was."""
     asked = []
-    monkeypatch.setattr(autograd, "LARGE", 1)
-    monkeypatch.setattr(autograd._C, "want_large_pages", lambda data, count: asked.append(count))
+    monkeypatch.setattr(layer, "LARGE", 1)
+    monkeypatch.setattr(layer._C, "want_large_pages", lambda data, count: asked.append(count))
     return asked
 
 

@@ -70,10 +70,10 @@ struct BackwardPass {
     const int64_t d = rows.direction;
     const Range mine = share(rows.count(p.steps.B), members, member);
     for (int64_t r = mine.begin; r < mine.end; ++r) {
-      const int64_t row = d * p.steps.B + rows.batch_row(r);
-      load_row(dh + row * h_row, h_row, static_cast<const S*>(p.grad_hy), row, p.P);
+      const int64_t row = d * p.steps.B + rows.batch_row(r), given = d * p.steps.B + p.steps.place(rows.batch_row(r));
+      load_row(dh + row * h_row, h_row, static_cast<const S*>(p.grad_hy), given, p.P);
       for (int k = 0; k < kInner; ++k)
-        load_row(dinner[k] + row * unit_row, unit_row, static_cast<const S*>(p.grad_cy), row, p.H);
+        load_row(dinner[k] + row * unit_row, unit_row, static_cast<const S*>(p.grad_cy), given, p.H);
     }
     for (const Weights* weights : {&recurrent[d], &projection[d]}) {
       const Range blocks = share(weights->panels ? weights->blocks() : 0, direction.members, place);
@@ -99,6 +99,7 @@ struct BackwardPass {
       return weights;
     }
     int64_t state_row(int64_t r) const { return d * p.steps.B + rows.batch_row(r); }
+    int64_t given_row(int64_t r) const { return d * p.steps.B + p.steps.place(rows.batch_row(r)); }  // in the caller's states
 
     // Rows of the batch come and go: those of the step before (in this order) bring gate gradients, those of this step take
     // them through the cell; a row that is not in this step any more has arrived at its initial state.
@@ -184,7 +185,7 @@ struct BackwardPass {
       return sum;
     }
     int64_t output_at(int64_t t, int64_t r) const {
-      return ((p.steps.row_offset(t) + rows.batch_row(r)) * p.D + d) * p.P;
+      return (p.steps.row(t, rows.batch_row(r)) * p.D + d) * p.P;
     }
 
     // The projected state's gradient is complete: hand it to whoever needs all of it.
@@ -209,7 +210,7 @@ struct BackwardPass {
       grad_new[0] = new_dh;
 #pragma GCC unroll 2
       for (int i = 0; i < kRows; ++i) {
-        const int64_t b = rows.batch_row(r + i), state_row = d * p.steps.B + b, row = p.steps.row_offset(t) + b;
+        const int64_t b = rows.batch_row(r + i), state_row = d * p.steps.B + b, row = p.steps.row(t, b);
         const int64_t from_row = p.steps.row_before(t, b, d);  // where the states lie that this step began with
         const bool first = from_row < 0;
         const S* output = static_cast<const S*>(p.output) + d * p.P + u;
@@ -219,12 +220,12 @@ struct BackwardPass {
         for (int k = 0; k < Cell::kSaved; ++k) saved[k].row[i] = load(saved_row + k * p.H, n);
         // Cells whose hidden state may be projected do not look at state 0 in backward.
         state[0].row[i] = pass.projected ? V(F(0))
-                          : first        ? initial(p.hx, p.P, u, n, state_row)
+                          : first        ? initial(p.hx, p.P, u, n, given_row(r + i))
                                          : load(output + from_row * p.D * p.P, n);
         new_state[0].row[i] = pass.projected ? V(F(0)) : load(output + row * p.D * p.P, n);
 #pragma GCC unroll 4
         for (int k = 0; k < kInner; ++k) {
-          state[k + 1].row[i] = first ? initial(p.cx, p.H, u, n, state_row)
+          state[k + 1].row[i] = first ? initial(p.cx, p.H, u, n, given_row(r + i))
                                       : load(states + (from_row * p.D * pass.extra + k) * p.H, n);
           new_state[k + 1].row[i] = load(states + (row * p.D * pass.extra + k) * p.H, n);
           grad_new[k + 1].row[i] = load(pass.dinner[k] + state_row * pass.unit_row + u);
@@ -235,7 +236,7 @@ struct BackwardPass {
 
 #pragma GCC unroll 2
       for (int i = 0; i < kRows; ++i) {
-        const int64_t b = rows.batch_row(r + i), state_row = d * p.steps.B + b, row = p.steps.row_offset(t) + b;
+        const int64_t b = rows.batch_row(r + i), state_row = d * p.steps.B + b, row = p.steps.row(t, b);
         S* grad_pre_row = static_cast<S*>(p.grad_pre) + (row * p.D + d) * Cell::kPre * p.H + u;
 #pragma GCC unroll 4
         for (int k = 0; k < Cell::kPre; ++k) store(grad_pre_row + k * p.H, grad_pre[k].row[i], n);
@@ -248,20 +249,20 @@ struct BackwardPass {
       }
     }
 
-    static FUSEDRNN_INLINE V initial(const void* states, int64_t width, int64_t u, int n, int64_t state_row) {
-      return states ? load(static_cast<const S*>(states) + state_row * width + u, n) : V(F(0));
+    static FUSEDRNN_INLINE V initial(const void* states, int64_t width, int64_t u, int n, int64_t row) {
+      return states ? load(static_cast<const S*>(states) + row * width + u, n) : V(F(0));
     }
 
     void leave_h(int64_t r, int64_t u, int n, V sum) const {
       if (p.grad_hx)
-        store(static_cast<S*>(p.grad_hx) + state_row(r) * p.P + u, sum + load(pass.dh + state_row(r) * pass.h_row + u), n);
+        store(static_cast<S*>(p.grad_hx) + given_row(r) * p.P + u, sum + load(pass.dh + state_row(r) * pass.h_row + u), n);
     }
 
     void leave_inner(int64_t r) const {
       if constexpr (kInner > 0)
         if (p.grad_cx)
           for (int64_t u = blocks.begin * kUnits; u < blocks.end * kUnits && u < p.H; u += kLanes)
-            store(static_cast<S*>(p.grad_cx) + state_row(r) * p.H + u,
+            store(static_cast<S*>(p.grad_cx) + given_row(r) * p.H + u,
                   load(pass.dinner[0] + state_row(r) * pass.unit_row + u), lanes_left<F>(u, p.H));
     }
   };

@@ -72,10 +72,10 @@ struct ForwardPass {
     const int64_t d = rows.direction;
     const Range mine = share(rows.count(p.steps.B), members, member);
     for (int64_t r = mine.begin; r < mine.end; ++r) {
-      const int64_t row = d * p.steps.B + rows.batch_row(r);
-      for (F* to : {h[0], h[1]}) load_row(to + row * h_row, h_row, static_cast<const S*>(p.hx), row, p.P);
-      for (int k = 0; k < kInner; ++k) load_row(inner[k] + row * unit_row, unit_row, static_cast<const S*>(p.cx), row, p.H);
-      if (projected) load_row(unprojected + row * unit_row, unit_row, static_cast<const S*>(nullptr), row, p.H);
+      const int64_t row = d * p.steps.B + rows.batch_row(r), given = d * p.steps.B + p.steps.place(rows.batch_row(r));
+      for (F* to : {h[0], h[1]}) load_row(to + row * h_row, h_row, static_cast<const S*>(p.hx), given, p.P);
+      for (int k = 0; k < kInner; ++k) load_row(inner[k] + row * unit_row, unit_row, static_cast<const S*>(p.cx), given, p.H);
+      if (projected) load_row(unprojected + row * unit_row, unit_row, static_cast<const S*>(nullptr), given, p.H);
     }
     const Range blocks = share(recurrent[d].blocks(), direction.members, place);
     for (int64_t block = blocks.begin; block < blocks.end; ++block) {
@@ -181,7 +181,7 @@ struct ForwardPass {
 
 #pragma GCC unroll 2
       for (int i = 0; i < kRows; ++i) {
-        const int64_t state_row = this->state_row(r + i), row = p.steps.row_offset(t) + rows.batch_row(r + i);
+        const int64_t state_row = this->state_row(r + i), row = p.steps.row(t, rows.batch_row(r + i));
         if (pass.projected) {
           store(pass.unprojected + state_row * pass.unit_row + u, new_state[0].row[i]);
         } else {
@@ -218,7 +218,7 @@ struct ForwardPass {
             if (u >= p.P) break;
             const V value = load(sums + m * kWidth + i);
             store(h_new + state_row(begin + m) * pass.h_row + u, value);
-            const int64_t row = p.steps.row_offset(t) + rows.batch_row(begin + m);
+            const int64_t row = p.steps.row(t, rows.batch_row(begin + m));
             store(static_cast<S*>(p.output) + (row * p.D + d) * p.P + u, value, lanes_left<F>(u, p.P));
           }
       }
@@ -226,14 +226,14 @@ struct ForwardPass {
 
     // The last states of row r, of this member's own units.
     void finish(int64_t r, const F* h_new) const {
-      const int64_t row = state_row(r);
+      const int64_t row = state_row(r), wanted = d * p.steps.B + p.steps.place(rows.batch_row(r));
       const int64_t h_end = pass.projected ? columns.end * Projection::kUnits : blocks.end * Recurrent::kUnits;
       const int64_t h_begin = pass.projected ? columns.begin * Projection::kUnits : blocks.begin * Recurrent::kUnits;
       for (int64_t u = h_begin; u < h_end && u < p.P; u += kLanes)
-        store(static_cast<S*>(p.hy) + row * p.P + u, load(h_new + row * pass.h_row + u), lanes_left<F>(u, p.P));
+        store(static_cast<S*>(p.hy) + wanted * p.P + u, load(h_new + row * pass.h_row + u), lanes_left<F>(u, p.P));
       if constexpr (kInner > 0)
         for (int64_t u = blocks.begin * Recurrent::kUnits; u < blocks.end * Recurrent::kUnits && u < p.H; u += kLanes)
-          store(static_cast<S*>(p.cy) + row * p.H + u, load(pass.inner[0] + row * pass.unit_row + u), lanes_left<F>(u, p.H));
+          store(static_cast<S*>(p.cy) + wanted * p.H + u, load(pass.inner[0] + row * pass.unit_row + u), lanes_left<F>(u, p.H));
     }
   };
 };

@@ -179,19 +179,19 @@ struct GradWeightsPass {
       return next;
     }
     const S* gates_row(int64_t t, int64_t b) const {
-      const int64_t row = (p.steps.row_offset(t) + b) * p.D + product.d;
+      const int64_t row = p.steps.row(t, b) * p.D + product.d;
       return product.kind == Product::kProjection ? static_cast<const S*>(p.grad_proj) + row * p.P
                                                   : static_cast<const S*>(p.grad_pre) + row * Cell::kPre * p.H;
     }
     const S* fed_row(int64_t t, int64_t b) const {
-      const int64_t d = product.d, row = p.steps.row_offset(t) + b;
+      const int64_t d = product.d, row = p.steps.row(t, b);
       if (product.kind == Product::kProjection)  // the last of the states stored: the unprojected one
         return static_cast<const S*>(p.states) + ((row * p.D + d + 1) * Cell::kStates - 1) * p.H;
       if (product.kind == Product::kInput)
         return static_cast<const S*>(p.input) + p.steps.position(t, b, p.input_step, p.input_row);
       const int64_t before = p.steps.row_before(t, b, d);
       if (before >= 0) return static_cast<const S*>(p.output) + (before * p.D + d) * p.P;
-      return p.hx ? static_cast<const S*>(p.hx) + (d * p.steps.B + b) * p.P : nullptr;
+      return p.hx ? static_cast<const S*>(p.hx) + (d * p.steps.B + p.steps.place(b)) * p.P : nullptr;
     }
 
     // visit(row of the weight, place in a row of gradients, count) for the runs of the block's rows that follow each other there.

@@ -73,7 +73,7 @@ template <class Rows>
 FUSEDRNN_ANYWHERE ForwardStep step_at(const ForwardParams& p, const Rows& rows, int64_t d, int64_t s, int64_t first) {
   const int64_t T = p.steps.T, count = rows.rows(d, s), next = s + 1 < T ? rows.rows(d, s + 1) : 0;
   const int64_t gates_x_at =
-      p.steps.batch_sizes ? first * p.gates_x_row[d] : step_of_walk(T, s, goes_up(d, false)) * p.gates_x_step[d];
+      p.steps.offsets ? first * p.gates_x_row[d] : step_of_walk(T, s, goes_up(d, false)) * p.gates_x_step[d];
   return {gates_x_at, first, count, next < count ? next : count, s > 0 || p.hx ? count : 0, int(s % 2)};
 }
 

@@ -1,0 +1,204 @@
+"""One layer without autograd: the input product, the recurrence, and the gradients of both.
+
+The product of the input and weight_ih, the gradient of the input, and those of large weights are single matrix products of
+ATen's, over all rows of the sequence at once; all else is the operators' (`fusedrnn/ops.py`). `fusedrnn/autograd.py` makes
+them differentiable.
+"""
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import _are_functorch_transforms_active
+from torch.compiler import is_compiling
+from torch.nn.functional import linear
+
+from . import _C
+from .ops import TRAITS, recurrence_backward, recurrence_forward
+
+
+def forward(cell, ragged, batch_first, input, hx, cx, weights, save):
+    """Run the layer.
+
+    Args:
+        cell, ragged, batch_first, input, hx, cx: as in `fusedrnn.autograd.layer`.
+        weights: of all directions, one after the other.
+        save: whether `backward` will follow, which needs the last two results.
+
+    Returns:
+        output, hy, cy, saved and states, as the operator has them.
+    """
+    gates_x, weight_hh, bias_hh, weight_hr = [], [], [], []
+    for w_ih, w_hh, b_ih, b_hh, w_hr in by_direction(weights):
+        if b_hh is not None:
+            bias_hh.append(b_hh)
+        gates = _input_product(input, w_ih, b_ih)
+        gates_x.append(gates.transpose(0, 1) if batch_first else gates)
+        weight_hh.append(w_hh)
+        if w_hr is not None:
+            weight_hr.append(w_hr)
+    return recurrence_forward(cell, gates_x, weight_hh, bias_hh or None, weight_hr or None, hx, cx, ragged, save,
+                              allows_tf32(input, ragged, batch_first))
+
+
+def _input_product(input, weight, bias):
+    """torch.nn.functional.linear, into large pages where that is worth it."""
+    # Before anything that costs a small call time; and a graph that is compiled for any size must not ask for the size.
+    if is_compiling() or input.numel() * len(weight) <= LARGE * input.shape[-1]:
+        return linear(input, weight, bias)
+    rows = input.reshape(-1, input.shape[-1])
+    out = _large_empty(rows, len(weight))
+    if out is None:
+        return linear(input, weight, bias)
+    out = torch.mm(rows, weight.t(), out=out) if bias is None else torch.addmm(bias, rows, weight.t(), out=out)
+    return out.view(*input.shape[:-1], -1)
+
+
+LARGE = 1 << 20  # numbers of a result for which large pages are worth asking for; csrc/pages.h has the limit in bytes
+
+
+def _large_empty(rows, columns):
+    """Memory for a product of `rows` and so many columns, on large pages; None if it is small, or no plain memory of a CPU."""
+    if is_compiling() or len(rows) * columns < LARGE or not rows.is_cpu or _are_functorch_transforms_active():
+        return None
+    out = rows.new_empty(len(rows), columns)
+    if type(out) is not torch.Tensor:  # a fake one
+        return None
+    _C.want_large_pages(out.data_ptr(), out.nbytes)
+    return out
+
+
+def allows_tf32(input: Tensor, ragged: Tensor | None, batch_first: bool) -> bool:
+    """Whether torch lets float32 numbers be rounded to TF32 before they are multiplied.
+
+    By cuDNN's setting, which takes its layers, or by cuBLAS's, which takes its cells, and here every single step.
+
+    Args:
+        input: (T, B, features), batch first (B, T, features), or the data of a packed sequence, (rows, features).
+        ragged: batch_sizes, if the input is packed.
+        batch_first: whether the batch is the first dimension.
+    Returns:
+        True if so; always False on a CPU.
+    """
+    if not input.is_cuda:
+        return False
+    steps = len(ragged) if input.dim() == 2 else input.shape[1 if batch_first else 0]  # type: ignore[arg-type]
+    by_cudnn = steps > 1 and torch.backends.cudnn.enabled
+    return (torch.backends.cudnn.rnn if by_cudnn else torch.backends.cuda.matmul).fp32_precision == "tf32"
+
+
+def by_direction(tensors):
+    """The five tensors of each direction's weights.
+
+    Args:
+        tensors: of all directions, one after the other.
+
+    Returns:
+        a list of five for each direction.
+    """
+    return [tensors] if len(tensors) == 5 else [tensors[i : i + 5] for i in range(0, len(tensors), 5)]
+
+
+def backward(kept, grads, wanted):
+    """Compute the gradients of a run of `forward`.
+
+    Args:
+        kept: has cell, batch_first, and saved_tensors: ragged, output, saved, states, input, hx, cx and the weights. A ctx of
+            autograd's is let go of what it saved, unless its graph is retained.
+        grads: of output, hy and cy, None for zeros.
+        wanted: for input, hx, cx and each weight whether its gradient is asked for.
+
+    Returns:
+        a list of these gradients, None where not wanted.
+    """
+    cell, batch_first = kept.cell, kept.batch_first
+    ragged, output, saved, states, input, hx, cx, *weights = kept.saved_tensors
+    if not is_compiling():
+        kept.maybe_clear_saved_tensors()  # so that what is deleted below is freed
+    weights = by_direction(weights)
+    weight_hh = [group[1] for group in weights]
+    weight_hr = [group[4] for group in weights if group[4] is not None] or None
+    steps_first = input.transpose(0, 1) if batch_first else input
+    want_weights = wanted[3:] if len(weights) == 1 else [any(both) for both in zip(*by_direction(wanted[3:]))]
+    want_ih, want_hh, want_b_ih, want_b_hh, want_hr = want_weights
+    many_rows = ragged is None and steps_first.shape[0] * steps_first.shape[1] > MANY_ROWS
+    library_ih = many_rows and want_ih and min(weights[0][0].shape) > NARROW
+    library_hh = many_rows and want_hh and min(weights[0][1].shape) > NARROW
+    grad_pre, grad_hx, grad_cx, grad_weights = recurrence_backward(
+        cell, steps_first, weight_hh, weight_hr, hx, cx, output, saved, states, ragged, *grads, wanted[1], wanted[2],
+        want_ih and not library_ih, want_hh and not library_hh, want_b_ih or want_b_hh, want_hr,
+        allows_tf32(input, ragged, batch_first),
+    )
+    del saved, states  # the largest tensors, and more are to be made
+    for d in range(len(weights)):
+        if library_ih and wanted[3 + 5 * d]:
+            grad_weights[5 * d] = _grad_weight_ih(cell, d, grad_pre, steps_first)
+        if library_hh and wanted[4 + 5 * d]:
+            grad_weights[5 * d + 1] = _grad_weight_hh(cell, d, grad_pre, output, hx)
+    return [
+        _grad_input(cell, grad_pre, weights, steps_first.shape, batch_first) if wanted[0] else None,
+        grad_hx if wanted[1] else None,
+        grad_cx if wanted[2] else None,
+        *[grad if want else None for grad, want in zip(grad_weights, wanted[3:])],
+    ]
+
+
+# The engine adds up the rows of a sequence in short parts, as accurately as torch.nn, which adds up one step's at a time. Of more
+# rows than these the steps are many too, and a matrix library's sum is no worse than torch.nn's, and takes a sixth less time. If a
+# side of the weight is narrow, MKL's sum is neither: one chain of additions (6400 rows, 512 by 3: 70 units in the last place).
+MANY_ROWS, NARROW = 1024, 32
+
+
+def _grad_weight_ih(cell, direction, grad_pre, input):
+    gates = grad_pre[:, :, direction, : TRAITS[cell]["gates"]]  # x_pre is the identity
+    return _rows(gates).t() @ _rows(input)
+
+
+def _grad_weight_hh(cell, direction, grad_pre, output, hx):
+    """Padded sequences: each step began with the output of the step before, the first with hx."""
+    steps, batch, directions, _, hidden = grad_pre.shape
+    states = output.view(steps, batch, directions, -1)[:, :, direction]
+    first, begun, before = (-1, slice(0, -1), slice(1, None)) if direction else (0, slice(1, None), slice(0, -1))
+    grad = output.new_empty(TRAITS[cell]["gates"] * hidden, states.shape[-1])
+    gate = 0
+    for pre, count in _runs(cell):
+        gates, part = grad_pre[:, :, direction, pre : pre + count], grad[gate * hidden : (gate + count) * hidden]
+        torch.mm(_rows(gates[begun]).t(), _rows(states[before]), out=part)
+        if hx is not None:
+            torch.addmm(part, gates[first].flatten(1).t(), hx[direction], out=part)
+        gate += count
+    return grad
+
+
+def _rows(tensor):
+    """(T, B, ...) as a matrix of T*B rows."""
+    return tensor.flatten(2).flatten(0, 1) if tensor.dim() > 3 else tensor.flatten(0, 1)
+
+
+@lru_cache
+def _runs(cell):
+    """(first pre-activation, how many) for each run of recurrent halves of gates that follow each other."""
+    runs: list[tuple[int, int]] = []
+    for pre in TRAITS[cell]["h_pre"]:
+        if runs and sum(runs[-1]) == pre:
+            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
+        else:
+            runs.append((pre, 1))
+    return runs
+
+
+def _grad_input(cell, grad_pre, weights, shape, batch_first):
+    """Every direction's gradients of the gates' input halves, which come first of the pre-activations, times its weight_ih."""
+    width = TRAITS[cell]["pre"] * grad_pre.shape[-1]
+    grad_pre = grad_pre.view(-1, len(weights) * width)
+    grad_input: Any = None
+    for d, (w_ih, *_) in enumerate(weights):
+        gates = w_ih.shape[0]
+        grad_gates = grad_pre if gates == grad_pre.shape[1] else grad_pre[:, d * width : d * width + gates]
+        if d == 0:
+            grad_input = torch.mm(grad_gates, w_ih, out=_large_empty(grad_gates, w_ih.shape[1]))
+        else:
+            torch.addmm(grad_input, grad_gates, w_ih, out=grad_input)  # and not addmm_, which a FlopCounterMode does not see
+    grad_input = grad_input.view(*shape)  # in half the time of view(shape)
+    return grad_input.transpose(0, 1) if batch_first else grad_input
