@@ -43,8 +43,7 @@ class FusedCell(RNNCellBase):
         if not self._fits(input, h, c):
             return shared.run_stock(self, input, hx, select.MISFIT)
 
-        # (B, features) or (features,) to (T, B, features) and back; T is 1, and so is D. What goes back is no view, as in torch:
-        # fully_shard would lose the hook on one that is edited in place.
+        # (B, features) or (features,) to (T, B, features) and back; T is 1, and so is D.
         size = (*input.shape[:-1], self.hidden_size)
         added = (0,) if input.dim() == 2 else (0, 0)
         for dim in added:
@@ -52,8 +51,9 @@ class FusedCell(RNNCellBase):
             h = h if h is None else h.unsqueeze(dim)
             c = c if c is None else c.unsqueeze(dim)
         _, hy, cy = run(cell, input, h, c, weights, len(weights) == 4, 1, 0.0, False, False, False, None)
-        hy = view_of_its_own(hy, size)
-        cy = cy if cy is None else view_of_its_own(cy, size)
+        # In training no view, as in torch: fully_shard would lose its hook on one that is edited in place. But that takes longer.
+        resize = view_of_its_own if hy.requires_grad else Tensor.view
+        hy, cy = resize(hy, size), cy if cy is None else resize(cy, size)
         return hy if cy is None else (hy, cy)
 
     def reason_for_stock(self, input: Tensor, hx: Tensor | tuple[Tensor, Tensor] | None = None) -> str | None:

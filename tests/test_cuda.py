@@ -166,3 +166,77 @@ def test_states_on_another_device_are_refused_as_by_torch():
     lstm = fusedrnn.LSTM(4, 5, device="cuda")
     with pytest.raises(RuntimeError, match="not at the same device"):
         lstm(torch.randn(3, 2, 4, device="cuda"), (torch.zeros(1, 2, 5), torch.zeros(1, 2, 5)))
+
+
+@cells
+def test_second_derivatives(cell):
+    """Which cuDNN refuses: a gradient penalty, against the CPU's engine."""
+    ours, _, input = layer_and_input(cell, dtype=torch.float64, T=4, B=3, H=7)
+    results = []
+    for device in ("cuda", "cpu"):
+        module, x = ours.to(device), input.to(device).detach().requires_grad_()
+        (slope,) = torch.autograd.grad(module(x)[0].square().sum(), x, create_graph=True)
+        results.append([grad.cpu() for grad in torch.autograd.grad(slope.square().sum(), list(module.parameters()))])
+    torch.testing.assert_close(*results)
+
+
+@cells
+def test_backward_in_eval_mode(cell):
+    ours, _, input = layer_and_input(cell)
+    ours.eval()
+    ours(input.requires_grad_())[0].sum().backward()
+    assert input.grad.abs().sum() > 0
+
+
+@cells
+def test_each_sample(cell):
+    """torch.func.vmap of grad, against one sample after the other."""
+    ours, _, input = layer_and_input(cell, dtype=torch.float64, T=4, B=6, H=7)
+    weights = {name: p.detach() for name, p in ours.named_parameters()}
+    loss = torch.func.grad(lambda w, x: torch.func.functional_call(ours, w, (x,))[0].square().sum())
+    samples = input.transpose(0, 1).unsqueeze(2)
+    found = torch.func.vmap(loss, in_dims=(None, 0))(weights, samples)
+    each = [loss(weights, sample) for sample in samples]
+    torch.testing.assert_close(found, {name: torch.stack([grads[name] for grads in each]) for name in weights})
+
+
+@cells
+def test_lengths(cell):
+    ours, _, input = layer_and_input(cell, "batch first")
+    lengths = torch.randint(1, 12, (37,), device="cuda")
+    found = ours(input, lengths=lengths)
+    torch.testing.assert_close(found, ours.cpu()(input.cpu(), lengths=lengths.cpu()), check_device=False)
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@cells
+def test_compile(cell, mode):
+    ours, _, input = layer_and_input(cell)
+    compiled = torch.compile(lambda x: ours(x)[0].square().mean(), fullgraph=True, mode=mode)
+    results = []
+    for call in (lambda x: ours(x)[0].square().mean(), *[compiled] * 3):
+        ours.zero_grad()
+        loss = call(input)
+        loss.backward()
+        results.append((loss.detach().clone(), [p.grad.clone() for p in ours.parameters()]))
+    for found in results[1:]:
+        torch.testing.assert_close(found, results[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@cells
+def test_autocast_with_a_scaler(cell, dtype):
+    ours, _, input = layer_and_input(cell)
+    optimizer, scaler = torch.optim.SGD(ours.parameters(), 0.1), torch.amp.GradScaler("cuda", enabled=dtype == torch.float16)
+    losses = []
+    for _ in range(5):
+        optimizer.zero_grad()
+        with torch.autocast("cuda", dtype):
+            output, _ = ours(input)
+        assert output.dtype == dtype
+        loss = output.float().square().mean()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]

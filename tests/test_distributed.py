@@ -31,6 +31,7 @@ WORLD = 2
 LIMIT = 60  # seconds; no process works longer, or waits longer for another
 HOMES = {"torch": nn, "fusedrnn": fusedrnn}
 KINDS = ["RNN", "LSTM", "GRU", "LSTMCell"]
+EDITED = ["GRUCell"]  # torch.nn.RNNCell does not allow it, and torch.nn.LSTMCell loses the gradients, in two processes
 WAYS = ["ddp", "fsdp"]
 STEPS = 3  # of each optimizer
 close = partial(torch.testing.assert_close, rtol=0, atol=1e-11)  # of float64: the order of sums alone
@@ -115,6 +116,17 @@ def in_bfloat16(home, kind, mesh):
     return [result.detach() for result in results], grads, model.rnn.weight_hh_l0.dtype
 
 
+def edited_in_place(home, kind, mesh):
+    """Gradients of a cell whose result is edited in place: fully_shard hangs its hook on the result."""
+    torch.manual_seed(0)
+    cell = fully_shard(getattr(home, kind)(6, 5).double(), mesh=mesh, reshard_after_forward=True)
+    result = cell(torch.linspace(-1, 1, 18, dtype=torch.float64).view(3, 6))
+    result = result[0] if kind == "LSTMCell" else result
+    result += 1
+    result.square().sum().backward()
+    return {name: weight.grad.full_tensor() for name, weight in cell.named_parameters()}
+
+
 def work(rank, folder):
     """What a process does. It leaves a file."""
     faulthandler.dump_traceback_later(LIMIT, exit=True)
@@ -130,6 +142,8 @@ def work(rank, folder):
                 model = DistributedDataParallel(tagger(home, kind, seed=rank), gradient_as_bucket_view=True)  # starts as 0's
                 found["ddp", package, kind] = train(model, lambda model: model.module.state_dict(), rank, WORLD)
                 found["fsdp", package, kind] = train(sharded(home, kind, mesh), gathered, rank, WORLD)
+            for kind in EDITED:
+                found["edited", package, kind] = edited_in_place(home, kind, mesh)
             found["bfloat16", package] = in_bfloat16(home, "LSTM", mesh)
         torch.save(found, Path(folder, f"found{rank}"))
     finally:
@@ -164,6 +178,12 @@ def test_two_processes_train_as_one(together, way, kind):
             for package in HOMES:
                 assert list(found[way, package, kind][step]) == list(before)
                 close(found[way, package, kind][step], dict(expected))
+
+
+@pytest.mark.parametrize("kind", EDITED)
+def test_result_of_a_sharded_cell_is_edited(together, kind):
+    for found in together:
+        close(found["edited", "fusedrnn", kind], found["edited", "torch", kind])
 
 
 def test_sharded_in_bfloat16(together):

@@ -15,8 +15,8 @@ deprecated = pytest.mark.filterwarnings("ignore:torch.ao.quantization is depreca
 @kinds
 def test_autocast_with_a_scaler(kind, dtype):
     """Losses and master weights follow torch.nn's, in autocast's lower precision, with GradScaler's steps."""
-    if dtype == torch.float16 and kind == "LSTM":
-        pytest.skip("torch.nn.LSTM under autocast in float16 needs a processor that oneDNN has float16 for")
+    # On most processors torch.nn.LSTM cannot do this in float16: there the truth is its float32.
+    stock_cannot = dtype == torch.float16 and kind == "LSTM"
     courses = []
     for home in (nn, fusedrnn):
         model = Model(kind, home)
@@ -26,7 +26,7 @@ def test_autocast_with_a_scaler(kind, dtype):
         course = []
         for _ in range(5):
             optimizer.zero_grad()
-            with torch.autocast("cpu", dtype):
+            with torch.autocast("cpu", dtype, enabled=home is fusedrnn or not stock_cannot):
                 loss = model(torch.randn(6, 2, 3)).float().square().mean()
             scaler.scale(loss).backward()
             scaler.step(optimizer)
