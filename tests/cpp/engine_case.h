@@ -13,7 +13,7 @@ struct Case {
   int cell = 0;
   Dtype dtype = Dtype::kFloat32;
   int64_t T = 1, B = 1, I = 1, H = 1, P = 0, D = 1;  // P = 0: no projection
-  bool packed = false;
+  bool packed = false, uneven = false;        // uneven: padded, of different lengths, in any order
   int threads = 1, granted = 1;               // asked for; and how many the runtime gives
   int layout = 0;                             // of gates_x: 0 dense, 1 batch first, 2 rows with gaps; direction 1 and input: other ones
   bool hx = true, cx = true, bias = true, save = true, grad_output = true, grad_hy = true, grad_cy = true;
@@ -41,7 +41,7 @@ inline std::string text(const Case& c, size_t number) {
   std::snprintf(line, sizeof line,
                 "case %zu: %s %s T%d B%d I%d H%d P%d D%d %s layout %d threads %d/%d%s%s%s%s%s%s%s%s%s%s%s%s%s%s", number,
                 traits_of(c.cell).name, name_of(c.dtype), int(c.T), int(c.B), int(c.I), int(c.H), int(c.P), int(c.D),
-                c.packed ? "packed" : "padded", c.layout, c.granted, c.threads, c.hx ? " hx" : "", c.cx ? " cx" : "", c.bias ? " bias" : "", c.save ? " save" : "",
+                c.packed ? "packed" : c.uneven ? "uneven" : "padded", c.layout, c.granted, c.threads, c.hx ? " hx" : "", c.cx ? " cx" : "", c.bias ? " bias" : "", c.save ? " save" : "",
                 c.grad_output ? " grad_output" : "", c.grad_hy ? " grad_hy" : "", c.grad_cy ? " grad_cy" : "",
                 c.need_grad_hx ? " need_grad_hx" : "", c.need_grad_cx ? " need_grad_cx" : "",
                 c.need_grad_weight_ih ? " need_grad_weight_ih" : "", c.need_grad_weight_hh ? " need_grad_weight_hh" : "",

@@ -32,7 +32,7 @@ struct Problem {
   const Traits traits;
   const bool projected;
   const int64_t P, G, extra;
-  std::vector<int64_t> batch_sizes, offsets;
+  std::vector<int64_t> batch_sizes, offsets, order;
   int64_t rows = 0;
   std::array<Tensor, 2> weight_hh, weight_hr, bias_hh, gates_x;
   std::array<int64_t, 2> gates_x_step{}, gates_x_row{};
@@ -156,6 +156,7 @@ struct Problem {
   }
 
   double run_grad_weights(const fusedrnn::CpuEngine& engine, const std::string& spoiled) {
+    clear_behind(grad_pre);
     for (Tensor* tensor : {&grad_pre, &grad_proj}) freeze(*tensor);
     const GradWeightsParams p = grad_weights_params(engines);
     run_guarded(engine.grad_weights_workspace(p), [&](void* workspace) { engine.grad_weights(p, workspace); });
@@ -214,6 +215,15 @@ struct Problem {
     const auto* bytes = static_cast<const unsigned char*>(tensor.memory.data());
     tensor.before.assign(bytes, bytes + tensor.memory.bytes());
   }
+  // Zeros where a sequence has ended, as the operator has them: the gradients of biases are sums of all rows.
+  void clear_behind(Tensor& sequence) const {
+    if (!c.uneven) return;
+    const int64_t width = int64_t(sequence.exact.size()) / rows;
+    for (int64_t t = 0; t < c.T; ++t)
+      for (int64_t b = batch_sizes[size_t(t)]; b < c.B; ++b)
+        for (int64_t i = 0; i < width; ++i)
+          encode(c.dtype, sequence.memory.data(), (t * c.B + order[size_t(b)]) * width + i, 0);
+  }
   Tensor random_tensor(int64_t count, double limit) {
     Tensor tensor(c.dtype, count);
     for (int64_t i = 0; i < count; ++i) encode(c.dtype, tensor.memory.data(), i, random_.uniform(-limit, limit));
@@ -229,11 +239,12 @@ struct Problem {
 
   void make_steps() {
     for (int64_t t = 0, size = c.B; t < c.T; ++t) {
-      if (c.packed && t > 0 && random_.below(3)) size = 1 + random_.below(size);
+      if ((c.packed || c.uneven) && t > 0 && random_.below(3)) size = 1 + random_.below(size);
       batch_sizes.push_back(size);
       offsets.push_back(rows);
-      rows += size;
+      rows += c.packed ? size : c.B;
     }
+    for (int64_t b = 0; c.uneven && b < c.B; ++b) order.insert(order.begin() + random_.below(b + 1), b);
   }
 
   // A sequence of rows in one of three layouts; what lies between its rows is NaN.
@@ -248,14 +259,14 @@ struct Problem {
     auto position = [&](int64_t t, int64_t b) {
       return c.packed ? (offsets[size_t(t)] + b) * row_stride : t * step_stride + b * row_stride;
     };
-    const int64_t last_row = batch_sizes.back() - 1;
+    const int64_t last_row = (c.packed ? batch_sizes.back() : c.B) - 1;
     Tensor tensor(c.dtype, position(c.T - 1, last_row) + width);
     for (int64_t t = 0; t < c.T; ++t)
       for (int64_t b = 0; b < batch_sizes[size_t(t)]; ++b)
         for (int64_t i = 0; i < width; ++i) {
           double x = random_.uniform(-2, 2);
           if (c.extreme && random_.below(3) == 0) x = std::copysign(c.dtype == Dtype::kFloat16 ? 6e4 : 1e30, x);
-          encode(c.dtype, tensor.memory.data(), position(t, b) + i, x);
+          encode(c.dtype, tensor.memory.data(), position(t, c.uneven ? order[size_t(b)] : b) + i, x);
         }
     freeze(tensor);
     return tensor;
@@ -264,7 +275,8 @@ struct Problem {
   template <class Pointer>
   void fill(LayerParams& p, const Pointer& pointer) const {
     p.cell = c.cell, p.dtype = c.dtype;
-    p.steps = {c.T, c.B, c.packed ? batch_sizes.data() : nullptr, c.packed ? offsets.data() : nullptr};
+    p.steps = {c.T, c.B, c.packed || c.uneven ? batch_sizes.data() : nullptr, c.packed ? offsets.data() : nullptr,
+               c.uneven ? order.data() : nullptr};
     p.H = c.H, p.P = P, p.D = c.D, p.threads = c.threads;
     for (int64_t d = 0; d < c.D; ++d) p.weight_hh[d] = pointer(weight_hh[d]), p.weight_hr[d] = pointer(weight_hr[d]);
     p.hx = pointer(hx), p.cx = pointer(cx);

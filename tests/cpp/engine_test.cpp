@@ -1,5 +1,5 @@
 // Proves one CPU engine (the one that engine_probe.cpp names): forward and backward of every cell and format against a plain
-// reference in double, at odd shapes, packed and padded, strided, projected, with any optional tensor missing, on 1 to 8
+// reference in double, at odd shapes, packed, padded and padded with lengths, strided, projected, with any optional tensor missing, on 1 to 8
 // threads of which fewer may be granted. Results and workspace are NaN beforehand, and all memory lies between guard pages.
 //
 //   --every N         only one case in N, taken by lot
@@ -62,7 +62,9 @@ double run_case(const Case& c, size_t number, const Options& options, Coverage* 
 }
 
 void run_all(const Options& options) {
-  const std::vector<Case> cases = test::all_cases();
+  std::vector<Case> cases = test::all_cases();
+  for (Case& c : cases)
+    if (c.packed && c.seed % 3 == 0) c.packed = false, c.uneven = true;
   std::vector<size_t> chosen;
   for (size_t i = 0; i < cases.size(); ++i)
     if (wanted(options, cases[i], i)) chosen.push_back(i);

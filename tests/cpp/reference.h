@@ -5,6 +5,7 @@
 // that rounds what it multiplies, say what it has rounded the weights and its own results to. So the reference need not guess
 // which of two neighbours a number was rounded to, and what is left to tolerate is the rounding of sums.
 #pragma once
+#include <algorithm>
 #include <utility>
 #include <vector>
 
@@ -33,10 +34,16 @@ inline int64_t at(const LayerParams& p, int64_t t, int64_t b, std::pair<int64_t,
   return p.steps.offsets ? (p.steps.row_offset(t) + b) * row : t * step + b * row;
 }
 
+// Whether row b of the batch has step t.
+inline bool runs(const LayerParams& p, int64_t t, int64_t b) {
+  const int64_t count = p.steps.rows(t), *order = p.steps.order;
+  return order ? std::find(order, order + count, b) != order + count : b < count;
+}
+
 // The step before t in direction d, if row b was there; else -1.
 inline int64_t step_before(const LayerParams& p, int64_t t, int64_t b, int64_t d) {
   const int64_t before = d ? t + 1 : t - 1;
-  return before >= 0 && before < p.steps.T && b < p.steps.rows(before) ? before : -1;
+  return before >= 0 && before < p.steps.T && runs(p, before, b) ? before : -1;
 }
 
 template <class Cell>
@@ -51,7 +58,7 @@ void reference_forward(const ForwardParams& p, const ForwardParams& multiplied) 
       for (int64_t u = 0; u < H; ++u) c[u] = p.cx ? in(p.cx)[(d * B + b) * H + u] : 0;
       for (int64_t s = 0; s < T; ++s) {
         const int64_t t = d ? T - 1 - s : s, before = step_before(p, t, b, d);
-        if (b >= p.steps.rows(t)) continue;
+        if (!runs(p, t, b)) continue;
         const double* h_before = before >= 0 ? in(multiplied.output) + at(p, before, b, d, P)
                                  : p.hx      ? in(multiplied.hx) + (d * B + b) * P
                                              : nullptr;
@@ -104,7 +111,7 @@ void reference_backward(const BackwardParams& p, const BackwardParams& multiplie
       for (int64_t u = 0; u < H; ++u) dc[u] = p.grad_cy ? in(p.grad_cy)[(d * B + b) * H + u] : 0;
       for (int64_t s = 0; s < T; ++s) {
         const int64_t t = d ? s : T - 1 - s, before = step_before(p, t, b, d);
-        if (b >= p.steps.rows(t)) continue;
+        if (!runs(p, t, b)) continue;
         for (int64_t u = 0; u < P; ++u) {
           if (p.grad_output) dh[u] += in(p.grad_output)[at(p, t, b, d, P) + u];
           if (projected) out(p.grad_proj)[at(p, t, b, d, P) + u] = dh[u];
@@ -154,7 +161,8 @@ void reference_grad_weights(const GradWeightsParams& p) {
     clear(p.grad_weight_ih[d], Cell::kGates * H * I), clear(p.grad_weight_hh[d], Cell::kGates * H * P);
     clear(p.grad_bias_ih[d], Cell::kGates * H), clear(p.grad_bias_hh[d], Cell::kGates * H), clear(p.grad_weight_hr[d], P * H);
     for (int64_t t = 0; t < p.steps.T; ++t)
-      for (int64_t b = 0; b < p.steps.rows(t); ++b) {
+      for (int64_t b = 0; b < B; ++b) {
+        if (!runs(p, t, b)) continue;
         const double* x = in(p.input) + at(p, t, b, {p.input_step, p.input_row});
         const int64_t before = step_before(p, t, b, d);
         const double* h = before >= 0 ? in(p.output) + at(p, before, b, d, P) : p.hx ? in(p.hx) + (d * B + b) * P : nullptr;
