@@ -1,7 +1,7 @@
-"""ONNX: layers and cells as ONNX's own RNN, LSTM and GRU nodes, time and batch free, instead of steps written out one by one.
+"""ONNX: layers and cells as ONNX's own RNN, LSTM and GRU nodes, for any number of steps and rows.
 
-torch.onnx.export takes models with our modules as it takes torch.nn's: it writes every step out, for one number of steps. `export`
-here is the same function, and the recurrence is one node a layer.
+torch.onnx.export takes models with our modules as it takes torch.nn's: for one number of steps, and an RNN's steps written out one by
+one. `export` here is the same function, and every layer one node for as many steps as there will be.
 """
 
 from __future__ import annotations

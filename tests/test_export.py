@@ -203,7 +203,7 @@ def test_onnx_cannot_say_it():
 @pytest.mark.parametrize("dynamo", [True, False])
 @kinds
 def test_torchs_own_onnx_export(kind, dynamo, tmp_path):
-    """As with torch.nn: the newer exporter writes every step out, the older has nodes."""
+    """As with torch.nn: nodes for one number of steps, or, of the newer exporter and an RNN, every step written out."""
     pytest.importorskip("onnxscript")
     model, input = Model(kind, bidirectional=True).eval(), inputs()[0]
     if dynamo:
