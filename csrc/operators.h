@@ -25,19 +25,19 @@
 
 namespace fusedrnn {
 
-// Null: no biases, no projections; hx and cx null for zeros. (A list is not empty, but null: AOTInductor cannot hand on an empty one.)
-// batch_sizes (T,): of packed sequences; with padded ones their lengths (B,), null if all have T steps.
-// Outputs behind the end of a sequence are zero, and its last states are those of its own last step. The results of recurrence_forward behind cy are for
+// Null: no biases, no projections, states of zeros. (Lists are null and not empty: AOTInductor cannot hand on an empty one.)
+// ragged: batch_sizes (T,) of packed sequences, or lengths (B,) of padded ones; null: all have T steps. Behind the end of a
+// sequence outputs are zero, and its last states are those of its own last step. The results of recurrence_forward behind cy are for
 // recurrence_backward alone and empty unless `save`; cy is empty for cells with one state. grad_weights holds, for each
 // direction, the gradients of weight_ih, weight_hh, bias_ih, bias_hh and weight_hr. What is not needed is empty. allow_tf32:
 // on a device that has TF32, weights and states in float32 may be rounded to it before they are multiplied.
 constexpr char kForwardSchema[] =
     "recurrence_forward(str cell, Tensor[] gates_x, Tensor[] weight_hh, Tensor[]? bias_hh, Tensor[]? weight_hr, Tensor? hx, "
-    "Tensor? cx, Tensor? batch_sizes, bool save, bool allow_tf32) -> "
+    "Tensor? cx, Tensor? ragged, bool save, bool allow_tf32) -> "
     "(Tensor output, Tensor hy, Tensor cy, Tensor saved, Tensor states)";
 constexpr char kBackwardSchema[] =
     "recurrence_backward(str cell, Tensor? input, Tensor[] weight_hh, Tensor[]? weight_hr, Tensor? hx, Tensor? cx, "
-    "Tensor output, Tensor saved, Tensor states, Tensor? batch_sizes, Tensor? grad_output, Tensor? grad_hy, "
+    "Tensor output, Tensor saved, Tensor states, Tensor? ragged, Tensor? grad_output, Tensor? grad_hy, "
     "Tensor? grad_cy, bool need_grad_hx, bool need_grad_cx, bool need_grad_weight_ih, bool need_grad_weight_hh, "
     "bool need_grad_bias, bool need_grad_weight_hr, bool allow_tf32) -> "
     "(Tensor grad_pre, Tensor grad_hx, Tensor grad_cx, Tensor[] grad_weights)";
@@ -182,16 +182,16 @@ struct Call {
   }
 
   // T, B and where rows lie: from batch_sizes, or from a padded sequence's first two sizes.
-  void set_steps(const char* name, const Tensor& sequence, const MaybeTensor& batch_sizes, const MaybeTensor& hx) {
-    packed = batch_sizes && sequence.dim() == 2;
-    uneven = batch_sizes && !packed;
+  void set_steps(const char* name, const Tensor& sequence, const MaybeTensor& ragged, const MaybeTensor& hx) {
+    packed = ragged && sequence.dim() == 2;
+    uneven = ragged && !packed;
     STD_TORCH_CHECK(packed || sequence.dim() == 3, op, ": ", name, " must have 3 dimensions (T, B, features), or 2 ",
                     "(rows, features) with batch_sizes, got ", text(sizes_of(sequence)));
     const int64_t* sizes = nullptr;
-    if (batch_sizes) {
-      STD_TORCH_CHECK(batch_sizes->is_cpu() && batch_sizes->scalar_type() == ScalarType::Long && batch_sizes->dim() == 1, op,
-                      ": batch_sizes must be a one-dimensional int64 tensor on the CPU");
-      held.push_back(torch::stable::contiguous(*batch_sizes));
+    if (ragged) {
+      STD_TORCH_CHECK(ragged->is_cpu() && ragged->scalar_type() == ScalarType::Long && ragged->dim() == 1, op,
+                      packed ? ": batch_sizes" : ": lengths", " must be a one-dimensional int64 tensor on the CPU");
+      held.push_back(torch::stable::contiguous(*ragged));
       sizes = held.back().const_data_ptr<int64_t>();
     }
     if (!packed) {
@@ -200,11 +200,11 @@ struct Call {
       rows = T * B;
       STD_TORCH_CHECK(T > 0, op, ": expected sequence length to be larger than 0, got 0");
       steps_ = {T, B, nullptr, nullptr};
-      if (uneven) set_lengths(sizes, batch_sizes->size(0));
+      if (uneven) set_lengths(sizes, ragged->size(0));
       return;
     }
     rows = sequence.size(0);
-    T = batch_sizes->size(0);
+    T = ragged->size(0);
     STD_TORCH_CHECK(T > 0, op, ": expected sequence length to be larger than 0, got no batch_sizes");
     int64_t sum = 0;
     for (int64_t t = 0; t < T; ++t) {
@@ -317,14 +317,14 @@ void check_takes_lengths(const Call& call) {
 template <class Engine>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> recurrence_forward(
     std::string cell, Tensors gates_x, Tensors weight_hh, MaybeTensors maybe_bias_hh, MaybeTensors maybe_weight_hr,
-    MaybeTensor hx, MaybeTensor cx, MaybeTensor batch_sizes, bool save, bool allow_tf32) {
+    MaybeTensor hx, MaybeTensor cx, MaybeTensor ragged, bool save, bool allow_tf32) {
   const Tensors bias_hh = maybe_bias_hh.value_or(Tensors{}), weight_hr = maybe_weight_hr.value_or(Tensors{});
   Call call("fusedrnn::recurrence_forward", cell, weight_hh, weight_hr);
   const int64_t D = call.D, H = call.H, P = call.P, G = call.cell.gates;
   STD_TORCH_CHECK(int64_t(gates_x.size()) == D, call.op, ": gates_x must hold ", D, " tensors, got ", gates_x.size());
   STD_TORCH_CHECK(bias_hh.empty() || int64_t(bias_hh.size()) == D, call.op, ": bias_hh must hold ", D,
                   " tensors or none, got ", bias_hh.size());
-  call.set_steps("gates_x", gates_x[0], batch_sizes, hx);
+  call.set_steps("gates_x", gates_x[0], ragged, hx);
 
   ForwardParams p{};
   call.fill(p, weight_hh, weight_hr, hx, cx);
@@ -342,7 +342,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> recurrence_forward(
   Tensor saved = allocate(like, save ? call.sequence_sizes({D, call.cell.saved, H}) : Sizes{0});
   Tensor states = allocate(like, save ? call.sequence_sizes({D, call.extra_states(), H}) : Sizes{0});
   check_takes_lengths<Engine>(call);
-  call.clear_behind(output);
+  for (const Tensor* sequence : {&output, &saved, &states}) call.clear_behind(*sequence);
   call.pass_through(hy, p.hx);
   call.pass_through(cy, p.cx);
   if (call.has_steps()) {
@@ -360,13 +360,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> recurrence_forward(
 template <class Engine>
 std::tuple<Tensor, Tensor, Tensor, Tensors> recurrence_backward(
     std::string cell, MaybeTensor input, Tensors weight_hh, MaybeTensors maybe_weight_hr, MaybeTensor hx,
-    MaybeTensor cx, Tensor output, Tensor saved, Tensor states, MaybeTensor batch_sizes, MaybeTensor grad_output,
+    MaybeTensor cx, Tensor output, Tensor saved, Tensor states, MaybeTensor ragged, MaybeTensor grad_output,
     MaybeTensor grad_hy, MaybeTensor grad_cy, bool need_grad_hx, bool need_grad_cx, bool need_grad_weight_ih,
     bool need_grad_weight_hh, bool need_grad_bias, bool need_grad_weight_hr, bool allow_tf32) {
   const Tensors weight_hr = maybe_weight_hr.value_or(Tensors{});
   Call call("fusedrnn::recurrence_backward", cell, weight_hh, weight_hr);
   const int64_t D = call.D, H = call.H, P = call.P;
-  call.set_steps("output", output, batch_sizes, hx);
+  call.set_steps("output", output, ragged, hx);
   STD_TORCH_CHECK(call.cell.states > 1 || (!grad_cy && !need_grad_cx), call.op,
                   ": grad_cy and need_grad_cx are for the lstm alone");
   STD_TORCH_CHECK(call.projected || !need_grad_weight_hr, call.op, ": need_grad_weight_hr is for projections alone");

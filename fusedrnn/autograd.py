@@ -4,9 +4,11 @@ The engine computes the layer and its first derivatives (`fusedrnn/layer.py`). A
 into the engine's batch. Second derivatives and forward mode run through `fusedrnn.reference`, in plain torch.
 """
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 import torch
+from torch import Tensor
 from torch import Tensor
 from torch._C import _are_functorch_transforms_active
 from torch._C._functorch import is_legacy_batchedtensor
@@ -14,7 +16,7 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling, is_exporting
 
 from . import onnx, reference, select
-from .layer import backward, by_direction, forward
+from .layer import backward, by_direction, forward, with_gaps
 from .reference import Weights
 
 
@@ -42,12 +44,15 @@ def layer(cell: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, weight
     for group in weights:
         tensors += group
     if is_compiling():
+        if _are_functorch_transforms_active():  # torch.compile cannot tell there which gradients are wanted, and gives zeros
+            return reference.layer(cell, input, hx, cx, weights, ragged, batch_first)
         if onnx.is_recording():
             return onnx.layer(cell, input, hx, cx, weights, ragged, batch_first)
         if is_exporting() or not _needs_grad(tensors):  # an exported program is to be run, and not to be trained
             output, hy, cy, _, _ = forward(cell, ragged, batch_first, input, hx, cx, tensors[3:], save=False)
         else:
-            output, hy, cy, _, _ = CompiledLayer.apply(cell, ragged, batch_first, *tensors)
+            there = [tensor for tensor in tensors[3:] if tensor is not None]
+            output, hy, cy, _, _ = _compiled(cell, input, hx, cx, there, len(weights), ragged, batch_first)
     elif _are_functorch_transforms_active():
         output, hy, cy, _, _ = TransformedLayer.apply(cell, ragged, batch_first, *tensors)
     elif _needs_grad(tensors):
@@ -112,28 +117,62 @@ class Layer(torch.autograd.Function):
         """
         grads = (grad_output, grad_hy, grad_cy if ctx.cell == "lstm" else None)
         wanted = ctx.needs_input_grad[3:]
-        if is_compiling() and _are_functorch_transforms_active():  # where torch.compile takes needs_input_grad for what it was outside
-            wanted = [tensor is not None for tensor in ctx.saved_tensors[4:]]
-        if all(grad is None for grad in grads):
-            return (None,) * len(ctx.needs_input_grad)
-        if is_compiling() and not torch.is_grad_enabled():
-            found = backward(ctx, grads, wanted)
-        elif any(grad is not None and is_legacy_batchedtensor(grad) for grad in grads):  # is_grads_batched
-            ragged, _output, _saved, _states, *tensors = ctx.saved_tensors
-            found = _reference_gradients(ctx.cell, ragged, ctx.batch_first, wanted, grads, tensors)
-        elif torch.is_grad_enabled() or _are_functorch_transforms_active():
-            chosen = frozenset(i for i, want in enumerate(wanted) if want)
-            some = iter(LayerGradients.apply(ctx.cell, ctx.batch_first, chosen, *grads, *ctx.saved_tensors))
-            found = [next(some) if want else None for want in wanted]
-        else:
-            found = backward(ctx, grads, wanted)
+        found = _gradients(ctx, grads, wanted)
         return None, None, None, *found
 
 
-class CompiledLayer(Layer):
-    """`Layer` for torch.compile, whose backward can have no tensors but inputs and outputs of forward.
+def _gradients(ctx, grads, wanted):
+    """`fusedrnn.layer.backward`, in a form that can be differentiated and transformed where that will happen."""
+    if all(grad is None for grad in grads):
+        return [None] * len(wanted)
+    if forward_ad._current_level >= 0 or any(grad is not None and is_legacy_batchedtensor(grad) for grad in grads):
+        # forward mode over reverse mode, and is_grads_batched
+        ragged, _output, _saved, _states, *tensors = ctx.saved_tensors
+        return _reference_gradients(ctx.cell, ragged, ctx.batch_first, wanted, grads, tensors)
+    if torch.is_grad_enabled() or _are_functorch_transforms_active():
+        chosen = frozenset(i for i, want in enumerate(wanted) if want)
+        some = iter(LayerGradients.apply(ctx.cell, ctx.batch_first, chosen, *grads, *ctx.saved_tensors))
+        return [next(some) if want else None for want in wanted]
+    return backward(ctx, grads, wanted)
 
-    So what it needs besides is two more outputs, which take longer than the arithmetic of a small layer.
+
+# Function.apply inspects the signature of forward at every call, which takes longer than a small layer does, for the sake of
+# default arguments and of transforms. Neither is present where this is called.
+_apply = super(torch.autograd.Function, Layer).apply
+
+
+# torch.compile forgets, of an autograd.Function, to notice that what it saved was edited in place; of an operator it does not.
+@torch.library.custom_op("fusedrnn::layer", mutates_args=())
+def _compiled(cell: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, weights: Sequence[Tensor], directions: int,
+              ragged: Tensor | None, batch_first: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """All five results of the recurrence's operator, for a layer with the weights that there are, direction after direction."""
+    return forward(cell, ragged, batch_first, input, hx, cx, with_gaps(weights, directions), save=True)
+
+
+_compiled.register_fake(_compiled._init_fn)  # the shapes of what it calls
+
+
+def _keep_for_compiled(ctx, inputs, output):
+    cell, input, hx, cx, weights, directions, ragged, batch_first = inputs
+    ctx.directions = directions
+    Layer.keep(ctx, cell, ragged, batch_first, [input, hx, cx, *with_gaps(weights, directions)], output)
+
+
+def _backward_of_compiled(ctx, grad_output, grad_hy, grad_cy, *_):
+    present = [tensor is not None for tensor in ctx.saved_tensors[7:]]
+    needed = iter(ctx.needs_input_grad[4])
+    wanted = [*ctx.needs_input_grad[1:4], *(there and next(needed) for there in present)]
+    found = _gradients(ctx, (grad_output, grad_hy, grad_cy if ctx.cell == "lstm" else None), wanted)
+    return None, *found[:3], [grad for grad, there in zip(found[3:], present) if there], None, None, None
+
+
+_compiled.register_autograd(_backward_of_compiled, setup_context=_keep_for_compiled)
+
+
+class TransformedLayer(Layer):
+    """`Layer` for the transforms of torch.func, whose backward can have no tensors but inputs and outputs of forward.
+
+    So what it needs besides is two more outputs.
     """
 
     @staticmethod
@@ -161,15 +200,6 @@ class CompiledLayer(Layer):
         ctx.mark_non_differentiable(*outputs[3:])
         Layer.keep(ctx, cell, ragged, batch_first, tensors, outputs)
 
-
-# Function.apply inspects the signature of forward at every call, which takes longer than a small layer does, for the sake of
-# default arguments and of transforms. Neither is present where this is called.
-_apply = super(torch.autograd.Function, Layer).apply
-
-
-class TransformedLayer(CompiledLayer):
-    """`Layer` for the transforms of torch.func."""
-
     @staticmethod
     def vmap(info, in_dims, cell, ragged, batch_first, *tensors):
         """Many calls at once: as one with a larger batch, or, if they have weights of their own, one after the other.
@@ -183,6 +213,8 @@ class TransformedLayer(CompiledLayer):
             the results, and where their calls are counted.
         """
         size, dims = info.batch_size, in_dims[3:]
+        if size == 0:
+            return _none_of(in_dims, TransformedLayer.apply, cell, ragged, batch_first, *tensors)
         if any(dim is not None for dim in dims[3:]):
             return _one_by_one(size, in_dims, TransformedLayer.apply, cell, ragged, batch_first, *tensors)
         packed = tensors[0].dim() - (dims[0] is not None) == 2
@@ -274,6 +306,8 @@ class LayerGradients(torch.autograd.Function):
             the results, and where their calls are counted.
         """
         size, dims = info.batch_size, in_dims[3:]
+        if size == 0:
+            return _none_of(in_dims, LayerGradients.apply, cell, batch_first, chosen, *tensors)
         if max(chosen) >= 3 or any(dim is not None for dim in dims[10:]):
             return _one_by_one(size, in_dims, LayerGradients.apply, cell, batch_first, chosen, *tensors)
         packed = tensors[7].dim() - (dims[7] is not None) == 2
@@ -320,6 +354,13 @@ def _one_by_one(size, in_dims, call, *args):
         one = [arg if dim is None else arg.select(dim, n) for arg, dim in zip(args, in_dims)]
         each.append(call(*one))
     results = tuple(torch.stack(parts) for parts in zip(*each))
+    return results, (0,) * len(results)
+
+
+def _none_of(in_dims, call, *args):
+    """The results of no call at all, by the shapes of one."""
+    one = [arg if dim is None else arg.new_zeros(arg.movedim(dim, 0).shape[1:]) for arg, dim in zip(args, in_dims)]
+    results = tuple(result.new_empty(0, *result.shape) for result in call(*one))
     return results, (0,) * len(results)
 
 

@@ -45,7 +45,7 @@ def forward(cell, ragged, batch_first, input, hx, cx, weights, save):
 def _input_product(input, weight, bias):
     """torch.nn.functional.linear, into large pages where that is worth it."""
     # Before anything that costs a small call time; and a graph that is compiled for any size must not ask for the size.
-    if is_compiling() or input.numel() * len(weight) <= LARGE * input.shape[-1]:
+    if type(input) is not torch.Tensor or is_compiling() or input.numel() * len(weight) <= LARGE * input.shape[-1]:
         return linear(input, weight, bias)
     rows = input.reshape(-1, input.shape[-1])
     out = _large_empty(rows, len(weight))
@@ -60,13 +60,32 @@ LARGE = 1 << 20  # numbers of a result for which large pages are worth asking fo
 
 def _large_empty(rows, columns):
     """Memory for a product of `rows` and so many columns, on large pages; None if it is small, or no plain memory of a CPU."""
-    if is_compiling() or len(rows) * columns < LARGE or not rows.is_cpu or _are_functorch_transforms_active():
+    if type(rows) is not torch.Tensor or is_compiling():  # a fake one
+        return None
+    if len(rows) * columns < LARGE or not rows.is_cpu or _are_functorch_transforms_active():
         return None
     out = rows.new_empty(len(rows), columns)
-    if type(out) is not torch.Tensor:  # a fake one
-        return None
     _C.want_large_pages(out.data_ptr(), out.nbytes)
     return out
+
+
+def with_gaps(weights, directions):
+    """The weights of all directions, five to each, with None for those that there are none of.
+
+    Args:
+        weights: those that there are, as a list without gaps.
+        directions: how many.
+
+    Returns:
+        a list of 5 a direction.
+    """
+    each = len(weights) // directions
+    found = []
+    for at in range(0, len(weights), each):
+        some = list(weights[at : at + each])
+        biases = some[2:4] if each >= 4 else [None, None]
+        found += [*some[:2], *biases, some[-1] if each % 2 else None]
+    return found
 
 
 def allows_tf32(input: Tensor, ragged: Tensor | None, batch_first: bool) -> bool:

@@ -86,8 +86,11 @@ class FusedLayer(RNNBase):
         return output, hy if cy is None else (hy, cy)
 
     def _run_stock(self, input: Any, hx: Any, ragged: Any, reason: str) -> Any:
-        with_lengths = ragged is not None and not isinstance(input, PackedSequence)
-        return shared.run_packed(self, input, hx, ragged) if with_lengths else shared.run_stock(self, input, hx, reason)
+        if ragged is None or isinstance(input, PackedSequence):
+            return shared.run_stock(self, input, hx, reason)
+        if reason == select.MISFIT:
+            self.stock.forward(self, input, hx)  # which is to say what does not fit
+        return shared.run_packed(self, input, hx, ragged)
 
     def _checked_lengths(self, lengths: Any, data: Any, packed: bool) -> Tensor:
         """As the engine takes them. Their values are the operator's business."""
@@ -104,7 +107,7 @@ class FusedLayer(RNNBase):
             raise TypeError(f"{who}: lengths must be a tensor of integers, got {lengths.dtype}")
         if lengths.dim() != 1 or lengths.shape[0] != batch:
             raise ValueError(f"{who}: lengths must be of shape ({batch},), got {tuple(lengths.shape)}")
-        return lengths.to("cpu", torch.int64)
+        return lengths.to(torch.int64) if lengths.is_meta else lengths.to("cpu", torch.int64)
 
     def _split_states(self, hx: Any) -> Any:
         """(h, c) out of the caller's hx, (None, None) if there is none."""
@@ -226,7 +229,8 @@ class RNN(FusedLayer):
             input: `(T, B, I)`, `(B, T, I)` if batch_first, `(T, I)` unbatched, or a PackedSequence.
             hx: initial states `(L*D, B, H)`, unbatched `(L*D, H)`, or None for zeros.
             lengths: (B,) integers from 0 to T, the steps that each sequence of a padded input has, in any order; None: all
-                have T. Behind its end the output is zero, and its last states are those of its own last step.
+                have T. Behind its end the output is zero, and its last states are those of its own last step. The input's
+                product is taken of all T*B rows: if most are padding, a PackedSequence is faster.
 
         Returns:
             the output, `(T, B, D*H)` or as the input is laid out, and the last states hy, shaped as hx.

@@ -1,7 +1,7 @@
 """ONNX: layers and cells as ONNX's own RNN, LSTM and GRU nodes, for any number of steps and rows.
 
-torch.onnx.export takes models with our modules as it takes torch.nn's: for one number of steps, and an RNN's steps written out one by
-one. `export` here is the same function, and every layer one node for as many steps as there will be.
+torch.onnx.export takes models with our modules as it takes torch.nn's: for one number of steps, and an RNN's steps written out one
+by one. `export` here is the same function, and every layer one node for as many steps as there will be.
 """
 
 from __future__ import annotations
@@ -101,11 +101,9 @@ def _layer(cell: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, weigh
            lengths: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """A layer without projections: input (T, B, I); for each direction weight_ih, weight_hh and the biases, if there are any.
     The last result is cy, for cells without one of no meaning."""
-    from .layer import forward
+    from .layer import forward, with_gaps
 
-    each = len(weights) // directions
-    groups = [(*weights[at : at + each], *(None,) * (5 - each)) for at in range(0, len(weights), each)]
-    output, hy, cy, _, _ = forward(cell, lengths, False, input, hx, cx, [tensor for group in groups for tensor in group], save=False)
+    output, hy, cy, _, _ = forward(cell, lengths, False, input, hx, cx, with_gaps(weights, directions), save=False)
     return output, hy, cy if cell == "lstm" else torch.zeros_like(hy)
 
 

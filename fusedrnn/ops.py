@@ -2,7 +2,8 @@
 
 An operator computes the recurrence of one layer in all its directions, backward with the gradients of its weights;
 `fusedrnn/layer.py` puts the product of the input, and its gradient, around it. Shapes: T steps, B rows of the batch, H
-hidden units, P projection size or H, D directions, G gates. With `batch_sizes` (the (T,) int64 tensor of a PackedSequence) a leading (T, B) is (rows,).
+hidden units, P projection size or H, D directions, G gates. `ragged`, int64 on the CPU, is batch_sizes (T,) of packed sequences,
+whose leading (T, B) is (rows,), or the lengths (B,) of padded ones.
 """
 
 import math
@@ -15,10 +16,10 @@ from . import _C
 #: For each cell: gates, pre (pre-activations per unit), states, saved, and the maps x_pre and h_pre from gate to pre-activation.
 TRAITS = _C.cell_traits()
 
-#: (cell, gates_x, weight_hh, bias_hh, weight_hr, hx, cx, batch_sizes, save, allow_tf32) -> (output, hy, cy, saved, states)
+#: (cell, gates_x, weight_hh, bias_hh, weight_hr, hx, cx, ragged, save, allow_tf32) -> (output, hy, cy, saved, states)
 recurrence_forward = torch.ops.fusedrnn.recurrence_forward.default
 
-#: (cell, input, weight_hh, weight_hr, hx, cx, output, saved, states, batch_sizes, grad_output, grad_hy, grad_cy,
+#: (cell, input, weight_hh, weight_hr, hx, cx, output, saved, states, ragged, grad_output, grad_hy, grad_cy,
 #: need_grad_hx, need_grad_cx, need_grad_weight_ih, need_grad_weight_hh, need_grad_bias, need_grad_weight_hr, allow_tf32)
 #: -> (grad_pre, grad_hx, grad_cx, grad_weights). grad_weights: for each direction the gradients of weight_ih, weight_hh, bias_ih,
 #: bias_hh and weight_hr. What is not needed is empty.
@@ -32,7 +33,7 @@ def _batch_size(sequence, hx):
 
 
 @torch.library.register_fake("fusedrnn::recurrence_forward")
-def _(cell, gates_x, weight_hh, bias_hh, weight_hr, hx, cx, batch_sizes, save, allow_tf32):
+def _(cell, gates_x, weight_hh, bias_hh, weight_hr, hx, cx, ragged, save, allow_tf32):
     traits, directions, like = TRAITS[cell], len(weight_hh), weight_hh[0]
     hidden, width = like.shape[0] // traits["gates"], like.shape[1]
     rows, batch = gates_x[0].shape[:-1], _batch_size(gates_x[0], hx)
@@ -47,7 +48,7 @@ def _(cell, gates_x, weight_hh, bias_hh, weight_hr, hx, cx, batch_sizes, save, a
 
 
 @torch.library.register_fake("fusedrnn::recurrence_backward")
-def _(cell, input, weight_hh, weight_hr, hx, cx, output, saved, states, batch_sizes, grad_output, grad_hy, grad_cy, need_grad_hx,
+def _(cell, input, weight_hh, weight_hr, hx, cx, output, saved, states, ragged, grad_output, grad_hy, grad_cy, need_grad_hx,
       need_grad_cx, need_grad_weight_ih, need_grad_weight_hh, need_grad_bias, need_grad_weight_hr, allow_tf32):
     traits, directions, like = TRAITS[cell], len(weight_hh), weight_hh[0]
     hidden, width = like.shape[0] // traits["gates"], like.shape[1]
@@ -78,7 +79,7 @@ def _(cell, gates_x, weight_hh, bias_hh, weight_hr, *args, out_shape=None, **kwa
 
 
 @register_flop_formula(torch.ops.fusedrnn.recurrence_backward)
-def _(cell, input, weight_hh, weight_hr, hx, cx, output, saved, states, batch_sizes, grad_output, grad_hy, grad_cy, need_grad_hx,
+def _(cell, input, weight_hh, weight_hr, hx, cx, output, saved, states, ragged, grad_output, grad_hy, grad_cy, need_grad_hx,
       need_grad_cx, need_grad_weight_ih, need_grad_weight_hh, need_grad_bias, need_grad_weight_hr, *args, out_shape=None, **kwargs):
     rows, first = math.prod(output[:-1]), 0 if need_grad_hx or len(output) == 2 else output[1]
     states = sum(math.prod(shape) for shape in weight_hh)

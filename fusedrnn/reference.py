@@ -139,6 +139,10 @@ def layer(cell: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, weight
     (torch.Size([7, 2, 5]), torch.Size([1, 2, 5]))
     """
     packed = input.dim() == 2
+    if not packed and ragged is not None:  # what lies behind an end is multiplied by zeros below, and may be NaN
+        steps = torch.arange(input.size(1 if batch_first else 0), device=input.device)
+        runs = steps < ragged.to(input.device).unsqueeze(-1)
+        input = torch.where((runs if batch_first else runs.transpose(0, 1)).unsqueeze(-1), input, 0)
     if packed:
         inputs = list(input.split(ragged.tolist()))  # type: ignore[union-attr]
     else:

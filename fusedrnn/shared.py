@@ -124,7 +124,7 @@ def run_packed(module: FusedLayer, input: Tensor, hx: Any, lengths: Tensor) -> t
         RuntimeError: a length is 0.
     """
     packed = pack_padded_sequence(input, lengths.cpu(), module.batch_first, enforce_sorted=False)
-    output, hidden = module(packed, hx)
+    output, hidden = module.forward(packed, hx)  # and not module(), which would run its hooks once more
     steps = input.shape[1 if module.batch_first else 0]
     return pad_packed_sequence(output, module.batch_first, total_length=steps)[0], hidden
 

@@ -318,6 +318,36 @@ def test_batches_of_one_and_of_none():
         close(vmap(lambda x: call(ours, weights, x))(inputs), stacked([call(stock, weights, x) for x in inputs]))
 
 
+@cells
+def test_no_calls_at_all(cell):
+    """vmap over nothing has results of no calls, as of torch's own modules."""
+    ours, _ = double_pair(cell)
+    weights, none = weights_of(ours), double(0, 3, 2, 3)
+    assert vmap(lambda x: ours(x)[0])(none).shape == (0, 3, 2, 4)
+    grads = vmap(grad(lambda x: ours(x)[0].sum()))(none)
+    assert grads.shape == none.shape
+    stacked_weights = {name: w.new_empty(0, *w.shape) for name, w in weights.items()}
+    assert vmap(lambda w: call(ours, w, double(3, 2, 3))[0])(stacked_weights).shape == (0, 3, 2, 4)
+
+
+@slow_path
+@cells
+def test_forward_over_reverse(cell):
+    """A tangent of the incoming gradient reaches the outgoing one, also through a graph from outside of the dual level."""
+    ours, stock = double_pair(cell)
+    input, cotangent, tangent = double(3, 2, 3), double(3, 2, 4), double(3, 2, 4)
+    found = []
+    for module in (ours, stock):
+        leaf = input.clone().requires_grad_()
+        output = module(leaf)[0]
+        with forward_ad.dual_level():
+            (gradient,) = torch.autograd.grad(output, leaf, forward_ad.make_dual(cotangent, tangent))
+            one = forward_ad.unpack_dual(gradient).tangent
+        _, pull = vjp(lambda x: module(x)[0], input)
+        found.append((one, jvp(lambda c: pull(c)[0], (cotangent,), (tangent,))))
+    close(*found)
+
+
 def test_dropout_asks_for_a_randomness():
     """As every random function does under torch.vmap."""
     ours, _ = double_pair("gru", num_layers=2, dropout=0.5)

@@ -113,6 +113,16 @@ def test_what_lies_behind_the_end_does_not_matter(cell):
     assert not results[1][0][behind].any() and not results[1][1][behind].any()
 
 
+@cells
+def test_second_derivatives_see_nothing_behind_the_end(cell):
+    ours, _ = make_pair(cell, 3, 4, dtype=torch.float64)
+    input, lengths = torch.randn(5, 2, 3, dtype=torch.float64), torch.tensor([2, 5])
+    input[2:, 0] = float("nan")
+    input.requires_grad_()
+    (slope,) = torch.autograd.grad(ours(input, lengths=lengths)[0].sin().sum(), input, create_graph=True)
+    assert all(grad.isfinite().all() for grad in torch.autograd.grad(slope.square().sum(), list(ours.parameters())))
+
+
 @pytest.mark.parametrize("options", [dict(), dict(bidirectional=True, num_layers=2)], ids=str)
 @cells
 def test_gradcheck_and_gradgradcheck(cell, options):
@@ -151,8 +161,16 @@ def test_many_at_once(cell):
 @pytest.mark.filterwarnings("ignore:.*not on the fused engine")
 def test_what_the_engine_does_not_take_is_packed():
     ours, stock = make_pair("gru", 3, 4, dtype=torch.complex64, batch_first=True)
+    calls = []
+    ours.register_forward_hook(lambda *_: calls.append(1))
     input, lengths = torch.randn(3, 5, 3, dtype=torch.complex64), torch.tensor([2, 5, 1])
     close(ours(input, lengths=lengths), packed_call(stock, input, None, lengths))
+    assert calls == [1], "hooks run once"
+
+
+def test_meta():
+    output, _ = fusedrnn.GRU(3, 4, device="meta")(torch.empty(5, 2, 3, device="meta"), lengths=torch.tensor([5, 2], device="meta"))
+    assert output.is_meta and output.shape == (5, 2, 4)
 
 
 def test_kinds_of_integers():
@@ -186,7 +204,9 @@ def test_errors_of_input():
     with pytest.raises(ValueError, match="got a PackedSequence"):
         ours(pack_padded_sequence(torch.randn(2, 2, 3), lengths), lengths=lengths)
     with pytest.raises(RuntimeError, match="input.size.-1. must be equal to input_size. Expected 3, got 4"):
-        ours(torch.randn(5, 2, 4), lengths=lengths)
+        ours(torch.randn(5, 2, 4), lengths=torch.tensor([0, 1]))
+    with pytest.raises(RuntimeError, match="Expected sequence length to be larger than 0 in RNN"):
+        ours(torch.randn(0, 2, 3), lengths=torch.tensor([0, 0]))
 
 
 def test_fx_records_lengths():

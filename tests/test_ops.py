@@ -93,13 +93,13 @@ def flat(results):
 
 def test_schemas():
     assert str(forward.default._schema) == (
-        "fusedrnn::recurrence_forward(str cell, Tensor[] gates_x, Tensor[] weight_hh, Tensor[] bias_hh, "
-        "Tensor[] weight_hr, Tensor? hx, Tensor? cx, Tensor? batch_sizes, bool save, bool allow_tf32) -> "
+        "fusedrnn::recurrence_forward(str cell, Tensor[] gates_x, Tensor[] weight_hh, Tensor[]? bias_hh, "
+        "Tensor[]? weight_hr, Tensor? hx, Tensor? cx, Tensor? ragged, bool save, bool allow_tf32) -> "
         "(Tensor output, Tensor hy, Tensor cy, Tensor saved, Tensor states)"
     )
     assert str(backward.default._schema) == (
-        "fusedrnn::recurrence_backward(str cell, Tensor? input, Tensor[] weight_hh, Tensor[] weight_hr, Tensor? hx, Tensor? cx, "
-        "Tensor output, Tensor saved, Tensor states, Tensor? batch_sizes, Tensor? grad_output, Tensor? grad_hy, "
+        "fusedrnn::recurrence_backward(str cell, Tensor? input, Tensor[] weight_hh, Tensor[]? weight_hr, Tensor? hx, Tensor? cx, "
+        "Tensor output, Tensor saved, Tensor states, Tensor? ragged, Tensor? grad_output, Tensor? grad_hy, "
         "Tensor? grad_cy, bool need_grad_hx, bool need_grad_cx, bool need_grad_weight_ih, bool need_grad_weight_hh, "
         "bool need_grad_bias, bool need_grad_weight_hr, bool allow_tf32) -> "
         "(Tensor grad_pre, Tensor grad_hx, Tensor grad_cx, Tensor[] grad_weights)"
@@ -221,7 +221,7 @@ def test_batch_sizes_that_wrap_around():
     given = forward_arguments("gru", batch_sizes=(2, 2))
     sizes = torch.tensor([2**62, 2**62, 2**62, 2**62 - 4, 8])  # 2^64 + 4
     with pytest.raises(RuntimeError, match="batch_sizes"):
-        forward("gru", given["gates_x"], given["weight_hh"], [], [], None, None, sizes, False)
+        forward("gru", given["gates_x"], given["weight_hh"], [], [], None, None, sizes, False, False)
 
 
 def test_strided_batch_sizes():
