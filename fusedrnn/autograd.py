@@ -9,7 +9,6 @@ from types import SimpleNamespace
 
 import torch
 from torch import Tensor
-from torch import Tensor
 from torch._C import _are_functorch_transforms_active
 from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
@@ -154,7 +153,6 @@ _compiled.register_fake(_compiled._init_fn)  # the shapes of what it calls
 
 def _keep_for_compiled(ctx, inputs, output):
     cell, input, hx, cx, weights, directions, ragged, batch_first = inputs
-    ctx.directions = directions
     Layer.keep(ctx, cell, ragged, batch_first, [input, hx, cx, *with_gaps(weights, directions)], output)
 
 

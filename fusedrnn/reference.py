@@ -139,15 +139,15 @@ def layer(cell: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, weight
     (torch.Size([7, 2, 5]), torch.Size([1, 2, 5]))
     """
     packed = input.dim() == 2
-    if not packed and ragged is not None:  # what lies behind an end is multiplied by zeros below, and may be NaN
-        steps = torch.arange(input.size(1 if batch_first else 0), device=input.device)
-        runs = steps < ragged.to(input.device).unsqueeze(-1)
+    lengths = None if packed or ragged is None else ragged.to(input.device)
+    if lengths is not None:  # what lies behind an end is multiplied by zeros below, and may be NaN
+        runs = torch.arange(input.size(1 if batch_first else 0), device=input.device) < lengths.unsqueeze(-1)
         input = torch.where((runs if batch_first else runs.transpose(0, 1)).unsqueeze(-1), input, 0)
     if packed:
         inputs = list(input.split(ragged.tolist()))  # type: ignore[union-attr]
     else:
         inputs = list((input.transpose(0, 1) if batch_first else input).unbind(0))
-    batch, lengths = len(inputs[0]), None if packed or ragged is None else ragged.to(input.device)
+    batch = len(inputs[0])
     outputs, last = [], []
     for d, direction in enumerate(weights):
         _, weight_hh, _, _, weight_hr = direction
