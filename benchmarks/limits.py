@@ -117,13 +117,18 @@ def step_latency(device: str, threads: int) -> float | None:
     return launch_latency() if device == "cuda" else meeting_seconds(threads)
 
 
+def roof(case: Case, flops: float, bandwidth: float) -> float:
+    """Seconds that a call takes at least on a GPU that does so many flop/s and moves so many bytes/s."""
+    return max(case.flops / flops, _moved_bytes(case) / bandwidth)
+
+
 def floor_seconds(case: Case, peak: float, threads: int) -> float | None:
     """The least time that a call of this case can take on this machine, given the flop/s of its matrix products.
 
     A CPU may leave all but one of its threads aside: the floor is the lower of both. None if a speed cannot be measured.
     """
     if case.device == "cuda":
-        return max(case.flops / peak, _moved_bytes(case) / copy_bandwidth())
+        return roof(case, peak, copy_bandwidth())
     found = []
     for used in {1, threads}:
         rate, meeting = read_bandwidth(int(case.recurrent_bytes), used), meeting_seconds(threads) if used > 1 else 0.0

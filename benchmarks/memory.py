@@ -26,6 +26,7 @@ import sys
 
 import torch
 
+from .providers import reason_against
 from .registry import provider_named
 from .shapes import Case
 from .suites import case_named
@@ -129,7 +130,7 @@ def main(arguments: list[str] | None = None) -> int:
         found = {}
         for provider in providers:
             with contextlib.suppress(Exception):  # one that fails has no peaks, and is judged elsewhere
-                found |= {} if provider.refuses(case) else {provider.name: measure(case, provider)}
+                found |= {} if reason_against(provider, case) else {provider.name: measure(case, provider)}
         print(json.dumps(found), flush=True)
     return 0
 

@@ -7,14 +7,17 @@ registry.py has all by name.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import warnings
 
 import torch
 
+from . import written
 from .shapes import Case
 
 CUDA_KERNELS = ("block", "cluster", "grid", "step")  # fusedrnn.select's, which may not be built yet where this is read
+WITHOUT = "fusedrnn-without"  # the option of a case
 CLASS_NAMES = {"rnn": "RNN", "gru": "GRU", "lstm": "LSTM"}
 
 
@@ -22,14 +25,25 @@ class Provider:
     """What the benchmark needs to know of one who is measured."""
 
     name: str
+    #: What the gate lets pass of those who round the weights: an error in units of the largest value. None: the tests' rule.
+    allowed: float | None = None
+    has_options = False  # whether its modules are what a case with an option asks for
 
     def refuses(self, case: Case) -> str | None:
         """Why this case cannot be run, in a few words; None if it can."""
         return None
 
+    def takes(self, case: Case) -> Case:
+        """The case as this provider runs it."""
+        return case
+
     def module(self, case: Case, dtype: torch.dtype) -> torch.nn.Module:
         """A module with the parameters of torch.nn's, under the same names, called like it; made on the CPU."""
         raise NotImplementedError
+
+    def finished(self, module: torch.nn.Module) -> torch.nn.Module:
+        """What is called, made of `module` when that has its weights."""
+        return module
 
     def kernel(self, case: Case, operators: set[str]) -> str:
         """What served a call, told by the names of the operators that torch dispatched during one."""
@@ -40,14 +54,27 @@ class Provider:
         return contextlib.nullcontext()
 
 
+def reason_against(provider: Provider, case: Case) -> str | None:
+    """Why `provider` cannot run the case, in a few words; None if it can."""
+    if provider.takes(case).option and not provider.has_options:
+        return f"has no {case.option}"
+    return provider.refuses(case)
+
+
 def build(namespace, case: Case, dtype: torch.dtype) -> torch.nn.Module:
     """A layer stack of `namespace` (torch.nn or something with the same classes) as the case asks for it."""
     shape = case.shape
-    layer = getattr(namespace, CLASS_NAMES[case.cell])
-    options = {"num_layers": shape.layers, "bidirectional": shape.bidirectional, "dtype": dtype}
+    layer = getattr(namespace, CLASS_NAMES[case.cell] + "Cell" * shape.step)
+    options = {} if shape.step else {"num_layers": shape.layers, "bidirectional": shape.bidirectional}
     if case.cell == "rnn":
         options["nonlinearity"] = shape.nonlinearity
-    return layer(shape.I, shape.H, **options).train(case.mode != "inference")
+    train = case.mode != "inference"
+    if case.option is None:
+        return layer(shape.I, shape.H, dtype=dtype, **options).train(train)
+    train = train or written.OPTIONS[case.option].masks
+    if namespace is torch.nn:
+        return written.written(layer(shape.I, shape.H, dtype=dtype, **options).train(train), case).train(train)
+    return written.asked(layer(shape.I, shape.H, dtype=dtype, **options, **written.settings(case)).train(train), case).train(train)
 
 
 def cudnn_algorithm(case: Case, multiprocessors: int = 132) -> str:
@@ -82,6 +109,8 @@ class TorchProvider(Provider):
         plain: without those libraries: torch's own operators alone.
     """
 
+    has_options = True
+
     def __init__(self, name: str = "torch", plain: bool = False):
         self.name, self.plain = name, plain
 
@@ -111,6 +140,8 @@ class FusedProvider(Provider):
         isa: the CPU's instruction set to use instead of the best.
         cuda: the value of FUSEDRNN_KERNEL instead of its default.
     """
+
+    has_options = True
 
     def __init__(self, name: str = "fusedrnn", isa: str | None = None, cuda: str | None = None):
         self.name = name
@@ -153,6 +184,70 @@ class FusedProvider(Provider):
             yield
         finally:
             set_environment(before)
+
+
+class PackedProvider(Provider):
+    """What holds weights in a form for inference on a CPU alone."""
+
+    def refuses(self, case: Case) -> str | None:
+        if case.device != "cpu" or case.dtype != "float32":
+            return "for float32 on a CPU"
+        return None if case.mode == "inference" and not case.shape.packed else "for inference on padded sequences"
+
+
+class FrozenProvider(PackedProvider):
+    """fusedrnn.freeze.
+
+    Args:
+        weights: their dtype's name.
+        allowed: as in `Provider`.
+    """
+
+    def __init__(self, weights: str, allowed: float | None = None):
+        self.name, self.weights, self.allowed = f"frozen-{weights}", weights, allowed
+
+    def module(self, case: Case, dtype: torch.dtype) -> torch.nn.Module:
+        return build(torch.nn, case, dtype)
+
+    def finished(self, module: torch.nn.Module) -> torch.nn.Module:
+        import fusedrnn
+
+        return fusedrnn.freeze(module, getattr(torch, self.weights))
+
+    def kernel(self, case: Case, operators: set[str]) -> str:
+        from fusedrnn import _C
+
+        assert "fusedrnn.frozen_forward.default" in operators
+        return f"frozen/{self.weights}/{_C.cpu_isa()}"
+
+
+class DynamicProvider(PackedProvider):
+    """torch.ao.quantization.quantize_dynamic: weights of 8 bits, and what they multiply rounded to 8 bits at every step."""
+
+    name, allowed = "torch-dynamic", 0.1
+
+    def module(self, case: Case, dtype: torch.dtype) -> torch.nn.Module:
+        return build(torch.nn, case, dtype)
+
+    def finished(self, module: torch.nn.Module) -> torch.nn.Module:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch says that this is on its way out
+            model = torch.ao.quantization.quantize_dynamic(torch.nn.Sequential(module), {type(module)}, dtype=torch.qint8)
+        return model[0]
+
+    def kernel(self, case: Case, operators: set[str]) -> str:
+        assert any("quantized" in name for name in operators), operators
+        return f"dynamic/{torch.backends.quantized.engine}"
+
+
+class WithoutOption(FusedProvider):
+    """fusedrnn's layer without the case's option: what the option costs is counted from there."""
+
+    def __init__(self):
+        super().__init__(WITHOUT)
+
+    def takes(self, case: Case) -> Case:
+        return dataclasses.replace(case, option=None)
 
 
 def set_environment(settings: dict[str, str | None]) -> None:

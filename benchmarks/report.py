@@ -16,12 +16,22 @@ import sys
 
 from . import machine, plot, rows
 from .machine import ROOT, row_files
-from .rows import Pair, mean_speedup, measured_pairs
+from .rows import Pair, mean_speedup, measured_pairs, shape_label
 from .shapes import CELLS, MODES
 from .suites import SUITES
-from .table import bytes_text, overhead_lines, percent_text, target_lines
+from .table import OPTION_HEADER, bytes_text, option_lines, overhead_lines, percent_text, seconds_text, target_lines
 
 NOTHING = "No rows are committed yet: `python -m benchmarks.run --suite cpu` measures this machine."
+RATIO = (
+    "Time of torch.nn over time of fusedrnn, medians of interleaved runs; bold where it is below 1 "
+    "(95 % interval in brackets):"
+)
+RATIO_OF_OPTIONS = (
+    "Ratio: time of what one writes in torch for the option (in torch) over time of fusedrnn with it; cost: time of "
+    "fusedrnn with the option over its time without, 1 if the option is free; medians of interleaved runs. Inference is without "
+    "gradients, but masks are drawn. MiB: peak of a training step by torch's allocator, in torch, with the option and "
+    "without:"
+)
 MAIN = ("cpu", "gpu")  # the suites whose tables stand in README itself
 
 
@@ -101,6 +111,35 @@ def overhead_section(pairs: list[Pair]) -> str:
     return markdown(["one call of one step", "torch", "fusedrnn", "ratio"], lines) if lines else ""
 
 
+def packed_section(found: list[dict]) -> str:
+    """Time of a call by everyone who was measured, and how many times faster than fusedrnn's own call each is."""
+    names = list(dict.fromkeys(row["provider"] for row in found))
+    cases = {}
+    for row in found:
+        cases.setdefault(row["case"], {})[row["provider"]] = row
+    lines = []
+    for rows_of_case in cases.values():
+        first = next(iter(rows_of_case.values()))
+        seconds = {name: row["seconds"] and row["seconds"]["p50"] for name, row in rows_of_case.items()}
+        line = [f"{first['cell'].upper()} {shape_label(first['shape'])}"]
+        for name in names:
+            time, ours = seconds.get(name), seconds.get("fusedrnn")
+            ratio = f" ({ours / time:.2f}x)" if time and ours and name != "fusedrnn" else ""
+            line.append(seconds_text(time) + ratio)
+        lines.append(line)
+    return markdown(["one call (fusedrnn over it)", *names], lines)
+
+
+def error_section(found: list[dict]) -> str:
+    """The largest error of each provider in all cases, in units of the largest value."""
+    errors = {}
+    for row in found:
+        if row.get("error") is not None:
+            errors[row["provider"]] = max(errors.get(row["provider"], 0.0), row["error"])
+    said = ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
+    return f"Largest error against float64, of the largest value, over all cases: {said}."
+
+
 def growth_section(pairs: list[Pair]) -> str:
     """How many times longer a call takes when one size grows from the least to the most measured: torch, then ours."""
     columns = columns_of(pairs)
@@ -140,8 +179,7 @@ def about_section(pairs: list[Pair]) -> str:
         f"fusedrnn {versions['fusedrnn']}, commit {about['commit'] or 'unknown'}, "
         f"{about['date']}{', a quick run' if about['quick'] else ''}. "
         f"{len(pairs)} cases: {losses} slower than torch, {even} below 1 within the noise. "
-        "Time of torch.nn over time of fusedrnn, medians of interleaved runs; bold where it is below 1 "
-        "(95 % interval in brackets):"
+        + (RATIO_OF_OPTIONS if pairs[0].option else RATIO)
     )
 
 
@@ -156,6 +194,10 @@ def picture_line(path: pathlib.Path, page: pathlib.Path) -> str:
 def suite_section(path: pathlib.Path) -> str:
     """Everything about one row file, for the page of its machine."""
     pairs = measured_pairs(path)
+    if pairs[0].option:
+        table = markdown(OPTION_HEADER, option_lines(rows.read(path)))
+        parts = [f"## {path.stem}: {SUITES[path.stem].why}", about_section(pairs), table, picture_line(path, path.parent)]
+        return "\n\n".join(part for part in parts if part)
     gemm_peak = statistics.median(pair.ours["gemm_peak_gflops"] or 0.0 for pair in pairs)
     parts = [
         f"## {path.stem}: {SUITES[path.stem].why}",
@@ -172,6 +214,9 @@ def suite_section(path: pathlib.Path) -> str:
     if plot.KINDS.get(path.stem) == "cost":
         parts.append("How many times longer a call takes when one size grows and the others stay (torch / fusedrnn):")
         parts.append(growth_section(pairs))
+    every = rows.read(path)
+    if any(row["provider"].startswith("frozen-") for row in every):
+        parts += ["The same calls with weights packed once:", packed_section(every), error_section(every)]
     if any(pair.ours["peak_bytes"] is not None for pair in pairs):
         parts += ["Peak memory of a training step (torch's allocator; bold where ours is larger):", memory_section(pairs)]
     return "\n\n".join(part for part in parts if part)

@@ -1,10 +1,11 @@
 """Rows of results: JSON lines, one for each case and provider, and the pairs that tables and plots are made of.
 
-A row says: suite, case, shape, cell, mode, dtype, provider, kernel that ran; gate ("green" or "red", with errors, or
+A row says: suite, case, option, shape, cell, mode, dtype, provider, kernel that ran; gate ("green" or "red", with errors, or
 "unable" where the provider cannot run the case; gate_worst says why); seconds (p20, p50, p80 of a call), gflops and
 fraction_of_gemm_peak; for one stream weight_gbs and fraction_of_bandwidth; floor_seconds and fraction_of_floor
 (limits.py) and step_latency; on a GPU eager_seconds and graph_seconds, with and without the host; for training
-peak_bytes and resident_peak_bytes; against, speedup, speedup_low, speedup_high (95 %); machine, cpu, cores, isa,
+peak_bytes and resident_peak_bytes; against, speedup, speedup_low, speedup_high (95 %); cost, cost_low, cost_high
+(time of an option over that of the layer without it); machine, cpu, cores, isa,
 clock_mhz, threads, versions, commit, date. What was not measured is null.
 """
 
@@ -39,7 +40,12 @@ class Pair:
 
     @property
     def label(self) -> str:
-        return shape_label(self.ours["shape"]) + f", {self.dtype}" * (self.dtype != "float32")
+        option = self.option
+        return shape_label(self.ours["shape"]) + f", {self.dtype}" * (self.dtype != "float32") + f", {option}" * bool(option)
+
+    @property
+    def option(self) -> str | None:
+        return self.ours.get("option")
 
     @property
     def cell(self) -> str:
@@ -89,6 +95,7 @@ def shape_label(shape: dict) -> str:
     sizes = " ".join(f"{letter}{shape[letter]}" for letter in "TBIH")
     extras = [f"{shape['layers']} layers"] * (shape["layers"] > 1)
     extras += ["bidirectional"] * shape["bidirectional"] + ["packed"] * shape["packed"]
+    extras += ["cell"] * bool(shape.get("step"))
     extras += ["ReLU"] * (shape.get("nonlinearity") == "relu")
     extras += [f"{shape['threads']} thread" + "s" * (shape["threads"] > 1)] if shape.get("threads") else []
     return ", ".join([sizes, *extras])

@@ -27,13 +27,12 @@ import torch
 from . import gate, limits, machine, rows, table, timing
 from .memory import Meter
 from .progress import Progress
-from .providers import Provider, TorchProvider
+from .providers import WITHOUT, Provider, TorchProvider, reason_against
 from .registry import PROVIDERS, provider_named
 from .shapes import MODES, Case
 from .suites import SUITES, cases, suites_of
 from .workload import Workload
 
-USUAL = "torch,fusedrnn"
 BUSY = 0.75  # processes ready to run, for each core, beyond which a run says that it was not alone
 LARGE = 5e10  # flops beyond which the gate judges fewer steps: float64 beside them would take longer than the measurement
 
@@ -47,6 +46,7 @@ class Effort:
     peak_seconds: float  # for the GEMM peak, before and after
     memory_flops: float  # training steps of more work than this have no memory measured
     minutes: float = math.inf  # cases that would not be done by then are left out, and named
+    gate_flops: float = LARGE
 
 
 FULL = Effort(seconds=4.0, least_rounds=15, peak_seconds=0.2, memory_flops=2e11)
@@ -69,7 +69,7 @@ class Run:
 
     def measure(self, case: Case) -> list[dict]:
         """The rows of a case, one for each provider."""
-        refusals = {provider.name: provider.refuses(case) for provider in self.providers}
+        refusals = {provider.name: reason_against(provider, case) for provider in self.providers}
         refused = [self._row(case, name, gate="unable", gate_worst=why) for name, why in refusals.items() if why]
         able = [provider for provider in self.providers if not refusals[provider.name]]
         torch.set_num_threads(case.shape.threads or self.threads)
@@ -105,6 +105,11 @@ class Run:
             if measured[i]["against"] and baseline:
                 names = ("speedup", "speedup_low", "speedup_high")
                 measured[i] |= {k: round(v, 4) for k, v in zip(names, timing.ratio_interval(baseline, times))}
+        for plain in (samples[k] for k, i in enumerate(sound) if providers[i].name == WITHOUT):
+            for i, times in zip(sound, samples):
+                if measured[i]["against"]:
+                    names = ("cost", "cost_low", "cost_high")
+                    measured[i] |= {k: round(v, 4) for k, v in zip(names, timing.ratio_interval(times, plain))}
         if self.meter and case.mode == "training" and case.flops <= self.effort.memory_flops:
             peaks = self.meter.measure(case)
             for row in measured:
@@ -119,7 +124,8 @@ class Run:
     def _judge(self, case: Case, workload: Workload) -> gate.Verdict:
         if type(workload.provider) is TorchProvider:
             return gate.judge(workload, workload)  # the one that others are held against, for which nothing more is made
-        short = case.shortened(LARGE)
+        case = workload.case
+        short = case.shortened(self.effort.gate_flops)
         if short == case:
             return gate.judge(workload, Workload(case, TorchProvider()))
         return gate.judge(Workload(short, workload.provider), Workload(short, TorchProvider()))
@@ -132,16 +138,17 @@ class Run:
         unmeasured = ["kernel", "error", "torch_error", "seconds", "rounds", "gflops", "gemm_peak_gflops"]
         unmeasured += ["fraction_of_gemm_peak", "weight_gbs", "fraction_of_bandwidth", "floor_seconds", "fraction_of_floor"]
         unmeasured += ["step_latency", "eager_seconds", "graph_seconds", "peak_bytes", "resident_peak_bytes"]
-        unmeasured += ["speedup", "speedup_low", "speedup_high"]
+        unmeasured += ["speedup", "speedup_low", "speedup_high", "cost", "cost_low", "cost_high"]
         return {
             "suite": self.suite,
             "case": case.name,
+            "option": case.option,
             "shape": {k: v for k, v in dataclasses.asdict(case.shape).items() if k not in ("why", "source", "cells")},
             "cell": case.cell,
             "mode": case.mode,
             "dtype": case.dtype,
             "provider": name,
-            "against": None if name == self.providers[0].name else self.providers[0].name,
+            "against": None if name in (self.providers[0].name, WITHOUT) else self.providers[0].name,
             **dict.fromkeys(unmeasured),
             **self.about,
             "threads": case.shape.threads or self.threads,
@@ -210,7 +217,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="cut sequences to this many steps")
     parser.add_argument("--threads", type=int, help="default: torch's own choice")
     names = ", ".join(PROVIDERS)
-    parser.add_argument("--providers", default=USUAL, help=f"baseline first; there are {names}")
+    parser.add_argument("--providers", help=f"baseline first; default: the suite's own; there are {names}")
     parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
     parser.add_argument("--list", action="store_true", help="print the suites or the suite's shapes with reasons, and stop")
     options = parser.parse_args(arguments)
@@ -250,10 +257,14 @@ def chosen_cases(options: argparse.Namespace, suite: str) -> list[Case]:
     return cases(suite, options.only, device=options.device, modes=options.modes, steps=options.steps, threads=threads)
 
 
+def providers_of(options: argparse.Namespace, suite: str) -> str:
+    return options.providers or SUITES[suite].providers
+
+
 def rows_file(options: argparse.Namespace, suite: str) -> pathlib.Path | None:
     """Where the rows go: --out, or for a whole suite as it stands the place of committed rows."""
     changed = [options.quick, options.only, options.modes, options.steps, options.minutes, options.threads, options.no_memory]
-    if options.out or any(changed) or options.providers != USUAL:
+    if options.out or any(changed) or providers_of(options, suite) != SUITES[suite].providers:
         return options.out
     return machine.RESULTS / machine.machine_name(options.device) / f"{suite}.jsonl"
 
@@ -288,10 +299,13 @@ def measure_all(run: Run, chosen: list[Case], write) -> tuple[list[dict], list[C
     return found, left_out
 
 
-def run_suite(options: argparse.Namespace, suite: str) -> bool:
-    """Measures and prints one suite; True if no result was wrong. If stopped, it leaves the rows so far in a .partial file."""
-    names, chosen, out = options.providers.split(","), chosen_cases(options, suite), rows_file(options, suite)
-    effort = QUICK if options.quick else FULL
+def run_suite(options: argparse.Namespace, suite: str, quick: Effort | None = None) -> bool:
+    """Measures and prints one suite, with effort `quick` if --quick; True if no result was wrong.
+
+    If stopped, it leaves the rows so far in a .partial file.
+    """
+    names, chosen, out = providers_of(options, suite).split(","), chosen_cases(options, suite), rows_file(options, suite)
+    effort = quick or QUICK if options.quick else FULL
     effort = dataclasses.replace(effort, minutes=options.minutes or effort.minutes)
     partial = out and out.with_name(out.name + ".partial")
     with contextlib.ExitStack() as stack:
@@ -311,15 +325,16 @@ def run_suite(options: argparse.Namespace, suite: str) -> bool:
     if out:
         os.replace(partial, out)
     measured, about = rows.pairs(found), run.about
+    lines = table.option_table(found) if SUITES[suite].options[0] else table.case_table(measured)
     print(f"{suite}: {machine.title(about)}, {about['threads']} threads, torch {about['versions']['torch']}, ", end="")
-    print(f"GEMM peak {run.gemm_peak / 1e9:.0f} GF/s\n\n{table.case_table(measured)}\n\n{table.summary(measured)}")
+    print(f"GEMM peak {run.gemm_peak / 1e9:.0f} GF/s\n\n{lines}\n\n{table.summary(measured)}")
     if left_out:
         print(f"\nno time for {len(left_out)} cases: {', '.join(case.name for case in left_out)}")
     print(f"\nrows: {out}\n" if out else "\nrows not written (a full run or --out FILE writes them)\n", flush=True)
     return not any(row["gate"] == "red" for row in found)
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None, quick: Effort | None = None) -> int:
     options = parse(arguments)
     if options.list:
         print_shapes(options.suites)
@@ -327,7 +342,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     try:
-        sound = [run_suite(options, suite) for suite in options.suites if chosen_cases(options, suite)]
+        sound = [run_suite(options, suite, quick) for suite in options.suites if chosen_cases(options, suite)]
     except KeyboardInterrupt:
         return 130
     return 0 if all(sound) else 1

@@ -34,6 +34,8 @@ class Shape:
     nonlinearity: str = "tanh"  # of the RNN
     cells: tuple[str, ...] = tuple(CELLS)  # those that this shape is about
     threads: int | None = None  # None: as many as the run has
+    step: bool = False  # a cell instead of a layer; T is 1
+    states: bool = False  # the call is given states, as in a stream that goes on
     group: str = "padded"  # "padded" and "packed" have targets for their mean; "overhead" is the cost of one call
 
     @property
@@ -43,6 +45,7 @@ class Shape:
     @property
     def name(self) -> str:
         tail = f"-L{self.layers}" * (self.layers > 1) + "-bi" * self.bidirectional + "-packed" * self.packed
+        tail += "-cell" * self.step + "-states" * self.states
         tail += f"-{self.nonlinearity}" * (self.nonlinearity != "tanh") + f"-{self.threads}threads" * bool(self.threads)
         return f"T{self.T}-B{self.B}-I{self.I}-H{self.H}{tail}"
 
@@ -84,10 +87,12 @@ class Case:
     mode: str
     dtype: str = "float32"  # or another of torch's, or "tf32": float32 that a GPU may round to TF32 before it multiplies
     device: str = "cpu"
+    option: str | None = None  # what torch.nn has not, of those in written.py
 
     @property
     def name(self) -> str:
-        return f"{self.cell}/{self.mode}/{self.shape.name}" + f"/{self.dtype}" * (self.dtype != "float32")
+        begin = f"{self.option}/" if self.option else ""
+        return f"{begin}{self.cell}/{self.mode}/{self.shape.name}" + f"/{self.dtype}" * (self.dtype != "float32")
 
     def shortened(self, most_flops: float) -> Case:
         """The case with so few steps that it is soon computed in float64 beside it: about so many flops, but two steps."""
@@ -99,7 +104,8 @@ class Case:
 
     @property
     def flops(self) -> float:
-        return self.shape.flops(self.cell, self.mode)
+        shape = dataclasses.replace(self.shape, packed=True) if self.option == "lengths" else self.shape
+        return shape.flops(self.cell, self.mode)
 
     @property
     def stored(self) -> str:

@@ -9,7 +9,10 @@ import dataclasses
 import re
 
 from .shapes import CELLS, USUAL_MODES, Case, Shape
+from .written import OPTIONS
 
+USUAL_PROVIDERS = "torch,fusedrnn"
+PACKED_PROVIDERS = "torch-dynamic,frozen-float32,frozen-bfloat16,frozen-int8"  # for inference alone
 DEEPBENCH = "DeepBench, rnn_problems.h"
 
 CPU_SHAPES = (
@@ -180,6 +183,14 @@ STREAM_SHAPES = (
     *family("One long stream.", "offline recognition of one recording", product((1000,), (1,), STREAMED)),
 )
 
+FROZEN = "keyword spotting, streaming recognisers, control policies and audio plug-ins"
+CARRIED = {"cells": ("lstm", "gru"), "states": True}
+FROZEN_SHAPES = (
+    *family("One step a call, states carried along.", FROZEN, product((1,), (1,), STREAMED), **CARRIED),
+    *family("A cell, states carried along.", FROZEN, product((1,), (1,), STREAMED), step=True, **CARRIED),
+    *family("A second of sound in one call.", FROZEN, product((100,), (1,), STREAMED), **CARRIED),
+)
+
 MEMORY_SHAPES = family(
     "What a training step holds at its peak, by steps and by units.", "the limit that a batch or a model is cut to",
     [(T, 32, 256) for T in (64, 256, 1024)] + [(256, 32, H) for H in (64, 128, 512)],
@@ -193,6 +204,12 @@ SCALING_SHAPES = family(
     + [(T, *SCALING_BASE[1:]) for T in (1, 8, 256)]
     + [(SCALING_BASE[0], B, SCALING_BASE[2]) for B in (1, 4, 64, 256)]
     + [(*SCALING_BASE[:2], H) for H in (16, 64, 128, 512, 1024)],
+)  # fmt: skip
+
+
+OPTION_SHAPES = family(
+    "A plain layer of medium size: options are to cost next to nothing beside it.", "the middle of suite cpu, and a larger batch",
+    [(100, 16, 256), (50, 64, 256)], cells=("gru", "lstm"),
 )  # fmt: skip
 
 
@@ -211,6 +228,8 @@ class Suite:
     modes: tuple[str, ...] = USUAL_MODES
     dtypes: tuple[str, ...] = ("float32",)
     devices: tuple[str, ...] = ("cpu", "cuda")
+    options: tuple[str | None, ...] = (None,)  # of written.py
+    providers: str = USUAL_PROVIDERS  # the baseline first
 
 
 FORMATS = ("float32", "tf32", "bfloat16", "float16")
@@ -224,8 +243,12 @@ SUITES = {
     "packed": Suite("packed sequences beside the same batch padded", PACKED_SHAPES),
     "speech": Suite("deep bidirectional encoders", SPEECH_SHAPES, dtypes=FORMATS),
     "stream": Suite("one stream, served", STREAM_SHAPES, ("inference",), FORMATS),
+    "frozen": Suite("weights packed once, for one stream", FROZEN_SHAPES, ("inference",), devices=("cpu",),
+                    providers=f"{USUAL_PROVIDERS},{PACKED_PROVIDERS}"),
     "memory": Suite("peak memory of a training step", MEMORY_SHAPES, ("training",)),
     "scaling": Suite("how the cost grows with T, B, H and threads", SCALING_SHAPES),
+    "options": Suite("what torch.nn's layers cannot do, beside what one writes for it in torch", OPTION_SHAPES,
+                     options=tuple(OPTIONS), providers="torch,fusedrnn,fusedrnn-without"),
 }
 
 
@@ -267,15 +290,18 @@ def cases(
     device = device or chosen.devices[0]
     shapes = scaling_shapes(threads) if suite == "scaling" and device == "cpu" else chosen.shapes
     every = {
-        (case := Case(shape, cell, mode, dtype, device).cut(steps)).name: case
+        (case := Case(shape, cell, mode, dtype, device, option).cut(steps)).name: case
+        for option in chosen.options
         for shape in shapes
         for dtype in (chosen.dtypes if device == "cuda" else ("float32",))
         for cell in shape.cells
         for mode in modes or chosen.modes
+        if option is None or (cell in OPTIONS[option].cells and mode in OPTIONS[option].modes)
     }
     return [case for name, case in every.items() if only is None or re.search(only, name)]
 
 
-def case_named(name: str) -> Case:
-    """The case of this name, from whichever suite has it. KeyError if none has."""
-    return {case.name: case for suite in SUITES for case in cases(suite)}[name]
+def case_named(name: str, device: str | None = None) -> Case:
+    """The case of this name, from whichever suite has it, on `device` or where a suite runs first. KeyError if none has."""
+    names = suites_of(device) if device else SUITES
+    return {case.name: case for suite in names for case in cases(suite, device=device)}[name]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from .rows import Pair, mean_speedup
+from .providers import WITHOUT
+from .rows import Pair, mean_speedup, shape_label
+from .rows import pairs as pairs_of
 from .shapes import CELLS, MODES
 from .suites import TARGETS
+from .written import OPTIONS
 
 
 def seconds_text(seconds: float | None) -> str:
@@ -60,6 +63,35 @@ def case_table(pairs: list[Pair]) -> str:
         notes += dict.fromkeys(f"({row['gate_worst']})" for row in (theirs, ours) if row["gate"] == "unable")
         lines.append([*line, " ".join(notes)])
     return grid(header, lines, left=4)
+
+
+OPTION_HEADER = ["option", "layer", "shape", "mode", "in torch", "torch, ms", "fusedrnn, ms", "ratio", "95 %", "cost"]
+OPTION_HEADER += ["95 %", "MiB: torch", "fusedrnn", "without"]
+
+
+def option_lines(rows: list[dict]) -> list[list[str]]:
+    """A line for each case with an option: times, their ratio, and the cost beside the same layer without the option."""
+    without = {row["case"]: row for row in rows if row["provider"] == WITHOUT}
+    lines = []
+    for pair in pairs_of(rows):
+        if pair.ours["provider"] != "fusedrnn":
+            continue
+        both, plain = (pair.theirs, pair.ours), without.get(pair.ours["case"], {})
+        line = [pair.option, pair.cell.upper(), shape_label(pair.ours["shape"]), pair.mode, OPTIONS[pair.option].written]
+        if pair.speedup is None:
+            line += [row["gate"] for row in both] + ["-"] * 4
+        else:
+            line += [f"{row['seconds']['p50'] * 1e3:.3g}" for row in both]
+            for name in ("speedup", "cost"):
+                ratio, low, high = (pair.ours[key] for key in (name, f"{name}_low", f"{name}_high"))
+                line += ["-", "-"] if ratio is None else [f"{ratio:.2f}x", f"{low:.2f} to {high:.2f}"]
+        lines.append([*line, *(bytes_text(row.get("peak_bytes")) for row in (*both, plain))])
+    return lines
+
+
+def option_table(rows: list[dict]) -> str:
+    """`option_lines` in columns."""
+    return grid(OPTION_HEADER, option_lines(rows), left=5)
 
 
 def target_lines(pairs: list[Pair]) -> list[tuple[str, int, float, float | None]]:

@@ -21,25 +21,34 @@ class Workload:
     Weights and input depend on the case alone, not on the provider, and are float32 numbers in every dtype.
     Inference is one call of the module under no_grad. Training is the call and the gradients of its output for the
     input and for every weight, as in the middle of a deep model; no optimizer, no loss. Forward and backward are its two
-    halves; backward goes through one graph again and again.
+    halves; backward goes through one graph again and again. Of a case with an option the module is what written.py makes.
     """
 
     def __init__(self, case: Case, provider, dtype: torch.dtype | None = None):
+        case = provider.takes(case)
         self.case, self.provider = case, provider
         dtype = dtype or getattr(torch, case.stored)
         torch.manual_seed(SEED)
         weights = TorchProvider().module(case, torch.float32).state_dict()
         self.module = provider.module(case, dtype)
         self.module.load_state_dict(weights)
-        self.module.to(case.device)
+        self.module = provider.finished(self.module.to(case.device))
         shape = case.shape
         generator = torch.Generator(case.device).manual_seed(SEED)
         draw = lambda *sizes: torch.randn(*sizes, generator=generator, device=case.device).to(dtype)  # noqa: E731
-        padded = draw(shape.T, shape.B, shape.I)
+        padded = draw(*(() if shape.step else (shape.T,)), shape.B, shape.I)
         packed = pack_padded_sequence(padded, torch.tensor(shape.lengths)) if shape.packed else None
         self.data = (packed.data if packed else padded).requires_grad_(case.mode != "inference")
         self.input = PackedSequence(self.data, packed.batch_sizes) if packed else self.data
+        self.hx = None
+        if shape.states:
+            rows = () if shape.step else (shape.layers * shape.directions,)
+            some = [draw(*rows, shape.B, shape.H) for _ in range(2)]
+            self.hx = tuple(some) if case.cell == "lstm" else some[0]
         self.grad_output = draw(*self.data.shape[:-1], shape.directions * shape.H)
+        self.uses = ("output", "hy") if case.option == "return_states" else ("output",)  # whose gradients are taken
+        if len(self.uses) > 1:
+            self.grad_output = (self.grad_output,) * len(self.uses)
         self.leaves = [self.data, *self.module.parameters()]
         self.output: torch.Tensor | None = None  # of mode "backward"
 
@@ -47,7 +56,7 @@ class Workload:
         """One call of the case's mode, under the provider's settings (`around`). Its results are returned, not kept."""
         if self.case.mode == "inference":
             with torch.no_grad():
-                return self.module(self.input)
+                return self.module(self.input) if self.hx is None else self.module(self.input, self.hx)
         if self.case.mode == "forward":
             return self._forward()
         if self.case.mode == "training":
@@ -56,8 +65,10 @@ class Workload:
             self.output = self._forward()
         return torch.autograd.grad(self.output, self.leaves, self.grad_output, retain_graph=True)
 
-    def _forward(self) -> torch.Tensor:
-        output, _ = self.module(self.input)
+    def _forward(self):
+        output, hidden = self.module(self.input) if self.hx is None else self.module(self.input, self.hx)
+        if len(self.uses) > 1:
+            return output, hidden
         return output.data if self.case.shape.packed else output
 
     @contextlib.contextmanager

@@ -27,18 +27,21 @@ namespace fusedrnn {
 
 // Null: no biases, no projections, states of zeros. (Lists are null and not empty: AOTInductor cannot hand on an empty one.)
 // ragged: batch_sizes (T,) of packed sequences, or lengths (B,) of padded ones; null: all have T steps. Behind the end of a
-// sequence outputs are zero, and its last states are those of its own last step. The results of recurrence_forward behind cy are for
-// recurrence_backward alone and empty unless `save`; cy is empty for cells with one state. grad_weights holds, for each
+// sequence outputs are zero, and its last states are those of its own last step. batch_sizes are on the CPU, lengths where the engine
+// looks at them. reset: (T, B) or (rows,), true where a sequence of its own begins, from states of zeros. zoneout and hidden_mask: as
+// in params.h, zoneout (T, B, D, S, H), (rows, D, S, H), or (D, S, H) for all rows alike.
+// save: 0, or 1 to have the states, and 2 to have what recurrence_backward needs besides; what is not wanted is empty. cx and cy are
+// (D, B, H), (S - 1, D, B, H) of a cell of more than two states, and empty of one with one. grad_weights holds, for each
 // direction, the gradients of weight_ih, weight_hh, bias_ih, bias_hh and weight_hr. What is not needed is empty. allow_tf32:
 // on a device that has TF32, weights and states in float32 may be rounded to it before they are multiplied.
 constexpr char kForwardSchema[] =
     "recurrence_forward(str cell, Tensor[] gates_x, Tensor[] weight_hh, Tensor[]? bias_hh, Tensor[]? weight_hr, Tensor? hx, "
-    "Tensor? cx, Tensor? ragged, bool save, bool allow_tf32) -> "
+    "Tensor? cx, Tensor? ragged, Tensor? reset, Tensor? zoneout, Tensor? hidden_mask, int save, bool allow_tf32) -> "
     "(Tensor output, Tensor hy, Tensor cy, Tensor saved, Tensor states)";
 constexpr char kBackwardSchema[] =
     "recurrence_backward(str cell, Tensor? input, Tensor[] weight_hh, Tensor[]? weight_hr, Tensor? hx, Tensor? cx, "
-    "Tensor output, Tensor saved, Tensor states, Tensor? ragged, Tensor? grad_output, Tensor? grad_hy, "
-    "Tensor? grad_cy, bool need_grad_hx, bool need_grad_cx, bool need_grad_weight_ih, bool need_grad_weight_hh, "
+    "Tensor output, Tensor saved, Tensor states, Tensor? ragged, Tensor? reset, Tensor? zoneout, Tensor? hidden_mask, "
+    "Tensor? grad_output, Tensor? grad_hy, Tensor? grad_cy, Tensor? grad_states, bool need_grad_hx, bool need_grad_cx, bool need_grad_weight_ih, bool need_grad_weight_hh, "
     "bool need_grad_bias, bool need_grad_weight_hr, bool allow_tf32) -> "
     "(Tensor grad_pre, Tensor grad_hx, Tensor grad_cx, Tensor[] grad_weights)";
 
@@ -101,7 +104,8 @@ struct Call {
   CellTraits cell;
   Tensor first;                  // gives dtype and device to all others
   int64_t D = 0, H = 0, P = 0, T = 0, B = 0, rows = 0;
-  bool projected = false, packed = false, uneven = false;  // uneven: padded, with lengths
+  bool projected = false, packed = false, uneven = false;  // uneven: padded, with lengths that are on the CPU
+  bool zones_out = false;
   Tensors held;
 
   Call(const char* op, const std::string& cell_name, const Tensors& weight_hh,
@@ -182,13 +186,19 @@ struct Call {
   }
 
   // T, B and where rows lie: from batch_sizes, or from a padded sequence's first two sizes.
-  void set_steps(const char* name, const Tensor& sequence, const MaybeTensor& ragged, const MaybeTensor& hx) {
+  void set_steps(const char* name, const Tensor& sequence, const MaybeTensor& ragged, const MaybeTensor& hx, bool host_lengths) {
     packed = ragged && sequence.dim() == 2;
-    uneven = ragged && !packed;
+    uneven = ragged && !packed && host_lengths;
     STD_TORCH_CHECK(packed || sequence.dim() == 3, op, ": ", name, " must have 3 dimensions (T, B, features), or 2 ",
                     "(rows, features) with batch_sizes, got ", text(sizes_of(sequence)));
     const int64_t* sizes = nullptr;
-    if (ragged) {
+    if (ragged && !packed && !uneven) {
+      STD_TORCH_CHECK(ragged->is_cpu() == first.is_cpu() && ragged->get_device_index() == first.get_device_index() &&
+                          ragged->scalar_type() == ScalarType::Long && ragged->dim() == 1 && ragged->size(0) == sequence.size(1),
+                      op, ": lengths must be a one-dimensional int64 tensor on ", device_of(first), ", one for each of ",
+                      sequence.size(1), " sequences");
+      held.push_back(torch::stable::contiguous(*ragged));
+    } else if (ragged) {
       STD_TORCH_CHECK(ragged->is_cpu() && ragged->scalar_type() == ScalarType::Long && ragged->dim() == 1, op,
                       packed ? ": batch_sizes" : ": lengths", " must be a one-dimensional int64 tensor on the CPU");
       held.push_back(torch::stable::contiguous(*ragged));
@@ -201,6 +211,7 @@ struct Call {
       STD_TORCH_CHECK(T > 0, op, ": expected sequence length to be larger than 0, got 0");
       steps_ = {T, B, nullptr, nullptr};
       if (uneven) set_lengths(sizes, ragged->size(0));
+      if (ragged && !uneven) steps_.lengths = held.back().const_data_ptr<int64_t>();
       return;
     }
     rows = sequence.size(0);
@@ -222,9 +233,22 @@ struct Call {
                     hx ? text(sizes_of(*hx)) : "");
   }
 
+  // What becomes of the states between steps.
+  struct Carry {
+    const MaybeTensor &reset, &zoneout, &hidden_mask;
+  };
   void fill(LayerParams& p, const Tensors& weight_hh, const Tensors& weight_hr,
-            const MaybeTensor& hx, const MaybeTensor& cx) {
-    held.reserve(16);
+            const MaybeTensor& hx, const MaybeTensor& cx, const Carry& carry) {
+    held.reserve(24);
+    if (carry.reset) {
+      check_sizes("reset", *carry.reset, sequence_sizes({}));
+      STD_TORCH_CHECK(carry.reset->scalar_type() == ScalarType::Bool, op, ": reset must be Bool, got ",
+                      name_of(carry.reset->scalar_type()));
+      STD_TORCH_CHECK(carry.reset->is_cpu() == first.is_cpu() && carry.reset->get_device_index() == first.get_device_index(), op,
+                      ": reset must be on ", device_of(first), " like weight_hh, got ", device_of(*carry.reset));
+      held.push_back(torch::stable::contiguous(*carry.reset));
+      steps_.reset = static_cast<const uint8_t*>(held.back().data_ptr());
+    }
     p.cell = cell.id;
     p.dtype = dtype();
     p.steps = steps_;
@@ -237,16 +261,27 @@ struct Call {
       p.weight_hr[d] = projected ? data("weight_hr", weight_hr[d], {P, H}) : nullptr;
     }
     p.hx = data("hx", hx, {D, B, P});
-    STD_TORCH_CHECK(!cx || cell.states > 1, op, ": cx is for the lstm alone");
-    p.cx = data("cx", cx, {D, B, H});
+    STD_TORCH_CHECK(!cx || cell.states > 1, op, ": cx is for cells of more than one state, such as the lstm");
+    p.cx = data("cx", cx, inner_sizes());
+    STD_TORCH_CHECK(!projected || (!carry.zoneout && !carry.hidden_mask), op, ": no zoneout and hidden_mask with projections");
+    zones_out = bool(carry.zoneout);
+    p.stored = stored();
+    if (carry.zoneout) {
+      const Sizes of_row{D, cell.states, H}, of_all = sequence_sizes(of_row);
+      const bool alike = carry.zoneout->dim() == int64_t(of_row.size());
+      p.zoneout = data("zoneout", *carry.zoneout, alike ? of_row : of_all);
+      p.zoneout_row = alike ? 0 : D * cell.states * H;
+    }
+    p.hidden_mask = data("hidden_mask", carry.hidden_mask, {D, B, H});
   }
+  Sizes inner_sizes() const { return cell.states == 2 ? Sizes{D, B, H} : Sizes{cell.states - 1, D, B, H}; }
 
   Sizes sequence_sizes(const Sizes& last) const {
     Sizes sizes = packed ? Sizes{rows} : Sizes{T, B};
     sizes.insert(sizes.end(), last.begin(), last.end());
     return sizes;
   }
-  int64_t extra_states() const { return cell.states - 1 + projected; }
+  int64_t stored() const { return cell.states - 1 + projected + (zones_out ? cell.states : 0); }
   bool has_steps() const { return rows > 0 && steps_.T > 0; }
 
   // Padded sequences with lengths: zeros behind their ends, in a tensor of rows of the sequence, which no engine writes.
@@ -256,11 +291,12 @@ struct Call {
       for (int64_t b = 0; b < B; ++b)
         if (t >= lengths_[b]) std::memset(static_cast<char*>(sequence.data_ptr()) + size_t(t * B + b) * row, 0, row);
   }
-  // A sequence of no steps ends in the states, or their gradients, that it began with: `from` (D, B, width), null for zeros.
+  // A sequence of no steps ends in the states, or their gradients, that it began with: `from` (..., B, width), null for zeros.
   void pass_through(const Tensor& to, const void* from) const {
     if (!uneven || to.numel() == 0) return;
-    const size_t row = size_t(to.numel() / (D * B) * to.element_size());
-    for (int64_t i = 0; i < D * B; ++i) {
+    const int64_t width = to.size(to.dim() - 1), states = to.numel() / width;
+    const size_t row = size_t(width * to.element_size());
+    for (int64_t i = 0; i < states; ++i) {
       if (lengths_[i % B] > 0) continue;
       char* at = static_cast<char*>(to.data_ptr()) + size_t(i) * row;
       from ? std::memcpy(at, static_cast<const char*>(from) + size_t(i) * row, row) : std::memset(at, 0, row);
@@ -291,7 +327,7 @@ struct Call {
 };
 
 // An Engine is made for one call and has
-//   kTakesLengths: whether padded sequences may have lengths
+//   kLengthsOnHost: whether it wants the lengths of padded sequences on the CPU, or else where the sequences are
 //   Engine(call, allow_tf32)
 //   forward(ForwardParams), backward(BackwardParams, needs)
 //   grad_weights(GradWeightsParams, needs, tensors): the gradients of the weights of all directions
@@ -310,24 +346,21 @@ struct GradSources {
 };
 
 template <class Engine>
-void check_takes_lengths(const Call& call) {
-  STD_TORCH_CHECK(!call.uneven || Engine::kTakesLengths, call.op, ": lengths of padded sequences are for tensors on the CPU alone");
-}
-
-template <class Engine>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> recurrence_forward(
     std::string cell, Tensors gates_x, Tensors weight_hh, MaybeTensors maybe_bias_hh, MaybeTensors maybe_weight_hr,
-    MaybeTensor hx, MaybeTensor cx, MaybeTensor ragged, bool save, bool allow_tf32) {
+    MaybeTensor hx, MaybeTensor cx, MaybeTensor ragged, MaybeTensor reset, MaybeTensor zoneout, MaybeTensor hidden_mask,
+    int64_t save, bool allow_tf32) {
   const Tensors bias_hh = maybe_bias_hh.value_or(Tensors{}), weight_hr = maybe_weight_hr.value_or(Tensors{});
   Call call("fusedrnn::recurrence_forward", cell, weight_hh, weight_hr);
   const int64_t D = call.D, H = call.H, P = call.P, G = call.cell.gates;
   STD_TORCH_CHECK(int64_t(gates_x.size()) == D, call.op, ": gates_x must hold ", D, " tensors, got ", gates_x.size());
   STD_TORCH_CHECK(bias_hh.empty() || int64_t(bias_hh.size()) == D, call.op, ": bias_hh must hold ", D,
                   " tensors or none, got ", bias_hh.size());
-  call.set_steps("gates_x", gates_x[0], ragged, hx);
+  STD_TORCH_CHECK(save >= 0 && save <= 2, call.op, ": save must be 0, 1 or 2, got ", save);
+  call.set_steps("gates_x", gates_x[0], ragged, hx, Engine::kLengthsOnHost);
 
   ForwardParams p{};
-  call.fill(p, weight_hh, weight_hr, hx, cx);
+  call.fill(p, weight_hh, weight_hr, hx, cx, {reset, zoneout, hidden_mask});
   for (int64_t d = 0; d < D; ++d) {
     const Call::Rows rows = call.rows_of("gates_x", gates_x[d], G * H);
     p.gates_x[d] = rows.data;
@@ -338,10 +371,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> recurrence_forward(
 
   const Tensor& like = call.first;
   Tensor output = allocate(like, call.sequence_sizes({D * P})), hy = allocate(like, {D, call.B, P});
-  Tensor cy = allocate(like, call.cell.states > 1 ? Sizes{D, call.B, H} : Sizes{0});
-  Tensor saved = allocate(like, save ? call.sequence_sizes({D, call.cell.saved, H}) : Sizes{0});
-  Tensor states = allocate(like, save ? call.sequence_sizes({D, call.extra_states(), H}) : Sizes{0});
-  check_takes_lengths<Engine>(call);
+  Tensor cy = allocate(like, call.cell.states > 1 ? call.inner_sizes() : Sizes{0});
+  Tensor saved = allocate(like, save == 2 ? call.sequence_sizes({D, call.cell.saved, H}) : Sizes{0});
+  Tensor states = allocate(like, save ? call.sequence_sizes({D, call.stored(), H}) : Sizes{0});
   for (const Tensor* sequence : {&output, &saved, &states}) call.clear_behind(*sequence);
   call.pass_through(hy, p.hx);
   call.pass_through(cy, p.cx);
@@ -349,7 +381,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> recurrence_forward(
     p.output = output.data_ptr();
     p.hy = hy.data_ptr();
     p.cy = cy.data_ptr();
-    p.save = save;
+    p.save = Save(save);
     p.saved = saved.data_ptr();
     p.states = states.data_ptr();
     Engine(call, allow_tf32).forward(p);
@@ -360,20 +392,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> recurrence_forward(
 template <class Engine>
 std::tuple<Tensor, Tensor, Tensor, Tensors> recurrence_backward(
     std::string cell, MaybeTensor input, Tensors weight_hh, MaybeTensors maybe_weight_hr, MaybeTensor hx,
-    MaybeTensor cx, Tensor output, Tensor saved, Tensor states, MaybeTensor ragged, MaybeTensor grad_output,
-    MaybeTensor grad_hy, MaybeTensor grad_cy, bool need_grad_hx, bool need_grad_cx, bool need_grad_weight_ih,
+    MaybeTensor cx, Tensor output, Tensor saved, Tensor states, MaybeTensor ragged, MaybeTensor reset, MaybeTensor zoneout,
+    MaybeTensor hidden_mask, MaybeTensor grad_output, MaybeTensor grad_hy, MaybeTensor grad_cy, MaybeTensor grad_states,
+    bool need_grad_hx, bool need_grad_cx, bool need_grad_weight_ih,
     bool need_grad_weight_hh, bool need_grad_bias, bool need_grad_weight_hr, bool allow_tf32) {
   const Tensors weight_hr = maybe_weight_hr.value_or(Tensors{});
   Call call("fusedrnn::recurrence_backward", cell, weight_hh, weight_hr);
   const int64_t D = call.D, H = call.H, P = call.P;
-  call.set_steps("output", output, ragged, hx);
-  STD_TORCH_CHECK(call.cell.states > 1 || (!grad_cy && !need_grad_cx), call.op,
-                  ": grad_cy and need_grad_cx are for the lstm alone");
+  call.set_steps("output", output, ragged, hx, Engine::kLengthsOnHost);
+  STD_TORCH_CHECK(call.cell.states > 1 || (!grad_cy && !need_grad_cx && !grad_states), call.op,
+                  ": grad_cy, grad_states and need_grad_cx are for cells of more than one state, such as the lstm");
   STD_TORCH_CHECK(call.projected || !need_grad_weight_hr, call.op, ": need_grad_weight_hr is for projections alone");
   STD_TORCH_CHECK(input || !need_grad_weight_ih, call.op, ": need_grad_weight_ih needs the input");
 
   GradWeightsParams w{};
-  call.fill(w, weight_hh, weight_hr, hx, cx);
+  call.fill(w, weight_hh, weight_hr, hx, cx, {reset, zoneout, hidden_mask});
   if (need_grad_weight_ih) {
     const int64_t dims = call.packed ? 2 : 3;
     STD_TORCH_CHECK(input->dim() == dims, call.op, ": input must have ", dims, " dimensions like output, got ",
@@ -385,15 +418,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> recurrence_backward(
     w.input_row = rows.row;
   }
   w.output = call.data("output", output, call.sequence_sizes({D * P}));
-  w.states = call.data("states", states, call.sequence_sizes({D, call.extra_states(), H}));
+  w.states = call.data("states", states, call.sequence_sizes({D, call.stored(), H}));
 
   const Tensor& like = call.first;
   const Needs needs{need_grad_hx, need_grad_cx, need_grad_weight_ih, need_grad_weight_hh, need_grad_bias, need_grad_weight_hr};
-  check_takes_lengths<Engine>(call);
   Engine engine(call, allow_tf32);
   Tensor grad_pre = allocate(like, call.sequence_sizes({D, call.cell.pre, H}));
   Tensor grad_hx = allocate(like, need_grad_hx ? Sizes{D, call.B, P} : Sizes{0});
-  Tensor grad_cx = allocate(like, need_grad_cx ? Sizes{D, call.B, H} : Sizes{0});
+  Tensor grad_cx = allocate(like, need_grad_cx ? call.inner_sizes() : Sizes{0});
   MaybeTensor grad_proj;
   if (call.projected) grad_proj = allocate(like, call.sequence_sizes({D, P}));
   {  // what this holds is let go before there is more to hold
@@ -405,7 +437,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> recurrence_backward(
     p.saved = call.data("saved", saved, call.sequence_sizes({D, call.cell.saved, H}));
     p.grad_output = call.data("grad_output", grad_output, call.sequence_sizes({D * P}));
     p.grad_hy = call.data("grad_hy", grad_hy, {D, call.B, P});
-    p.grad_cy = call.data("grad_cy", grad_cy, {D, call.B, H});
+    p.grad_cy = call.data("grad_cy", grad_cy, call.inner_sizes());
+    p.grad_states = call.data("grad_states", grad_states, call.sequence_sizes({D, call.stored(), H}));
     p.grad_pre = grad_pre.data_ptr();
     p.grad_hx = need_grad_hx ? grad_hx.data_ptr() : nullptr;
     p.grad_cx = need_grad_cx ? grad_cx.data_ptr() : nullptr;

@@ -1,7 +1,6 @@
 // The operators of the CPU, and the schemas of all devices.
-#include <cstring>
-
 #include "cpu/engine.h"
+#include "cpu/workspace.h"
 #include "operators.h"
 
 namespace fusedrnn {
@@ -19,12 +18,16 @@ namespace {
 
 class OnCpu {
  public:
-  static constexpr bool kTakesLengths = true;
+  static constexpr bool kLengthsOnHost = true;
   OnCpu(const Call& call, bool) : call_(call), engine_(cpu_engine(selected_isa())) {}
 
-  void forward(const ForwardParams& p) const { run(p, engine_.forward_workspace, engine_.forward); }
+  void forward(const ForwardParams& p) const {
+    run_in_workspace(call_.first, p, engine_.forward_workspace, engine_.forward);
+  }
 
-  void backward(const BackwardParams& p, const Needs&) const { run(p, engine_.backward_workspace, engine_.backward); }
+  void backward(const BackwardParams& p, const Needs&) const {
+    run_in_workspace(call_.first, p, engine_.backward_workspace, engine_.backward);
+  }
 
   std::vector<Tensor> grad_weights(GradWeightsParams& p, const Needs& needs, const GradSources&) const {
     const int64_t rows = call_.cell.gates * call_.H;
@@ -40,25 +43,13 @@ class OnCpu {
       p.grad_bias_hh[d] = wanted(needs.grad_bias, {rows});
       p.grad_weight_hr[d] = wanted(needs.grad_weight_hr, {call_.P, call_.H});
     }
-    if (needs.any_weight()) run(p, engine_.grad_weights_workspace, engine_.grad_weights);
+    if (needs.any_weight()) run_in_workspace(call_.first, p, engine_.grad_weights_workspace, engine_.grad_weights);
     return grads;
   }
 
  private:
   const Call& call_;
   const CpuEngine& engine_;
-
-  // Runs an engine in memory of its own. A small one lies on the stack and costs no allocation. It is filled with NaN, as torch can
-  // be asked to fill what it allocates (torch.utils.deterministic), so that a number read before it is written shows.
-  template <class Params>
-  void run(const Params& p, int64_t (*workspace_of)(const Params&), void (*engine)(const Params&, void*)) const {
-    constexpr int64_t kOnStack = 64 << 10;  // half of the smallest stack that a thread commonly has (musl)
-    const int64_t bytes = workspace_of(p);
-    if (bytes > kOnStack) return engine(p, allocate(call_.first, {bytes}, ScalarType::Byte).data_ptr());
-    alignas(64) unsigned char workspace[kOnStack];
-    std::memset(workspace, 0xff, size_t(bytes));
-    engine(p, workspace);
-  }
 };
 
 }  // namespace

@@ -3,6 +3,12 @@
 #pragma once
 #include <cstdint>
 
+#if defined(__CUDACC__)
+#define FUSEDRNN_ANYWHERE __host__ __device__ __forceinline__
+#else
+#define FUSEDRNN_ANYWHERE inline
+#endif
+
 namespace fusedrnn {
 
 enum class Dtype { kFloat32, kFloat64, kBFloat16, kFloat16 };  // of every tensor of a call
@@ -10,17 +16,21 @@ constexpr int kMaxDirections = 2;
 
 // Step t has rows(t) rows of the batch, the longest sequences first. A sequence is stored row after row, step after step: all B
 // rows of a step (padded) or those that it has (packed). Padded sequences of different lengths keep the order of the caller, and
-// `order` says where each lies.
+// `order` says where each lies; or all have B rows at every step, and `lengths` says how long each row of them runs: then nobody but the
+// device needs to know.
 struct Steps {
   int64_t T, B;                    // T: of the longest sequence
   const int64_t* batch_sizes;      // (T), non-increasing; null: B at every step
   const int64_t* offsets;          // (T), sum of the batch sizes before t; null: padded
-  const int64_t* order = nullptr;  // (B), the row of the batch that is row b of the steps; null: b
+  const int64_t* order = nullptr;    // (B), the row of the batch that is row b of the steps; null: b
+  const int64_t* lengths = nullptr;  // (B), on a device that is not the host; null: as batch_sizes has it
+  const uint8_t* reset = nullptr;    // (rows), 1 where a sequence of its own begins, from states of zeros; null: none does
   int64_t rows(int64_t t) const { return batch_sizes ? batch_sizes[t] : B; }
   int64_t row_offset(int64_t t) const { return offsets ? offsets[t] : t * B; }
   int64_t row_count() const { return offsets ? offsets[T - 1] + batch_sizes[T - 1] : T * B; }
   int64_t place(int64_t b) const { return order ? order[b] : b; }
   int64_t row(int64_t t, int64_t b) const { return row_offset(t) + place(b); }
+  int64_t given_row(int64_t d, int64_t b) const { return d * B + place(b); }  // of the caller's states (D, B, ...)
   // Where row b of step t lies in a sequence of rows that are `row` elements apart, and `step` from step to step if padded.
   int64_t position(int64_t t, int64_t b, int64_t step, int64_t row) const {
     return offsets ? (offsets[t] + b) * row : t * step + place(b) * row;
@@ -29,6 +39,16 @@ struct Steps {
   int64_t row_before(int64_t t, int64_t b, int64_t d) const {
     const int64_t before = d ? t + 1 : t - 1;
     return before < 0 || before >= T || b >= rows(before) ? -1 : row(before, b);
+  }
+  // Whether row b begins step t of direction d from zeros. Direction 1 comes from step t + 1, and passes where that begins anew.
+  bool begins(int64_t t, int64_t b, int64_t d) const {
+    if (!reset) return false;
+    return d == 0 ? reset[row(t, b)] : t + 1 < T && b < rows(t + 1) && reset[row(t + 1, b)];
+  }
+  // Whether it begins the step that follows there from zeros, so that nobody needs the states after step t.
+  bool ends(int64_t t, int64_t b, int64_t d) const {
+    const int64_t next = d ? t - 1 : t + 1;
+    return reset && next >= 0 && next < T && b < rows(next) && begins(next, b, d);
   }
 };
 
@@ -43,8 +63,18 @@ struct LayerParams {
   const void* weight_hh[kMaxDirections];     // (G*H, P)
   const void* weight_hr[kMaxDirections];     // (P, H), null: no projection, P == H
   const void* hx;                            // (D, B, P), null: zeros
-  const void* cx;                            // (D, B, H), null: zeros
+  const void* cx;                            // (D, B, H) for each of the states 1.., one after the other; null: zeros
+  // How much of each state stays what it was, from 0 to 1: (rows, D, S, H), or of all rows alike (D, S, H); null: nothing. Zoneout.
+  const void* zoneout;
+  int64_t zoneout_row;                       // elements from row to row
+  int64_t stored;                            // K, states that are stored of each unit and step
+  // What the hidden state is multiplied by before weight_hh is: (D, B, H), null: 1. Recurrent dropout. Not with projections.
+  const void* hidden_mask;
+
+  FUSEDRNN_ANYWHERE int64_t zoneout_at(int64_t row, int64_t d, int64_t states) const { return row * zoneout_row + d * states * H; }
 };
+
+enum class Save { kNothing, kStates, kAll };  // of what backward, or a caller, wants besides the results
 
 struct ForwardParams : LayerParams {
   const void* gates_x[kMaxDirections];       // x W_ih^T + b_ih; (T, B, G*H), last dimension dense
@@ -53,10 +83,11 @@ struct ForwardParams : LayerParams {
   const void* bias_hh[kMaxDirections];       // (G*H), null: zeros
   void* output;                              // (rows, D, P)
   void* hy;                                  // (D, B, P)
-  void* cy;                                  // (D, B, H), null where the cell has one state
-  bool save;                                 // whether the next two are wanted
+  void* cy;                                  // as cx, null where the cell has one state
+  Save save;                                 // which of the next two are wanted
   void* saved;                               // (rows, D, kSaved, H)
-  void* states;                              // (rows, D, S, H): the states 1.. and, projected, state 0 before it
+  // (rows, D, K, H): the states 1..; then, projected, state 0 before it; or then, with zoneout, all states that the cell made.
+  void* states;
 };
 
 struct BackwardParams : LayerParams {
@@ -65,10 +96,11 @@ struct BackwardParams : LayerParams {
   const void* states;
   const void* grad_output;                   // (rows, D, P), null: zeros
   const void* grad_hy;                       // (D, B, P), null: zeros
-  const void* grad_cy;                       // (D, B, H), null: zeros
+  const void* grad_cy;                       // as cx, null: zeros
+  const void* grad_states;                   // (rows, D, K, H), of the states 1.. after each step; null: zeros
   void* grad_pre;                            // (rows, D, kPre, H)
   void* grad_hx;                             // (D, B, P), null: not wanted
-  void* grad_cx;                             // (D, B, H), null: not wanted
+  void* grad_cx;                             // as cx, null: not wanted
   void* grad_proj;                           // (rows, D, P): gradient of the projected state, all its uses; null: no projection
 };
 

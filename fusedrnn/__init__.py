@@ -4,6 +4,7 @@
     lstm = fusedrnn.LSTM(28, 128)            # was torch.nn.LSTM(28, 128)
     model = fusedrnn.convert(model)          # or: every stock layer of a model, in place
     fusedrnn.patch()                         # or: torch.nn's own names, for packages that are to run as they are
+    frozen = fusedrnn.freeze(model)          # for low latency on a CPU: weights packed once, in float32, bfloat16 or int8
     print(fusedrnn.explain(lstm, x))         # which kernel runs this call, and why no other
 """
 
@@ -16,7 +17,9 @@ from ._version import __version__  # noqa: E402
 from .cells import GRUCell, LSTMCell, RNNCell  # noqa: E402
 from .convert import convert  # noqa: E402
 from .explain import explain  # noqa: E402
+from .freeze import freeze  # noqa: E402
 from .modules import GRU, LSTM, RNN  # noqa: E402
 from .patch import patch  # noqa: E402
 
-__all__ = ["GRU", "GRUCell", "LSTM", "LSTMCell", "RNN", "RNNCell", "__version__", "convert", "explain", "functional", "patch"]
+__all__ = ["GRU", "GRUCell", "LSTM", "LSTMCell", "RNN", "RNNCell", "__version__", "convert", "explain",
+           "freeze", "functional", "patch"]

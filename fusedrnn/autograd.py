@@ -15,12 +15,14 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling, is_exporting
 
 from . import onnx, reference, select
-from .layer import backward, by_direction, forward, with_gaps
-from .reference import Weights
+from .layer import FIRST_TENSOR, FIRST_WEIGHT, backward, by_direction, forward, with_gaps
+from .ops import SAVE_ALL, SAVE_NOTHING, SAVE_STATES, TRAITS
+from .reference import NO_CARRY, Carry, Weights
 
 
 def layer(cell: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, weights: list[Weights],
-          ragged: Tensor | None = None, batch_first: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
+          ragged: Tensor | None = None, batch_first: bool = False, carry: Carry = NO_CARRY, recompute: bool = False,
+          return_states: bool = False) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Runs one recurrent layer, forward and, with two directions, in reverse beside it.
 
     Args:
@@ -29,36 +31,59 @@ def layer(cell: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, weight
         hx: (D, B, P) initial hidden states, or None for zeros (not with packed data).
         cx: (D, B, H) initial cell states of the lstm, or None for zeros.
         weights: for each of the D directions (weight_ih, weight_hh, bias_ih, bias_hh, weight_hr), None where there is none.
-        ragged: int64 on the CPU, batch_sizes (T,) of packed data, or the lengths (B,) of padded sequences; None: all have T steps.
+        ragged: int64, batch_sizes (T,) of packed data, on the CPU, or the lengths (B,) of padded sequences, on the CPU or, on CUDA, where
+            the input is; None: all have T steps.
         batch_first: see input.
+        carry: what becomes of the states between steps; without gradients of its own.
+        recompute: keep, for backward, only the states, and make the rest again (not with packed data).
+        return_states: whether the last result is wanted.
 
     Returns:
-        output `(T, B, D*P)` in this order of memory, also if `batch_first`, or `(rows, D*P)`; hy (D, B, P); and cy (D, B, H),
-        None for cells without one.
+        output `(T, B, D*P)` in this order of memory, also if `batch_first`, or `(rows, D*P)`; hy (D, B, P); cy (D, B, H),
+        None for cells without one; and likewise c after each step, (T, B, D, 1, H) or (rows, D, 1, H).
+
+    Raises:
+        RuntimeError: fusedrnn.onnx.export is at work, and ONNX has not what is asked for.
     """
+    inner = TRAITS[cell]["states"] - 1
     if forward_ad._current_level >= 0:
         select.warn_once(f"fusedrnn's {cell}", "its reference in plain torch", "the engine has no forward-mode derivative")
-        return reference.layer(cell, input, hx, cx, weights, ragged, batch_first)
+        return reference.layer(cell, input, hx, cx, weights, ragged, batch_first, carry)
     tensors = [input, hx, cx]
     for group in weights:
         tensors += group
     if is_compiling():
         if _are_functorch_transforms_active():  # torch.compile cannot tell there which gradients are wanted, and gives zeros
-            return reference.layer(cell, input, hx, cx, weights, ragged, batch_first)
+            return reference.layer(cell, input, hx, cx, weights, ragged, batch_first, carry)
         if onnx.is_recording():
-            return onnx.layer(cell, input, hx, cx, weights, ragged, batch_first)
+            if carry is not NO_CARRY or return_states:
+                raise RuntimeError("fusedrnn.onnx.export: ONNX has no resets, no zoneout and no states of every step")
+            return *onnx.layer(cell, input, hx, cx, weights, ragged, batch_first), None
         if is_exporting() or not _needs_grad(tensors):  # an exported program is to be run, and not to be trained
-            output, hy, cy, _, _ = forward(cell, ragged, batch_first, input, hx, cx, tensors[3:], save=False)
+            save = SAVE_STATES if return_states else SAVE_NOTHING
+            output, hy, cy, _, states = forward(cell, ragged, batch_first, carry, input, hx, cx, tensors[3:], save)
         else:
             there = [tensor for tensor in tensors[3:] if tensor is not None]
-            output, hy, cy, _, _ = _compiled(cell, input, hx, cx, there, len(weights), ragged, batch_first)
+            save = _saved_for_backward(cell, recompute)
+            output, hy, cy, _, states = _compiled(cell, input, hx, cx, there, len(weights), ragged, batch_first, *carry, save)
     elif _are_functorch_transforms_active():
-        output, hy, cy, _, _ = TransformedLayer.apply(cell, ragged, batch_first, *tensors)
+        if carry is not NO_CARRY or return_states:
+            select.warn_once(f"fusedrnn's {cell}", "its reference in plain torch", "torch.func's transforms of the engine take no "
+                             "resets, zoneout and recurrent dropout, and give no states of every step")
+            return reference.layer(cell, input, hx, cx, weights, ragged, batch_first, carry)
+        output, hy, cy, _, states = TransformedLayer.apply(cell, ragged, batch_first, *tensors)
     elif _needs_grad(tensors):
-        return _apply(cell, ragged, batch_first, *tensors)
+        output, hy, cy, states = _apply(cell, ragged, batch_first, carry, recompute, return_states, *tensors)
+        return output, hy, cy, states[..., :inner, :] if return_states and inner else None
     else:
-        output, hy, cy, _, _ = forward(cell, ragged, batch_first, input, hx, cx, tensors[3:], save=False)
-    return output, hy, cy if cell == "lstm" else None
+        save = SAVE_STATES if return_states else SAVE_NOTHING
+        output, hy, cy, _, states = forward(cell, ragged, batch_first, carry, input, hx, cx, tensors[3:], save)
+    return output, hy, cy if inner else None, states[..., :inner, :] if return_states and inner else None
+
+
+def _saved_for_backward(cell, recompute):
+    """What the operator saves; a cell that needs nothing but states has nothing to make again."""
+    return SAVE_STATES if recompute and TRAITS[cell]["saved"] else SAVE_ALL
 
 
 def _needs_grad(tensors):
@@ -73,51 +98,54 @@ class Layer(torch.autograd.Function):
     """`layer` for autograd where no transform is present."""
 
     @staticmethod
-    def forward(ctx, cell, ragged, batch_first, *tensors):
+    def forward(ctx, cell, ragged, batch_first, carry, recompute, return_states, *tensors):
         """Run the layer and keep what backward needs.
 
         Args:
             ctx: autograd's.
-            cell, ragged, batch_first: as in `layer`.
+            cell, ragged, batch_first, carry, recompute, return_states: as in `layer`.
             tensors: input, hx, cx, and the weights of all directions, one after the other.
 
         Returns:
-            output, hy and cy, as `layer`.
+            output, hy, cy, and the operator's states if they are wanted.
         """
         input, hx, cx, *weights = tensors
-        outputs = forward(cell, ragged, batch_first, input, hx, cx, weights, save=True)
-        Layer.keep(ctx, cell, ragged, batch_first, tensors, outputs)
-        output, hy, cy, _, _ = outputs
-        return output, hy, cy if cell == "lstm" else None
+        outputs = forward(cell, ragged, batch_first, carry, input, hx, cx, weights, _saved_for_backward(cell, recompute))
+        Layer.keep(ctx, cell, ragged, batch_first, carry, tensors, outputs)
+        output, hy, cy, _, states = outputs
+        return output, hy, cy if TRAITS[cell]["states"] > 1 else None, states if return_states else None
 
     @staticmethod
-    def keep(ctx, cell, ragged, batch_first, tensors, outputs):
+    def keep(ctx, cell, ragged, batch_first, carry, tensors, outputs):
         """Keep what backward needs.
 
         Args:
-            ctx, cell, ragged, batch_first, tensors: as in `Layer.forward`.
+            ctx, cell, ragged, batch_first, carry, tensors: as in `Layer.forward`.
             outputs: the operator's.
         """
         output, _, _, saved, states = outputs
         ctx.cell, ctx.batch_first = cell, batch_first
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(ragged, output, saved, states, *tensors)
+        ctx.save_for_backward(ragged, *carry, output, saved, states, *tensors)
 
     @staticmethod
-    def backward(ctx, grad_output, grad_hy, grad_cy, *_):
+    def backward(ctx, *grads):
         """Compute the gradients of all arguments of forward.
 
         Args:
             ctx: as forward left it.
-            grad_output, grad_hy, grad_cy: gradients of its results, None where there is none.
+            grads: of its results, None where there is none.
 
         Returns:
             a gradient for each argument, None where none is wanted.
         """
-        grads = (grad_output, grad_hy, grad_cy if ctx.cell == "lstm" else None)
-        wanted = ctx.needs_input_grad[3:]
-        found = _gradients(ctx, grads, wanted)
-        return None, None, None, *found
+        return None, None, None, None, None, None, *_gradients(ctx, grads, ctx.needs_input_grad[6:])
+
+
+def _of_results(cell, grad_output, grad_hy, grad_cy, grad_states=None):
+    """Gradients of the results that a cell has: there may be one for the empty tensor that stands for another."""
+    inner = TRAITS[cell]["states"] > 1
+    return grad_output, grad_hy, grad_cy if inner else None, grad_states if inner else None
 
 
 def _gradients(ctx, grads, wanted):
@@ -126,8 +154,10 @@ def _gradients(ctx, grads, wanted):
         return [None] * len(wanted)
     if forward_ad._current_level >= 0 or any(grad is not None and is_legacy_batchedtensor(grad) for grad in grads):
         # forward mode over reverse mode, and is_grads_batched
-        ragged, _output, _saved, _states, *tensors = ctx.saved_tensors
-        return _reference_gradients(ctx.cell, ragged, ctx.batch_first, wanted, grads, tensors)
+        everything = ctx.saved_tensors
+        ragged, *carry = everything[:4]
+        tensors = everything[FIRST_TENSOR:]
+        return _reference_gradients(ctx.cell, ragged, ctx.batch_first, Carry(*carry), wanted, grads, tensors)
     if torch.is_grad_enabled() or _are_functorch_transforms_active():
         chosen = frozenset(i for i, want in enumerate(wanted) if want)
         some = iter(LayerGradients.apply(ctx.cell, ctx.batch_first, chosen, *grads, *ctx.saved_tensors))
@@ -143,25 +173,28 @@ _apply = super(torch.autograd.Function, Layer).apply
 # torch.compile forgets, of an autograd.Function, to notice that what it saved was edited in place; of an operator it does not.
 @torch.library.custom_op("fusedrnn::layer", mutates_args=())
 def _compiled(cell: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, weights: Sequence[Tensor], directions: int,
-              ragged: Tensor | None, batch_first: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+              ragged: Tensor | None, batch_first: bool, reset: Tensor | None, zoneout: Tensor | None, hidden_mask: Tensor | None,
+              save: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """All five results of the recurrence's operator, for a layer with the weights that there are, direction after direction."""
-    return forward(cell, ragged, batch_first, input, hx, cx, with_gaps(weights, directions), save=True)
+    carry = (reset, zoneout, hidden_mask)
+    return forward(cell, ragged, batch_first, carry, input, hx, cx, with_gaps(weights, directions), save)
 
 
 _compiled.register_fake(_compiled._init_fn)  # the shapes of what it calls
 
 
 def _keep_for_compiled(ctx, inputs, output):
-    cell, input, hx, cx, weights, directions, ragged, batch_first = inputs
-    Layer.keep(ctx, cell, ragged, batch_first, [input, hx, cx, *with_gaps(weights, directions)], output)
+    cell, input, hx, cx, weights, directions, ragged, batch_first, *carry, _save = inputs
+    Layer.keep(ctx, cell, ragged, batch_first, carry, [input, hx, cx, *with_gaps(weights, directions)], output)
 
 
-def _backward_of_compiled(ctx, grad_output, grad_hy, grad_cy, *_):
-    present = [tensor is not None for tensor in ctx.saved_tensors[7:]]
+def _backward_of_compiled(ctx, grad_output, grad_hy, grad_cy, _grad_saved, grad_states):
+    present = [tensor is not None for tensor in ctx.saved_tensors[FIRST_WEIGHT:]]
     needed = iter(ctx.needs_input_grad[4])
     wanted = [*ctx.needs_input_grad[1:4], *(there and next(needed) for there in present)]
-    found = _gradients(ctx, (grad_output, grad_hy, grad_cy if ctx.cell == "lstm" else None), wanted)
-    return None, *found[:3], [grad for grad, there in zip(found[3:], present) if there], None, None, None
+    found = _gradients(ctx, _of_results(ctx.cell, grad_output, grad_hy, grad_cy, grad_states), wanted)
+    weights = [grad for grad, there in zip(found[3:], present) if there]
+    return None, *found[:3], weights, None, None, None, None, None, None, None
 
 
 _compiled.register_autograd(_backward_of_compiled, setup_context=_keep_for_compiled)
@@ -184,7 +217,7 @@ class TransformedLayer(Layer):
         Returns:
             all five results of the operator.
         """
-        return forward(cell, ragged, batch_first, input, hx, cx, weights, save=True)
+        return forward(cell, ragged, batch_first, NO_CARRY, input, hx, cx, weights, SAVE_ALL)
 
     @staticmethod
     def setup_context(ctx, inputs, outputs):
@@ -196,7 +229,20 @@ class TransformedLayer(Layer):
         """
         cell, ragged, batch_first, *tensors = inputs
         ctx.mark_non_differentiable(*outputs[3:])
-        Layer.keep(ctx, cell, ragged, batch_first, tensors, outputs)
+        Layer.keep(ctx, cell, ragged, batch_first, NO_CARRY, tensors, outputs)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        """Compute the gradients of all arguments of forward.
+
+        Args:
+            ctx: as forward left it.
+            grads: of its results, None where there is none.
+
+        Returns:
+            a gradient for each argument, None where none is wanted.
+        """
+        return None, None, None, *_gradients(ctx, _of_results(ctx.cell, *grads[:3]), ctx.needs_input_grad[3:])
 
     @staticmethod
     def vmap(info, in_dims, cell, ragged, batch_first, *tensors):
@@ -229,21 +275,22 @@ class LayerGradients(torch.autograd.Function):
     """The gradients of a layer as a function of their own, which can be differentiated and taken many at once."""
 
     @staticmethod
-    def forward(cell, batch_first, chosen, grad_output, grad_hy, grad_cy, *saved):
+    def forward(cell, batch_first, chosen, grad_output, grad_hy, grad_cy, grad_states, *saved):
         """Run the layer's backward pass.
 
         Args:
             cell, batch_first: as in `layer`.
             chosen: whose gradients are asked for, as a set of places in (input, hx, cx, *weights).
-            grad_output, grad_hy, grad_cy: gradients of the layer's results, None where there is none.
+            grad_output, grad_hy, grad_cy, grad_states: gradients of the layer's results, None where there is none.
             saved: what `Layer.keep` saved.
 
         Returns:
             these gradients.
         """
-        wanted = [i in chosen for i in range(len(saved) - 4)]
+        wanted = [i in chosen for i in range(len(saved) - FIRST_TENSOR)]
         kept = SimpleNamespace(cell=cell, batch_first=batch_first, saved_tensors=saved, maybe_clear_saved_tensors=lambda: None)
-        return tuple(grad for grad in backward(kept, (grad_output, grad_hy, grad_cy), wanted) if grad is not None)
+        grads = (grad_output, grad_hy, grad_cy, grad_states)
+        return tuple(grad for grad in backward(kept, grads, wanted) if grad is not None)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -268,10 +315,11 @@ class LayerGradients(torch.autograd.Function):
         Returns:
             a gradient for each argument of forward, None where none is wanted.
         """
-        *outer, ragged, output, saved, states = ctx.saved_tensors[:7]
-        tensors = ctx.saved_tensors[7:]
+        everything = ctx.saved_tensors
+        outer, saved = everything[:4], everything[4:]
+        ragged, carry, tensors = saved[0], Carry(*saved[1:4]), saved[FIRST_TENSOR:]
         arguments = [*outer, *tensors]
-        needed = [*ctx.needs_input_grad[3:6], *ctx.needs_input_grad[10:]]
+        needed = [*ctx.needs_input_grad[3:7], *ctx.needs_input_grad[7 + FIRST_TENSOR :]]
         variables = [i for i, need in enumerate(needed) if need]
         given = [k for k, grad in enumerate(grads) if grad is not None]
         wanted = [i in ctx.chosen for i in range(len(tensors))]
@@ -282,14 +330,14 @@ class LayerGradients(torch.autograd.Function):
                 inputs = list(arguments)
                 for i, primal in zip(variables, primals):
                     inputs[i] = primal
-                all_of_them = _reference_gradients(ctx.cell, ragged, ctx.batch_first, wanted, inputs[:3], inputs[3:])
+                all_of_them = _reference_gradients(ctx.cell, ragged, ctx.batch_first, carry, wanted, inputs[:4], inputs[4:])
                 some = [grad for grad in all_of_them if grad is not None]
                 return tuple(some[k] for k in given)
 
             _, pullback = torch.func.vjp(gradients, *(arguments[i] for i in variables))  # type: ignore[misc]
             for i, grad in zip(variables, pullback(tuple(grads[k] for k in given))):
                 found[i] = grad
-        return None, None, None, *found[:3], None, None, None, None, *found[3:]
+        return None, None, None, *found[:4], *[None] * FIRST_TENSOR, *found[4:]
 
     @staticmethod
     def vmap(info, in_dims, cell, batch_first, chosen, *tensors):
@@ -306,16 +354,17 @@ class LayerGradients(torch.autograd.Function):
         size, dims = info.batch_size, in_dims[3:]
         if size == 0:
             return _none_of(in_dims, LayerGradients.apply, cell, batch_first, chosen, *tensors)
-        if max(chosen) >= 3 or any(dim is not None for dim in dims[10:]):
+        first, end = 4 + FIRST_TENSOR, 4 + FIRST_WEIGHT
+        if max(chosen) >= 3 or any(dim is not None for dim in dims[end:]) or any(part is not None for part in tensors[5:8]):
             return _one_by_one(size, in_dims, LayerGradients.apply, cell, batch_first, chosen, *tensors)
-        packed = tensors[7].dim() - (dims[7] is not None) == 2
+        packed = tensors[first].dim() - (dims[first] is not None) == 2
         at = 0 if packed else 1
         input_at = 0 if packed or batch_first else 1
-        places = (at, 1, 1, None, at, at, at, input_at, 1, 1)
+        places = (at, 1, 1, at, None, None, None, None, at, at, at, input_at, 1, 1)
         folded = [tensor if place is None else _fold(tensor, dim, place, size)
                   for tensor, dim, place in zip(tensors, dims, places)]
-        folded[3] = _fold_ragged(tensors[3], dims[3], packed, size)
-        results = LayerGradients.apply(cell, batch_first, chosen, *folded, *tensors[10:])
+        folded[4] = _fold_ragged(tensors[4], dims[4], packed, size)
+        results = LayerGradients.apply(cell, batch_first, chosen, *folded, *tensors[end:])
         outs = [place for i, place in enumerate((input_at, 1, 1)) if i in chosen]
         return _unfold_all(results, outs, size)
 
@@ -362,12 +411,12 @@ def _none_of(in_dims, call, *args):
     return results, (0,) * len(results)
 
 
-def _reference_gradients(cell, ragged, batch_first, wanted, grads, tensors):
+def _reference_gradients(cell, ragged, batch_first, carry, wanted, grads, tensors):
     """What `fusedrnn.layer.backward` computes, by the reference in plain torch, which every transform can take.
 
     Args:
-        cell, ragged, batch_first, wanted: as there.
-        grads: of output, hy and cy, None for zeros.
+        cell, ragged, batch_first, carry, wanted: as there.
+        grads: of output, hy, cy and the operator's states, None for zeros.
         tensors: input, hx, cx and the weights.
 
     Returns:
@@ -375,15 +424,16 @@ def _reference_gradients(cell, ragged, batch_first, wanted, grads, tensors):
     """
     chosen = [i for i, want in enumerate(wanted) if want]
     given = [k for k, grad in enumerate(grads) if grad is not None]
+    inner = TRAITS[cell]["states"] - 1
 
     def run(*primals):
         inputs = list(tensors)
         for i, primal in zip(chosen, primals):
             inputs[i] = primal
         input, hx, cx, *weights = inputs
-        outputs = reference.layer(cell, input, hx, cx, by_direction(weights), ragged, batch_first)
+        outputs = reference.layer(cell, input, hx, cx, by_direction(weights), ragged, batch_first, carry)
         return tuple(outputs[k] for k in given)
 
     _, pullback = torch.func.vjp(run, *(tensors[i] for i in chosen))  # type: ignore[misc]
-    found = iter(pullback(tuple(grads[k] for k in given)))
+    found = iter(pullback(tuple(grads[k][..., :inner, :] if k == 3 else grads[k] for k in given)))
     return [next(found) if want else None for want in wanted]

@@ -50,7 +50,7 @@ class FusedCell(RNNCellBase):
             input = input.unsqueeze(dim)
             h = h if h is None else h.unsqueeze(dim)
             c = c if c is None else c.unsqueeze(dim)
-        _, hy, cy = run(cell, input, h, c, weights, len(weights) == 4, 1, 0.0, False, False, False, None)
+        _, hy, cy, _ = run(cell, input, h, c, weights, len(weights) == 4, 1, 0.0, False, False, False, None)
         # In training no view, as in torch: fully_shard would lose its hook on one that is edited in place. But that takes longer.
         resize = view_of_its_own if hy.requires_grad else Tensor.view
         hy, cy = resize(hy, size), cy if cy is None else resize(cy, size)

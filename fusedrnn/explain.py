@@ -7,6 +7,7 @@ from torch.nn.utils.rnn import PackedSequence
 from . import _C, select
 from .cells import FusedCell
 from .convert import FUSED_OF_STOCK
+from .freeze import Frozen
 from .layer import allows_tf32
 from .modules import CELL_OF_MODE, FusedLayer, Pair
 
@@ -17,7 +18,7 @@ def explain(module: nn.Module, input: Tensor | PackedSequence, hx: Tensor | Pair
     """Which kernel `module(input, hx)` runs, and for each other one why it does not. Runs nothing.
 
     Args:
-        module: a layer or cell of fusedrnn, or of torch.nn.
+        module: a layer or cell of fusedrnn, or of torch.nn, or what fusedrnn.freeze made of one.
         input, hx: as for the call.
 
     Returns:
@@ -32,6 +33,8 @@ def explain(module: nn.Module, input: Tensor | PackedSequence, hx: Tensor | Pair
       runs  fused engine, ...
     """
     data = input.data if isinstance(input, PackedSequence) else input
+    if isinstance(module, Frozen):
+        return _report(f"fusedrnn.{module}", input, _frozen_kernels(module, input))
     if isinstance(module, (FusedLayer, FusedCell)):
         package, stock, reason = "fusedrnn", module.stock, module.reason_for_stock(input, hx)  # type: ignore[arg-type]
     elif isinstance(module, tuple(FUSED_OF_STOCK)):
@@ -48,13 +51,26 @@ def explain(module: nn.Module, input: Tensor | PackedSequence, hx: Tensor | Pair
         kernels[f"fused CUDA kernels, {kernel}"] = (reason or against[kernel]) if on_cuda else elsewhere
     for isa in INSTRUCTION_SETS:
         kernels[f"fused engine, {isa}"] = elsewhere if on_cuda else reason or _reason_against(isa)
+    return _report(f"{package}.{module}", input, kernels)
+
+
+def _report(call: str, input: Tensor | PackedSequence, kernels: dict[str, str | None]) -> str:
+    """The lines of `explain`, from each kernel's reason why it does not run; None for the one that does."""
+    data = input.data if isinstance(input, PackedSequence) else input
     packed = "packed " if data is not input else ""
     dtype = str(data.dtype).removeprefix("torch.")
-    lines = [f"{package}.{module}, {packed}input {tuple(data.shape)} {dtype} on {data.device}"]
-    chosen = next(name for name, why_not in kernels.items() if why_not is None)
+    lines = [f"{call}, {packed}input {tuple(data.shape)} {dtype} on {data.device}"]
+    chosen = next((name for name, why_not in kernels.items() if why_not is None), "nothing: the call is refused")
     lines.append(f"  runs  {chosen}")
     lines += [f"  not   {name}: {why_not}" for name, why_not in kernels.items() if why_not]
     return "\n".join(lines)
+
+
+def _frozen_kernels(module: Frozen, input: Tensor | PackedSequence) -> dict[str, str | None]:
+    """Why packed weights are not multiplied in each instruction set; None for the one that they are."""
+    refused = module.reason_for_refusal(input)
+    weights = str(module.dtype).removeprefix("torch.")
+    return {f"frozen engine, {weights} weights, {isa}": refused or _reason_against(isa) for isa in INSTRUCTION_SETS}
 
 
 def _reasons_against_kernels(module: FusedLayer | FusedCell, input: Tensor | PackedSequence) -> dict[str, str | None]:

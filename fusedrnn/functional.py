@@ -6,13 +6,13 @@ the packed form are one function, told apart by `batch_sizes`. Shapes and gate o
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, _VF
 
 from . import autograd, select
-from .reference import Weights
+from .reference import NO_CARRY, Carry, Weights
 from .shared import signature_of
 
 
@@ -49,19 +49,67 @@ def group_weights(params: Sequence[Tensor | None], has_biases: bool, num_layers:
     return [grouped[at: at + num_directions] for at in range(0, directions, num_directions)]
 
 
+class Options(NamedTuple):
+    """What a stack of layers can do that torch.nn's cannot. The masks are torch's own generator's, drawn layer after layer."""
+
+    reset: Tensor | None = None
+    """(T, B) of bool: where a sequence of its own begins, from states of zeros."""
+    zoneout: tuple[float, ...] = ()
+    """For each state the probability with which a number of it stays what it was; not training, how much of it does."""
+    recurrent_dropout: float = 0.0
+    """The probability with which a number of h is zeroed where weight_hh multiplies it: at all steps alike, if training."""
+    weight_dropout: float = 0.0
+    """The probability with which a number of weight_hh is zeroed, if training."""
+    recompute: bool = False
+    """Whether only the states are kept for backward, and the gates made again there."""
+    return_states: bool = False
+    """Whether the last result of `stack` is wanted."""
+
+    def carry(self, input: Tensor, weights: list[Weights], ragged: Tensor | None, batch_first: bool, train: bool) -> Carry:
+        """The masks of a layer.
+
+        Args:
+            input, ragged, batch_first: as in `fusedrnn.autograd.layer`.
+            weights: of the layer.
+            train: whether masks are drawn.
+
+        Returns:
+            them, and reset.
+        """
+        directions, hidden = len(weights), weights[0][1].shape[1]
+        packed = input.dim() == 2
+        zoneout = hidden_mask = None
+        if any(self.zoneout):
+            steps = input.shape[:1] if packed else input.shape[1::-1] if batch_first else input.shape[:2]
+            of_all = (*steps, directions) if train else (directions,)
+            fill = torch.Tensor.bernoulli_ if train else torch.Tensor.fill_
+            zoneout = torch.stack([fill(input.new_empty(*of_all, hidden), rate) for rate in self.zoneout], -2)
+        if self.recurrent_dropout and train:
+            batch = int(ragged[0]) if packed else input.shape[0 if batch_first else 1]  # type: ignore[index]
+            hidden_mask = torch.dropout(input.new_ones(directions, batch, hidden), self.recurrent_dropout, True)
+        return Carry(self.reset, zoneout, hidden_mask)
+
+
+PLAIN = Options()
+"""Nothing of that."""
+States = list[tuple[Tensor, Tensor | None]]
+"""For each layer h after each step `(T, B, D*P)` and, of an lstm, c `(T, B, D*H)`."""
+
+
 def stack(cell: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, params: Sequence[Tensor | None],
           has_biases: bool, num_layers: int, dropout: float, train: bool, bidirectional: bool, batch_first: bool,
-          ragged: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+          ragged: Tensor | None, options: Options = PLAIN) -> tuple[Tensor, Tensor, Tensor | None, States | None]:
     """Run the engine layer upon layer, on arguments already known to suit it: see `fusedrnn.select`.
 
     Args:
         cell: the engine's name of it, a key of `fusedrnn.reference.CELLS`.
         input, params, has_biases, num_layers, dropout, train, bidirectional, batch_first: as in `lstm`.
-        ragged: batch_sizes, as in `lstm`, or the lengths (B,) of padded sequences, on the CPU; None: all have T steps.
+        ragged: batch_sizes, as in `lstm`, or the lengths (B,) of padded sequences, where the input is; None: all have T steps.
         hx, cx: initial states `(L*D, B, P)` and `(L*D, B, H)`, or None for zeros.
+        options: what torch has not; resets, recompute and return_states are for padded input.
 
     Returns:
-        output, hy and cy as in `lstm`; cy is None but for "lstm".
+        output, hy and cy as in `lstm`; cy is None but for "lstm"; and, if options.return_states, the states of every step.
 
     Raises:
         ValueError, RuntimeError: as in `lstm`.
@@ -70,28 +118,33 @@ def stack(cell: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, params
     layers = group_weights(params, has_biases, num_layers, num_directions)
     if input.dim() == 2 and hx is None:
         hx, cx = zero_states(cell, input, int(ragged[0]), layers)  # type: ignore[index]
-    if num_layers == 1:
-        output, hy, cy = autograd.layer(cell, input, hx, cx, layers[0], ragged, batch_first)
-    else:
-        absent = (None,) * num_layers
-        each_hx = absent if hx is None else hx.split(num_directions)
-        each_cx = absent if cx is None else cx.split(num_directions)
-        output, hys, cys = input, [], []
-        for k, weights in enumerate(layers):
-            if k > 0 and dropout and train:
-                # torch's own dropout on torch's own layout, so that a seeded run draws the mask torch.nn would draw
-                output = torch.dropout(output, dropout, True)
-            output, hy, cy = autograd.layer(
-                cell, output, each_hx[k], each_cx[k], weights, ragged, batch_first and k == 0)
-            hys.append(hy)
-            cys.append(cy)
-        hy = torch.cat(hys)
-        cy = torch.cat(cys) if cell == "lstm" else None  # type: ignore[arg-type]
-    return output.transpose(0, 1) if batch_first else output, hy, cy
+    if num_layers == 1 and options is PLAIN:
+        output, hy, cy, _ = autograd.layer(cell, input, hx, cx, layers[0], ragged, batch_first)
+        return output.transpose(0, 1) if batch_first else output, hy, cy, None
+    absent = (None,) * num_layers
+    each_hx = absent if hx is None else hx.split(num_directions)
+    each_cx = absent if cx is None else cx.split(num_directions)
+    output, hys, cys, states = input, [], [], []
+    for k, weights in enumerate(layers):
+        if k > 0 and dropout and train:
+            # torch's own dropout on torch's own layout, so that a seeded run draws the mask torch.nn would draw
+            output = torch.dropout(output, dropout, True)
+        steps_second = batch_first and k == 0
+        carry = NO_CARRY if options is PLAIN else options.carry(output, weights, ragged, steps_second, train)
+        if options.weight_dropout and train:
+            weights = [(group[0], torch.dropout(group[1], options.weight_dropout, True), *group[2:]) for group in weights]
+        output, hy, cy, inner = autograd.layer(cell, output, each_hx[k], each_cx[k], weights, ragged, steps_second, carry,
+                                               options.recompute, options.return_states)
+        hys.append(hy)
+        cys.append(cy)
+        states.append((output, None if inner is None else inner.flatten(-3)))
+    hy = torch.cat(hys)
+    cy = torch.cat(cys) if cell == "lstm" else None  # type: ignore[arg-type]
+    return output.transpose(0, 1) if batch_first else output, hy, cy, states if options.return_states else None
 
 
 def stack_cast(dtype: torch.dtype, cell: str, input: Tensor, hx: Tensor | None, cx: Tensor | None,
-               params: Sequence[Tensor | None], *options: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+               params: Sequence[Tensor | None], *options: Any) -> tuple[Tensor, Tensor, Tensor | None, States | None]:
     """`stack` under torch's autocast, which would give a result of this dtype: cast everything to it and run.
 
     Args:
@@ -99,7 +152,7 @@ def stack_cast(dtype: torch.dtype, cell: str, input: Tensor, hx: Tensor | None, 
         cell, input, hx, cx, params, options: as in `stack`.
 
     Returns:
-        output, hy and cy as in `stack`.
+        what `stack` does.
     """
     tensors: list[Any] = [None if t is None else t.to(dtype) for t in (input, hx, cx, *params)]
     input, hx, cx, *params = tensors
@@ -133,13 +186,13 @@ def _run(cell: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, params:
     states = [state for state in (hx, cx) if state is not None]
     options = (has_biases, num_layers, dropout, train, bidirectional, batch_first, batch_sizes)
     if select.is_ordinary(input, states, params):
-        return stack(cell, input, hx, cx, params, *options)
+        return stack(cell, input, hx, cx, params, *options)[:3]
     reason = select.reason_for_fallback(input, states, params)
     if reason is None:
         onednn = cell == "lstm" and batch_sizes is None and len(params) % 2 == 0
         dtype = select.autocast_dtype(cell, input, hx, onednn)
         run = stack if dtype is None else partial(stack_cast, dtype)
-        return run(cell, input, hx, cx, params, *options)
+        return run(cell, input, hx, cx, params, *options)[:3]
 
     if hx is None:
         batch = input.size(0 if batch_first else 1) if batch_sizes is None else int(batch_sizes[0])

@@ -6,6 +6,7 @@ them differentiable.
 """
 
 from functools import lru_cache
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -15,16 +16,16 @@ from torch.compiler import is_compiling
 from torch.nn.functional import linear
 
 from . import _C
-from .ops import TRAITS, recurrence_backward, recurrence_forward
+from .ops import SAVE_ALL, TRAITS, recurrence_backward, recurrence_forward
 
 
-def forward(cell, ragged, batch_first, input, hx, cx, weights, save):
+def forward(cell, ragged, batch_first, carry, input, hx, cx, weights, save):
     """Run the layer.
 
     Args:
-        cell, ragged, batch_first, input, hx, cx: as in `fusedrnn.autograd.layer`.
+        cell, ragged, batch_first, carry, input, hx, cx: as in `fusedrnn.autograd.layer`.
         weights: of all directions, one after the other.
-        save: whether `backward` will follow, which needs the last two results.
+        save: which of the last two results are wanted, as in `fusedrnn.ops`. `backward` needs both, or, to make the one again, states.
 
     Returns:
         output, hy, cy, saved and states, as the operator has them.
@@ -38,7 +39,7 @@ def forward(cell, ragged, batch_first, input, hx, cx, weights, save):
         weight_hh.append(w_hh)
         if w_hr is not None:
             weight_hr.append(w_hr)
-    return recurrence_forward(cell, gates_x, weight_hh, bias_hh or None, weight_hr or None, hx, cx, ragged, save,
+    return recurrence_forward(cell, gates_x, weight_hh, bias_hh or None, weight_hr or None, hx, cx, ragged, *carry, save,
                               allows_tf32(input, ragged, batch_first))
 
 
@@ -123,31 +124,38 @@ def backward(kept, grads, wanted):
     """Compute the gradients of a run of `forward`.
 
     Args:
-        kept: has cell, batch_first, and saved_tensors: ragged, output, saved, states, input, hx, cx and the weights. A ctx of
-            autograd's is let go of what it saved, unless its graph is retained.
-        grads: of output, hy and cy, None for zeros.
+        kept: has cell, batch_first, and saved_tensors: ragged, reset, zoneout, hidden_mask, output, saved, states, input, hx, cx and
+            the weights. A ctx of autograd's is let go of what it saved, unless its graph is retained.
+        grads: of output, hy, cy and states, None for zeros.
         wanted: for input, hx, cx and each weight whether its gradient is asked for.
 
     Returns:
         a list of these gradients, None where not wanted.
     """
     cell, batch_first = kept.cell, kept.batch_first
-    ragged, output, saved, states, input, hx, cx, *weights = kept.saved_tensors
+    everything = kept.saved_tensors  # once: a checkpoint gives each but once
+    ragged, *carry, output, saved, states, input, hx, cx = everything[:FIRST_WEIGHT]
+    weights = by_direction(everything[FIRST_WEIGHT:])
+    del everything
     if not is_compiling():
         kept.maybe_clear_saved_tensors()  # so that what is deleted below is freed
-    weights = by_direction(weights)
     weight_hh = [group[1] for group in weights]
     weight_hr = [group[4] for group in weights if group[4] is not None] or None
+    if saved.dim() == 1:  # empty, where the cell saves something
+        return _backward_in_parts(cell, ragged, batch_first, carry, output, states, input, hx, cx, weights, grads, wanted)
     steps_first = input.transpose(0, 1) if batch_first else input
+    tf32 = allows_tf32(input, ragged, batch_first)
+    if ragged is not None and input.dim() == 3 and input.device.type not in SKIPS_PADDING:
+        runs = torch.arange(len(steps_first), device=input.device).unsqueeze(-1) < ragged
+        steps_first = torch.where(runs.unsqueeze(-1), steps_first, 0)  # it may be NaN behind an end, and zero times that is not zero
     want_weights = wanted[3:] if len(weights) == 1 else [any(both) for both in zip(*by_direction(wanted[3:]))]
     want_ih, want_hh, want_b_ih, want_b_hh, want_hr = want_weights
-    many_rows = ragged is None and steps_first.shape[0] * steps_first.shape[1] > MANY_ROWS
+    many_rows = ragged is None and carry == [None] * 3 and steps_first.shape[0] * steps_first.shape[1] > MANY_ROWS
     library_ih = many_rows and want_ih and min(weights[0][0].shape) > NARROW
     library_hh = many_rows and want_hh and min(weights[0][1].shape) > NARROW
     grad_pre, grad_hx, grad_cx, grad_weights = recurrence_backward(
-        cell, steps_first, weight_hh, weight_hr, hx, cx, output, saved, states, ragged, *grads, wanted[1], wanted[2],
-        want_ih and not library_ih, want_hh and not library_hh, want_b_ih or want_b_hh, want_hr,
-        allows_tf32(input, ragged, batch_first),
+        cell, steps_first, weight_hh, weight_hr, hx, cx, output, saved, states, ragged, *carry, *grads, wanted[1], wanted[2],
+        want_ih and not library_ih, want_hh and not library_hh, want_b_ih or want_b_hh, want_hr, tf32,
     )
     del saved, states  # the largest tensors, and more are to be made
     for d in range(len(weights)):
@@ -162,6 +170,107 @@ def backward(kept, grads, wanted):
         *[grad if want else None for grad, want in zip(grad_weights, wanted[3:])],
     ]
 
+
+# Where what `Layer.keep` of fusedrnn/autograd.py saved has the input, and, behind it, hx, cx and the weights.
+FIRST_TENSOR, FIRST_WEIGHT = 7, 10
+
+
+def _backward_in_parts(cell, ragged, batch_first, carry, output, states, input, hx, cx, weights, grads, wanted):
+    """`backward` where forward saved the states alone: a part of the steps after the other, so that what the cells saved, and the
+    gradients of gates, are never there for all steps at once. Parts of two directions would run against each other: they are one.
+    """
+    steps = output.shape[0]
+    in_one = len(weights) > 1 or is_compiling()
+    each = steps if in_one else max(-(-steps // PARTS), -(-PART_ROWS // output.shape[1]))
+    reset, zoneout, hidden_mask = carry
+    tensors = [tensor for group in weights for tensor in group]
+    tf32 = allows_tf32(input, ragged, batch_first)
+    time = 1 if batch_first else 0
+    grad_output, grad_h, grad_c, grad_states = grads
+    grad_input = torch.empty_like(input) if wanted[0] else None
+    grad_weights: Any = None
+    for begin in reversed(range(0, steps, each)):
+        part = slice(begin, begin + each)
+        count = len(output[part])
+        inner = TRAITS[cell]["states"] - 1
+        h0 = hx if begin == 0 else output[begin - 1].unsqueeze(0)
+        c0 = cx if begin == 0 or not inner else _inner(states[begin - 1].unsqueeze(0), inner)[0]
+        lengths = None if ragged is None else (ragged - begin).clamp(0, count)
+        part_carry = [None if reset is None else reset[part],
+                      zoneout if zoneout is None or zoneout.dim() == 3 else zoneout[part], hidden_mask]
+        x, out, state = input.narrow(time, begin, count), output[part], states[part]
+        saved = _saved_again(cell, lengths, batch_first, part_carry, out, state, x, h0, c0, weights, tf32)
+        held = [lengths, *part_carry, out, saved, state, x, h0, c0, *tensors]
+        kept = SimpleNamespace(cell=cell, batch_first=batch_first, saved_tensors=held, maybe_clear_saved_tensors=held.clear)
+        del saved
+        some = (None if grad_output is None else grad_output[part], grad_h, grad_c,
+                None if grad_states is None else grad_states[part])
+        want = [wanted[0], wanted[1] or begin > 0, wanted[2] or begin > 0 and inner > 0, *wanted[3:]]
+        grad_x, grad_h, grad_c, *found = backward(kept, some, want)
+        if grad_input is not None:
+            grad_input.narrow(time, begin, count).copy_(grad_x)
+        del grad_x
+        wide = [None if grad is None else grad.to(torch.promote_types(grad.dtype, torch.float32)) for grad in found]
+        grad_weights = wide if grad_weights is None else [a if a is None else a + b for a, b in zip(grad_weights, wide)]
+    return [
+        grad_input, grad_h if wanted[1] else None, grad_c if wanted[2] else None,
+        *[None if grad is None else grad.to(output.dtype) for grad in grad_weights],
+    ]
+
+
+# A part is an eighth of the steps, or so many rows: fewer would be a loss, as each part lays out the weights again.
+PARTS, PART_ROWS = 8, 128
+
+
+def _inner(states, count):
+    """States 1.. after some steps, (T, B, D, extra, H), as the operators take initial ones: (T, D, B, H), with T for D = 1 and T = 1;
+    of several states (T, S - 1, D, B, H)."""
+    found = states[:, :, :, :count].permute(0, 3, 2, 1, 4)
+    return found.squeeze(1) if count == 1 else found
+
+
+def _saved_again(cell, lengths, batch_first, carry, output, states, input, hx, cx, weights, tf32):
+    """What the cells of some steps saved, from the states: all rows of all steps are the rows of one step."""
+    reset, _, hidden_mask = carry
+    steps, batch = output.shape[:2]
+    inner, rows = TRAITS[cell]["states"] - 1, steps * batch
+    each = []
+    for d, (w_ih, w_hh, b_ih, b_hh, w_hr) in enumerate(weights):
+        def before(given, after, d=d):
+            """The state that each step began with, from the one after it; given: before the first."""
+            first = after.new_zeros(after.shape[1:]) if given is None else given
+            if d == 0:
+                found = torch.cat([first.unsqueeze(0), after[:-1]])
+                return found if reset is None else torch.where(reset.unsqueeze(-1), 0, found)
+            found = torch.cat([after[1:], first.unsqueeze(0)])
+            time = torch.arange(1, steps + 1, device=output.device).unsqueeze(-1)
+            if lengths is not None:
+                found = torch.where((time < lengths.to(output.device)).unsqueeze(-1), found, first)
+            if reset is None:
+                return found
+            anew = torch.cat([reset[1:], torch.zeros_like(reset[:1])])
+            if lengths is not None:
+                anew = anew & (time < lengths.to(output.device))
+            return torch.where(anew.unsqueeze(-1), 0, found)
+
+        h = before(None if hx is None else hx[d], output.unflatten(-1, (len(weights), -1))[:, :, d])
+        if hidden_mask is not None:
+            h = h * hidden_mask[d]
+        c = None
+        if inner == 1:
+            c = before(None if cx is None else cx[d], states[:, :, d, 0]).reshape(1, rows, -1)
+        elif inner:
+            c = torch.stack([before(None if cx is None else cx[k, d], states[:, :, d, k]).reshape(1, rows, -1) for k in range(inner)])
+        gates = _input_product(input, w_ih, b_ih)
+        gates = (gates.transpose(0, 1) if batch_first else gates).reshape(1, rows, -1)
+        saved = recurrence_forward(cell, [gates], [w_hh], None if b_hh is None else [b_hh], None if w_hr is None else [w_hr],
+                                   h.reshape(1, rows, -1), c, None, None, None, None, SAVE_ALL, tf32)[3]
+        each.append(saved.view(steps, batch, 1, *saved.shape[3:]))
+    return each[0] if len(each) == 1 else torch.cat(each, 2)
+
+
+# Where the gradients of weights are sums over those steps alone that sequences have.
+SKIPS_PADDING = ("cpu",)
 
 # The engine adds up the rows of a sequence in short parts, as accurately as torch.nn, which adds up one step's at a time. Of more
 # rows than these the steps are many too, and a matrix library's sum is no worse than torch.nn's, and takes a sixth less time. If a

@@ -7,7 +7,7 @@ so that it is served, or refused, exactly as there.
 """
 
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -21,7 +21,9 @@ from . import functional, onnx, select, shared
 
 Sequence = TypeVar("Sequence", Tensor, PackedSequence, Tensor | PackedSequence)  # the output is what the input is
 Pair = tuple[Tensor, Tensor]
+EveryState = tuple[Tensor, ...]  # of each layer, after each step
 
+EXTRAS = ("zoneout", "recurrent_dropout", "weight_dropout", "save", "forget_bias")
 CELL_OF_MODE = {"RNN_TANH": "rnn_tanh", "RNN_RELU": "rnn_relu", "LSTM": "lstm", "GRU": "gru"}
 
 
@@ -33,7 +35,56 @@ class FusedLayer(RNNBase):
 
     stock: type[RNNBase]  # the torch.nn class that this one stands for
 
-    def _call(self, input: Any, hx: Any, lengths: Any = None) -> Any:
+    # What torch.nn has not, as attributes, which a layer that was torch.nn's has as well; see `RNN`.
+    zoneout: float | tuple[float, float] = 0.0
+    recurrent_dropout: float = 0.0
+    weight_dropout: float = 0.0
+    save: Literal["all", "states"] = "all"
+
+    def _take_extras(self, kwargs: dict[str, Any]) -> None:
+        """Set those of the arguments, and take them out of kwargs. Called before there are parameters."""
+        who = f"fusedrnn.{self.stock.__name__}"
+        for name in EXTRAS:
+            if name in kwargs and hasattr(type(self), name):
+                setattr(self, name, _checked_extra(who, name, kwargs.pop(name)))
+
+    def extra_repr(self) -> str:
+        """What differs from torch's defaults, and from ours.
+
+        Returns:
+            words for `repr`.
+        """
+        own = [f", {name}={value!r}" for name in EXTRAS
+               if (value := getattr(self, name, None)) != getattr(type(self), name, None)]
+        return super().extra_repr() + "".join(own)
+
+    def extras(self) -> list[str]:
+        """Names of the options at work without which torch.nn's layer would give other numbers.
+
+        Returns:
+            some of zoneout, recurrent_dropout and weight_dropout.
+        """
+        return [name for name in EXTRAS[:3] if getattr(self, name) not in (0, (0, 0))]
+
+    def _options(self, data: Any, packed: bool, reset: Any, return_states: bool) -> functional.Options:
+        who, extras = f"fusedrnn.{self.stock.__name__}", self.extras()
+        if self.proj_size and ("zoneout" in extras or "recurrent_dropout" in extras):
+            raise ValueError(f"{who}: zoneout and recurrent_dropout do not go with projections, got proj_size={self.proj_size}")
+        if packed and (reset is not None or return_states or self.save != "all"):
+            raise ValueError(f"{who}: reset, return_states and save='states' are for padded input, got a PackedSequence; "
+                             "lengths tells the lengths of padded sequences")
+        if reset is not None:
+            shape = data.shape[:-1]
+            if not isinstance(reset, Tensor) or reset.dtype != torch.bool or reset.shape != shape:
+                got = f"{tuple(reset.shape)} of {reset.dtype}" if isinstance(reset, Tensor) else type(reset).__name__
+                raise ValueError(f"{who}: reset must be a tensor of shape {tuple(shape)} of torch.bool, got {got}")
+            reset = reset.to(data.device)
+            reset = reset.unsqueeze(1) if data.dim() == 2 else reset.t().contiguous() if self.batch_first else reset
+        both = self.zoneout if isinstance(self.zoneout, tuple) else (self.zoneout, self.zoneout)
+        zoneout = both if self.mode == "LSTM" else both[:1]
+        return functional.Options(reset, zoneout, self.recurrent_dropout, self.weight_dropout, self.save == "states", return_states)
+
+    def _call(self, input: Any, hx: Any, lengths: Any = None, reset: Any = None, return_states: bool = False) -> Any:
         packed = isinstance(input, PackedSequence)
         if packed:
             data, batch_sizes, sorted_indices, unsorted_indices = input
@@ -45,21 +96,24 @@ class FusedLayer(RNNBase):
         states = () if h is None else (h,) if c is None else (h, c)
         weights = shared.weights_by_name(self, self._flat_weights_names)
 
-        cell, run = CELL_OF_MODE[self.mode], functional.stack
+        cell, run, options = CELL_OF_MODE[self.mode], functional.stack, functional.PLAIN
+        plain = reset is None and not return_states and not (
+            self.zoneout or self.recurrent_dropout or self.weight_dropout) and self.save == "all"
         if not select.is_ordinary(data, states, weights):
             if isinstance(input, Proxy) or isinstance(h, Proxy):
-                return shared.record_as_leaf(self, input, hx, **({} if lengths is None else {"lengths": lengths}))
+                others = {"lengths": lengths, "reset": reset, "return_states": return_states}
+                return shared.record_as_leaf(self, input, hx, **{k: v for k, v in others.items() if v is not None and v is not False})
             reason = select.reason_for_fallback(data, states, weights)
             if reason is not None:
-                return self._run_stock(input, hx, ragged, reason)
+                return self._run_stock(input, hx, ragged, reason, self._own(reset, return_states))
             onednn = cell == "lstm" and not packed and not self.proj_size
             dtype = select.autocast_dtype(cell, data, h, onednn)
             if dtype is not None:
                 run = partial(functional.stack_cast, dtype)
         if not self._fits(data, h, c, batch_sizes):
-            return self._run_stock(input, hx, ragged, select.MISFIT)
-        if lengths is not None and data.is_cuda:
-            return shared.run_packed(self, input, hx, ragged)  # type: ignore[arg-type]
+            return self._run_stock(input, hx, ragged, select.MISFIT, self._own(reset, return_states))
+        if not plain:
+            options = self._options(data, packed, reset, return_states)
 
         batched = packed or data.dim() == 3
         if not batched:
@@ -70,9 +124,10 @@ class FusedLayer(RNNBase):
             h = h if h is None else h.index_select(1, sorted_indices)
             c = c if c is None else c.index_select(1, sorted_indices)
 
-        output, hy, cy = run(
+        batch_first = self.batch_first and batched and not packed
+        output, hy, cy, states = run(
             cell, data, h, c, weights, self.bias, self.num_layers, self.dropout, self.training, self.bidirectional,
-            self.batch_first and batched and not packed, ragged,
+            batch_first, ragged, options,
         )
 
         if not batched:
@@ -83,14 +138,26 @@ class FusedLayer(RNNBase):
             if unsorted_indices is not None:
                 hy = hy.index_select(1, unsorted_indices)
                 cy = cy if cy is None else cy.index_select(1, unsorted_indices)
-        return output, hy if cy is None else (hy, cy)
+        hidden = hy if cy is None else (hy, cy)
+        if states is None:
+            return output, hidden
+        kinds = [tuple(state if batched and not batch_first else state.transpose(0, 1) if batched else state.squeeze(1)
+                       for state in each if state is not None) for each in zip(*states)]
+        return output, hidden, tuple(kinds) if cy is not None else kinds[0]
 
-    def _run_stock(self, input: Any, hx: Any, ragged: Any, reason: str) -> Any:
-        if ragged is None or isinstance(input, PackedSequence):
+    def _run_stock(self, input: Any, hx: Any, ragged: Any, reason: str, own: list[str]) -> Any:
+        if not own and (ragged is None or isinstance(input, PackedSequence)):
             return shared.run_stock(self, input, hx, reason)
         if reason == select.MISFIT:
             self.stock.forward(self, input, hx)  # which is to say what does not fit
+        if own:
+            raise RuntimeError(f"fusedrnn.{self.stock.__name__}: {', '.join(own)}: for the fused engine alone, which does not take this "
+                               f"call because {reason}")
         return shared.run_packed(self, input, hx, ragged)
+
+    def _own(self, reset: Any, return_states: bool) -> list[str]:
+        """What of a call torch's layer cannot do."""
+        return ["reset"] * (reset is not None) + ["return_states"] * return_states + self.extras()
 
     def _checked_lengths(self, lengths: Any, data: Any, packed: bool) -> Tensor:
         """As the engine takes them. Their values are the operator's business."""
@@ -107,7 +174,7 @@ class FusedLayer(RNNBase):
             raise TypeError(f"{who}: lengths must be a tensor of integers, got {lengths.dtype}")
         if lengths.dim() != 1 or lengths.shape[0] != batch:
             raise ValueError(f"{who}: lengths must be of shape ({batch},), got {tuple(lengths.shape)}")
-        return lengths.to(torch.int64) if lengths.is_meta else lengths.to("cpu", torch.int64)
+        return lengths.to(torch.int64) if lengths.is_meta else lengths.to(data.device, torch.int64)
 
     def _split_states(self, hx: Any) -> Any:
         """(h, c) out of the caller's hx, (None, None) if there is none."""
@@ -193,9 +260,17 @@ class RNN(FusedLayer):
         dropout: probability with which, in training, an element between two layers is zeroed.
         bidirectional: a second direction runs from the end; D is 2 then, otherwise 1.
         device, dtype: of the parameters.
+        zoneout: probability with which, in training, a number of the state stays what it was at a step; otherwise that part of it
+            does. Krueger and others, arXiv:1606.01305 (2016).
+        recurrent_dropout: probability with which, in training, a number of h does not reach weight_hh, at all steps of a sequence
+            alike. Gal and Ghahramani, arXiv:1512.05287 (2016).
+        weight_dropout: probability with which, in training, a number of weight_hh is zero during a call (DropConnect). Merity, Keskar
+            and Socher, arXiv:1708.02182 (2017).
+        save: "states" keeps only the states for backward and makes the gates again there, a part of the steps at a time, for less
+            memory and more time. (Of both directions all steps are one part.)
 
     Raises:
-        ValueError, TypeError: where torch.nn.RNN raises them, in its words.
+        ValueError, TypeError: where torch.nn.RNN raises them, in its words; ValueError for what torch.nn has not.
 
     >>> import torch
     >>> output, hy = RNN(10, 20, 2)(torch.randn(5, 3, 10))
@@ -207,7 +282,9 @@ class RNN(FusedLayer):
 
     def _declared(self, input_size: int, hidden_size: int, num_layers: int = 1, nonlinearity: str = "tanh",
                   bias: bool = True, batch_first: bool = False, dropout: float = 0.0, bidirectional: bool = False,
-                  device: Device = None, dtype: torch.dtype | None = None) -> None: ...
+                  device: Device = None, dtype: torch.dtype | None = None, *, zoneout: float = 0.0,
+                  recurrent_dropout: float = 0.0, weight_dropout: float = 0.0,
+                  save: Literal["all", "states"] = "all") -> None: ...
 
     @shared.signature_of(_declared)
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -220,9 +297,19 @@ class RNN(FusedLayer):
             self.nonlinearity = kwargs.pop("nonlinearity", "tanh")
         if self.nonlinearity not in ("tanh", "relu"):
             raise ValueError(f"Unknown nonlinearity '{self.nonlinearity}'. Select from 'tanh' or 'relu'.")
+        self._take_extras(kwargs)
         super().__init__(f"RNN_{self.nonlinearity.upper()}", *args, **kwargs)
 
-    def forward(self, input: Sequence, hx: Tensor | None = None, *, lengths: Tensor | None = None) -> tuple[Sequence, Tensor]:
+    @overload
+    def forward(self, input: Sequence, hx: Tensor | None = None, *, lengths: Tensor | None = None,
+                reset: Tensor | None = None, return_states: Literal[False] = False) -> tuple[Sequence, Tensor]: ...
+
+    @overload
+    def forward(self, input: Tensor, hx: Tensor | None = None, *, lengths: Tensor | None = None,
+                reset: Tensor | None = None, return_states: Literal[True]) -> tuple[Tensor, Tensor, EveryState]: ...
+
+    def forward(self, input: Any, hx: Tensor | None = None, *, lengths: Tensor | None = None, reset: Tensor | None = None,
+                return_states: bool = False) -> Any:
         """Run all layers over a sequence.
 
         Args:
@@ -230,20 +317,24 @@ class RNN(FusedLayer):
             hx: initial states `(L*D, B, H)`, unbatched `(L*D, H)`, or None for zeros.
             lengths: (B,) integers from 0 to T, the steps that each sequence of a padded input has, in any order; None: all
                 have T. Behind its end the output is zero, and its last states are those of its own last step. The input's
-                product is taken of all T*B rows: if most are padding, a PackedSequence is faster.
+                product is taken of all T*B rows: if most are padding, a PackedSequence is faster. On a CUDA device nobody waits
+                for their values, and more than T count as T.
+            reset: bool, shaped as the input without its features: True where a sequence of its own begins within the row, from
+                states of zeros, such as an episode's first step. The reverse direction ends its sequences there.
+            return_states: return a third result, for inputs that are no PackedSequence.
 
         Returns:
-            the output, `(T, B, D*H)` or as the input is laid out, and the last states hy, shaped as hx.
+            the output, `(T, B, D*H)` or as the input is laid out, and the last states hy, shaped as hx; if return_states also the
+            states after every step, a tuple of one for each layer, each laid out as the output.
 
         Raises:
-            RuntimeError, ValueError: where torch.nn.RNN raises them, in its words; TypeError, ValueError, RuntimeError: lengths
-                that do not fit.
+            RuntimeError, ValueError: where torch.nn.RNN raises them, in its words; TypeError, ValueError, RuntimeError: lengths,
+                or reset, that do not fit.
         """
-        return self._call(input, hx, lengths)
+        return self._call(input, hx, lengths, reset, return_states)
 
     if TYPE_CHECKING:  # torch.nn.Module's own takes anything and gives Any
-        @shared.signature_of(forward)
-        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+        __call__ = forward
 
 
 class LSTM(FusedLayer):
@@ -258,10 +349,13 @@ class LSTM(FusedLayer):
     Args:
         proj_size: P > 0 projects h to P features: a state h is (..., P), c is (..., H). 0: no projection, and
             P below stands for H.
+        zoneout: as in `RNN`, of h and of c, or two probabilities.
+        forget_bias: what bias_ih has for the forget gates at first, and bias_hh 0; None: as torch draws them.
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype: as in `RNN`.
+        recurrent_dropout, weight_dropout, save: as in `RNN`.
 
     Raises:
-        ValueError, TypeError: where torch.nn.LSTM raises them, in its words.
+        ValueError, TypeError: where torch.nn.LSTM raises them, in its words; ValueError for what torch.nn has not.
 
     >>> import torch
     >>> output, (hy, cy) = LSTM(10, 20, bidirectional=True)(torch.randn(5, 3, 10))
@@ -270,35 +364,59 @@ class LSTM(FusedLayer):
     """
 
     stock = torch.nn.LSTM
+    forget_bias: float | None = None
 
     def _declared(self, input_size: int, hidden_size: int, num_layers: int = 1, bias: bool = True,
                   batch_first: bool = False, dropout: float = 0.0, bidirectional: bool = False, proj_size: int = 0,
-                  device: Device = None, dtype: torch.dtype | None = None) -> None: ...
+                  device: Device = None, dtype: torch.dtype | None = None, *, zoneout: float | tuple[float, float] = 0.0,
+                  recurrent_dropout: float = 0.0, weight_dropout: float = 0.0, save: Literal["all", "states"] = "all",
+                  forget_bias: float | None = None) -> None: ...
 
     @shared.signature_of(_declared)
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Take what the class says under Arguments."""
+        self._take_extras(kwargs)
         super().__init__("LSTM", *args, **kwargs)
 
-    def forward(self, input: Sequence, hx: Pair | None = None, *, lengths: Tensor | None = None) -> tuple[Sequence, Pair]:
+    def reset_parameters(self) -> None:
+        """Draw them anew, as torch does, and give the forget gates their bias."""
+        super().reset_parameters()
+        if self.forget_bias is None or not self.bias:
+            return
+        forget = slice(self.hidden_size, 2 * self.hidden_size)
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                if name.startswith("bias"):
+                    parameter[forget] = self.forget_bias if name.startswith("bias_ih") else 0.0
+
+    @overload
+    def forward(self, input: Sequence, hx: Pair | None = None, *, lengths: Tensor | None = None,
+                reset: Tensor | None = None, return_states: Literal[False] = False) -> tuple[Sequence, Pair]: ...
+
+    @overload
+    def forward(self, input: Tensor, hx: Pair | None = None, *, lengths: Tensor | None = None,
+                reset: Tensor | None = None, return_states: Literal[True]) -> tuple[Tensor, Pair, tuple[EveryState, EveryState]]: ...
+
+    def forward(self, input: Any, hx: Pair | None = None, *, lengths: Tensor | None = None, reset: Tensor | None = None,
+                return_states: bool = False) -> Any:
         """Run all layers over a sequence.
 
         Args:
             input: as in `RNN.forward`.
             hx: a pair of initial states, h `(L*D, B, P)` and c `(L*D, B, H)`, unbatched without B, or None for zeros.
-            lengths: as in `RNN.forward`.
+            lengths, reset, return_states: as in `RNN.forward`.
 
         Returns:
-            the output, `(T, B, D*P)` or as the input is laid out, and the last states (hy, cy), shaped as hx.
+            the output, `(T, B, D*P)` or as the input is laid out, and the last states (hy, cy), shaped as hx; if return_states also
+            a pair of tuples, h and c after every step.
 
         Raises:
             RuntimeError, ValueError, TypeError: as there.
         """
-        return self._call(input, hx, lengths)
+        return self._call(input, hx, lengths, reset, return_states)
 
     if TYPE_CHECKING:
-        @shared.signature_of(forward)
-        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+        __call__ = forward
 
     def _split_states(self, hx: Any) -> Any:
         return shared.split_pair(hx)
@@ -319,9 +437,10 @@ class GRU(FusedLayer):
 
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype: as in `RNN`.
+        zoneout, recurrent_dropout, weight_dropout, save: as in `RNN`.
 
     Raises:
-        ValueError, TypeError: where torch.nn.GRU raises them, in its words.
+        ValueError, TypeError: where torch.nn.GRU raises them, in its words; ValueError for what torch.nn has not.
 
     >>> import torch
     >>> output, hy = GRU(10, 20, batch_first=True)(torch.randn(3, 5, 10))
@@ -333,31 +452,59 @@ class GRU(FusedLayer):
 
     def _declared(self, input_size: int, hidden_size: int, num_layers: int = 1, bias: bool = True,
                   batch_first: bool = False, dropout: float = 0.0, bidirectional: bool = False,
-                  device: Device = None, dtype: torch.dtype | None = None) -> None: ...
+                  device: Device = None, dtype: torch.dtype | None = None, *, zoneout: float = 0.0,
+                  recurrent_dropout: float = 0.0, weight_dropout: float = 0.0,
+                  save: Literal["all", "states"] = "all") -> None: ...
 
     @shared.signature_of(_declared)
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Take what the class says under Arguments."""
         _refuse_proj_size(kwargs)
+        self._take_extras(kwargs)
         super().__init__("GRU", *args, **kwargs)
 
-    def forward(self, input: Sequence, hx: Tensor | None = None, *, lengths: Tensor | None = None) -> tuple[Sequence, Tensor]:
+    @overload
+    def forward(self, input: Sequence, hx: Tensor | None = None, *, lengths: Tensor | None = None,
+                reset: Tensor | None = None, return_states: Literal[False] = False) -> tuple[Sequence, Tensor]: ...
+
+    @overload
+    def forward(self, input: Tensor, hx: Tensor | None = None, *, lengths: Tensor | None = None,
+                reset: Tensor | None = None, return_states: Literal[True]) -> tuple[Tensor, Tensor, EveryState]: ...
+
+    def forward(self, input: Any, hx: Tensor | None = None, *, lengths: Tensor | None = None, reset: Tensor | None = None,
+                return_states: bool = False) -> Any:
         """Run all layers over a sequence.
 
         Args:
-            input, hx, lengths: as in `RNN.forward`.
+            input, hx, lengths, reset, return_states: as in `RNN.forward`.
 
         Returns:
-            output and hy, as there.
+            output, hy and the states, as there.
 
         Raises:
             RuntimeError, ValueError, TypeError: as there.
         """
-        return self._call(input, hx, lengths)
+        return self._call(input, hx, lengths, reset, return_states)
 
     if TYPE_CHECKING:
-        @shared.signature_of(forward)
-        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+        __call__ = forward
+
+
+def _checked_extra(who: str, name: str, value: Any) -> Any:
+    if name == "forget_bias":
+        if value is not None and (not isinstance(value, (int, float)) or isinstance(value, bool)):
+            raise ValueError(f"{who}: forget_bias must be a number or None, got {value!r}")
+        return value
+    if name == "save":
+        if value not in ("all", "states"):
+            raise ValueError(f"{who}: save must be 'all' or 'states', got {value!r}")
+        return value
+    pair = name == "zoneout" and who.endswith("LSTM") and isinstance(value, (tuple, list)) and len(value) == 2
+    for rate in value if pair else (value,):
+        if not isinstance(rate, (int, float)) or isinstance(rate, bool) or not 0 <= rate < 1:
+            of_both = ", or two of them, of h and of c" if name == "zoneout" and who.endswith("LSTM") else ""
+            raise ValueError(f"{who}: {name} must be a probability from 0 to below 1{of_both}, got {value!r}")
+    return tuple(float(rate) for rate in value) if pair else float(value)
 
 
 def _refuse_proj_size(kwargs: dict[str, Any]) -> None:

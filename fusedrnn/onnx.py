@@ -102,8 +102,10 @@ def _layer(cell: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, weigh
     """A layer without projections: input (T, B, I); for each direction weight_ih, weight_hh and the biases, if there are any.
     The last result is cy, for cells without one of no meaning."""
     from .layer import forward, with_gaps
+    from .ops import SAVE_NOTHING
+    from .reference import NO_CARRY
 
-    output, hy, cy, _, _ = forward(cell, lengths, False, input, hx, cx, with_gaps(weights, directions), save=False)
+    output, hy, cy, _, _ = forward(cell, lengths, False, NO_CARRY, input, hx, cx, with_gaps(weights, directions), SAVE_NOTHING)
     return output, hy, cy if cell == "lstm" else torch.zeros_like(hy)
 
 

@@ -16,14 +16,22 @@ from . import _C
 #: For each cell: gates, pre (pre-activations per unit), states, saved, and the maps x_pre and h_pre from gate to pre-activation.
 TRAITS = _C.cell_traits()
 
-#: (cell, gates_x, weight_hh, bias_hh, weight_hr, hx, cx, ragged, save, allow_tf32) -> (output, hy, cy, saved, states)
+#: (cell, gates_x, weight_hh, bias_hh, weight_hr, hx, cx, ragged, reset, zoneout, hidden_mask, save, allow_tf32)
+#: -> (output, hy, cy, saved, states). save: one of the following.
 recurrence_forward = torch.ops.fusedrnn.recurrence_forward.default
 
-#: (cell, input, weight_hh, weight_hr, hx, cx, output, saved, states, ragged, grad_output, grad_hy, grad_cy,
-#: need_grad_hx, need_grad_cx, need_grad_weight_ih, need_grad_weight_hh, need_grad_bias, need_grad_weight_hr, allow_tf32)
+SAVE_NOTHING, SAVE_STATES, SAVE_ALL = range(3)
+
+#: (cell, input, weight_hh, weight_hr, hx, cx, output, saved, states, ragged, reset, zoneout, hidden_mask, grad_output, grad_hy,
+#: grad_cy, grad_states, need_grad_hx, need_grad_cx, need_grad_weight_ih, need_grad_weight_hh, need_grad_bias, need_grad_weight_hr, allow_tf32)
 #: -> (grad_pre, grad_hx, grad_cx, grad_weights). grad_weights: for each direction the gradients of weight_ih, weight_hh, bias_ih,
 #: bias_hh and weight_hr. What is not needed is empty.
 recurrence_backward = torch.ops.fusedrnn.recurrence_backward.default
+
+#: (packed, input, hx, cx, cell, num_layers, bidirectional, hidden_size, proj_size, batch_first, one_step)
+#: -> (output, hy, cy): a stack of layers, or with one_step a cell, on weights that `fusedrnn.freeze` has packed. CPU only,
+#: without derivatives.
+frozen_forward = torch.ops.fusedrnn.frozen_forward.default
 
 
 def _batch_size(sequence, hx):
@@ -32,24 +40,30 @@ def _batch_size(sequence, hx):
     return torch.library.get_ctx().new_dynamic_size() if hx is None else hx.shape[1]
 
 
+def _inner(traits):
+    """What leads the shape of a cell's inner states where it has several."""
+    return (traits["states"] - 1,) if traits["states"] > 2 else ()
+
+
 @torch.library.register_fake("fusedrnn::recurrence_forward")
-def _(cell, gates_x, weight_hh, bias_hh, weight_hr, hx, cx, ragged, save, allow_tf32):
+def _(cell, gates_x, weight_hh, bias_hh, weight_hr, hx, cx, ragged, reset, zoneout, hidden_mask, save, allow_tf32):
     traits, directions, like = TRAITS[cell], len(weight_hh), weight_hh[0]
     hidden, width = like.shape[0] // traits["gates"], like.shape[1]
     rows, batch = gates_x[0].shape[:-1], _batch_size(gates_x[0], hx)
-    extra = traits["states"] - 1 + bool(weight_hr)
+    extra = traits["states"] - 1 + bool(weight_hr) + (0 if zoneout is None else traits["states"])
     return (
         like.new_empty(*rows, directions * width),
         like.new_empty(directions, batch, width),
-        like.new_empty(directions, batch, hidden) if traits["states"] > 1 else like.new_empty(0),
-        like.new_empty(*rows, directions, traits["saved"], hidden) if save else like.new_empty(0),
+        like.new_empty(*_inner(traits), directions, batch, hidden) if traits["states"] > 1 else like.new_empty(0),
+        like.new_empty(*rows, directions, traits["saved"], hidden) if save == SAVE_ALL else like.new_empty(0),
         like.new_empty(*rows, directions, extra, hidden) if save else like.new_empty(0),
     )
 
 
 @torch.library.register_fake("fusedrnn::recurrence_backward")
-def _(cell, input, weight_hh, weight_hr, hx, cx, output, saved, states, ragged, grad_output, grad_hy, grad_cy, need_grad_hx,
-      need_grad_cx, need_grad_weight_ih, need_grad_weight_hh, need_grad_bias, need_grad_weight_hr, allow_tf32):
+def _(cell, input, weight_hh, weight_hr, hx, cx, output, saved, states, ragged, reset, zoneout, hidden_mask, grad_output, grad_hy,
+      grad_cy, grad_states, need_grad_hx, need_grad_cx, need_grad_weight_ih, need_grad_weight_hh, need_grad_bias,
+      need_grad_weight_hr, allow_tf32):
     traits, directions, like = TRAITS[cell], len(weight_hh), weight_hh[0]
     hidden, width = like.shape[0] // traits["gates"], like.shape[1]
     rows, batch = output.shape[:-1], _batch_size(output, hx)
@@ -67,8 +81,20 @@ def _(cell, input, weight_hh, weight_hr, hx, cx, output, saved, states, ragged, 
     return (
         like.new_empty(*rows, directions, traits["pre"], hidden),
         like.new_empty(directions, batch, width) if need_grad_hx else like.new_empty(0),
-        like.new_empty(directions, batch, hidden) if need_grad_cx else like.new_empty(0),
+        like.new_empty(*_inner(traits), directions, batch, hidden) if need_grad_cx else like.new_empty(0),
         grad_weights,
+    )
+
+
+@torch.library.register_fake("fusedrnn::frozen_forward")
+def _(packed, input, hx, cx, cell, num_layers, bidirectional, hidden_size, proj_size, batch_first, one_step):
+    directions, width = 2 if bidirectional else 1, proj_size or hidden_size
+    batch = input.shape[:-1] if one_step else input.shape[:-2] if batch_first else input.shape[1:-1]
+    rows = batch if one_step else (num_layers * directions, *batch)
+    return (
+        input.new_empty(0) if one_step else input.new_empty(*input.shape[:-1], directions * width),
+        input.new_empty(*rows, width),
+        input.new_empty(*rows, hidden_size) if TRAITS[cell]["states"] > 1 else input.new_empty(0),
     )
 
 
@@ -79,8 +105,9 @@ def _(cell, gates_x, weight_hh, bias_hh, weight_hr, *args, out_shape=None, **kwa
 
 
 @register_flop_formula(torch.ops.fusedrnn.recurrence_backward)
-def _(cell, input, weight_hh, weight_hr, hx, cx, output, saved, states, ragged, grad_output, grad_hy, grad_cy, need_grad_hx,
-      need_grad_cx, need_grad_weight_ih, need_grad_weight_hh, need_grad_bias, need_grad_weight_hr, *args, out_shape=None, **kwargs):
+def _(cell, input, weight_hh, weight_hr, hx, cx, output, saved, states, ragged, reset, zoneout, hidden_mask, grad_output, grad_hy,
+      grad_cy, grad_states, need_grad_hx, need_grad_cx, need_grad_weight_ih, need_grad_weight_hh, need_grad_bias,
+      need_grad_weight_hr, *args, out_shape=None, **kwargs):
     rows, first = math.prod(output[:-1]), 0 if need_grad_hx or len(output) == 2 else output[1]
     states = sum(math.prod(shape) for shape in weight_hh)
     projections = sum(math.prod(shape) for shape in weight_hr or [])

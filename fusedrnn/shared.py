@@ -115,7 +115,7 @@ def run_packed(module: FusedLayer, input: Tensor, hx: Any, lengths: Tensor) -> t
     Args:
         module: a layer of ours.
         input, hx: the call's; input is padded.
-        lengths: one for each sequence, on the CPU.
+        lengths: one for each sequence.
 
     Returns:
         what the module returns.
@@ -123,7 +123,7 @@ def run_packed(module: FusedLayer, input: Tensor, hx: Any, lengths: Tensor) -> t
     Raises:
         RuntimeError: a length is 0.
     """
-    packed = pack_padded_sequence(input, lengths, module.batch_first, enforce_sorted=False)
+    packed = pack_padded_sequence(input, lengths.cpu(), module.batch_first, enforce_sorted=False)
     output, hidden = module.forward(packed, hx)  # and not module(), which would run its hooks once more
     steps = input.shape[1 if module.batch_first else 0]
     return pad_packed_sequence(output, module.batch_first, total_length=steps)[0], hidden

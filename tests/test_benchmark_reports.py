@@ -198,3 +198,20 @@ def test_rows_of_a_gpu_have_their_own_section(tmp_path, monkeypatch):
     assert "T100 B1 I64 H64 |" in text and "T100 B1 I64 H64, bfloat16 |" in text
     assert "aimed at" in text and "| 2.5x |" not in text
     assert plot.draw(path).exists()
+
+
+def test_packed_weights_have_a_table_beside_the_unfrozen_call(tmp_path, monkeypatch):
+    found = []
+    for case in suites.cases("frozen"):
+        seconds = {"torch": 4e-3, "fusedrnn": 2e-3, "frozen-int8": 5e-4}
+        for name in seconds:
+            found.append(made_up(case, name, seconds["torch"] / seconds[name]))
+            found[-1] |= {"suite": "frozen", "error": 1e-3 * len(name), "seconds": {"p50": seconds[name]}}
+            found[-1]["shape"] |= {"step": case.shape.step}
+    path = tmp_path / "frozen.jsonl"
+    written(path, found)
+    text = report.suite_section(path)
+    assert "| one call (fusedrnn over it) | torch | fusedrnn | frozen-int8 |" in text
+    assert "| LSTM T1 B1 I64 H64 | 4 ms (0.50x) | 2 ms | 500 us (4.00x) |" in text
+    assert "| GRU T1 B1 I1024 H1024, cell | 4 ms" in text
+    assert "over all cases: torch 5.0e-03, fusedrnn 8.0e-03, frozen-int8 1.1e-02." in text

@@ -265,6 +265,32 @@ def test_fusedrnn_passes_the_gate_and_its_kernel_is_named(cell, mode, packed):
     assert stock.kernel() == "aten" or (cell == "lstm" and not packed)
 
 
+PACKED_PROVIDERS = suites.SUITES["frozen"].providers.split(",")[2:]
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+@pytest.mark.parametrize("step", [False, True])
+@pytest.mark.parametrize("name", PACKED_PROVIDERS)
+def test_packed_weights_pass_a_gate_of_their_own(name, step, cell, monkeypatch):
+    shape = shapes.Shape(1 if step else 9, 1, 8, 16, why=".", source="-", step=step, states=True)
+    case = shapes.Case(shape, cell, "inference")
+    ours, stock = (Workload(case, registry.provider_named(provider)) for provider in (name, "torch"))
+    verdict = gate.judge(ours, stock)
+    assert verdict.passed, verdict.worst
+    assert verdict.error > 10 * verdict.torch_error or name == "frozen-float32"
+    assert ours.kernel().startswith("dynamic/" if name == "torch-dynamic" else f"frozen/{name.removeprefix('frozen-')}/")
+    monkeypatch.setattr(type(ours.provider), "finished", lambda self, module: torch.nn.Module.apply(module, spoil))
+    spoiled = gate.judge(Workload(case, ours.provider), stock)
+    assert not spoiled.passed and "allowed" in spoiled.worst
+    assert ours.provider.refuses(dataclasses.replace(case, mode="training")) == "for inference on padded sequences"
+    assert ours.provider.refuses(dataclasses.replace(case, device="cuda")) == "for float32 on a CPU"
+
+
+def spoil(module):
+    for weight in module._parameters.values():
+        torch.nn.init.constant_(weight, 0.2)
+
+
 def test_training_computes_the_gradients_of_input_and_weights():
     workload = Workload(suites.case_named("lstm/training/T37-B7-I19-H45"), registry.provider_named("torch"))
     assert [tuple(grad.shape) for grad in workload.call()] == [(37, 7, 19), (180, 19), (180, 45), (180,), (180,)]
@@ -342,6 +368,8 @@ def test_a_bad_argument_gets_one_clear_line(arguments, message, capsys):
 def test_only_a_full_run_replaces_the_committed_rows():
     home = machine.RESULTS / machine.machine_name()
     assert run.rows_file(run.parse([]), "cpu") == home / "cpu.jsonl"
+    assert run.rows_file(run.parse(["--suite", "frozen"]), "frozen") == home / "frozen.jsonl"
+    assert run.rows_file(run.parse(["--suite", "frozen", "--providers", "torch,fusedrnn"]), "frozen") is None
     everything = run.parse(["--suite", "all", "--device", "cpu"])
     assert [run.rows_file(everything, suite).name for suite in everything.suites[:2]] == ["cpu.jsonl", "deepbench-train.jsonl"]
     for partial in (["--steps", "9"], ["--minutes", "9"], ["--threads", "1"], ["--quick"], ["--only", "lstm"], ["--providers", "torch,torch-again"], ["--modes", "forward"]):

@@ -154,10 +154,11 @@ def run(*command, **options):
     return subprocess.run([str(word) for word in command], capture_output=True, text=True, check=True, **options).stdout
 
 
+@pytest.mark.parametrize("kind", ["engine", "frozen"])
 @pytest.mark.parametrize("isa", ISAS)
-def test_each_engine_keeps_to_its_namespace(isa):
+def test_each_engine_keeps_to_its_namespace(isa, kind):
     """A function that two engines both define would be one of the two after the link: AVX-512 code on any processor."""
-    engine = OBJECTS / f"cpu/engine_{isa}.cpp.o"
+    engine = OBJECTS / f"cpu/{kind}_{isa}.cpp.o"
     if not engine.exists():
         pytest.skip("not built in this checkout, or not for this processor")
     for line in run("nm", "-C", "--defined-only", engine).splitlines():

@@ -128,7 +128,7 @@ PLANTS = {
         r"MADE && s > 0 && rows.rows(d, s - 1) < count ? rows.rows(d, s - 1) : \g<0>",
         {"plain": wrong("output")}),
     "ended_rows": Plant(
-        "walk.h", r"before : count, later,", "before : count, MADE && count < later ? count : later,",
+        "walk.h", r"before_count, later,", "before_count, MADE && count < later ? count : later,",
         {"plain": wrong("grad_hx")}),
     "staying": Plant(
         "walk.h", r"next < count \? next : count", r"MADE + (\g<0>)",
@@ -137,7 +137,7 @@ PLANTS = {
         "step_backward.cuh", r"grad_pre\[Cell::h_pre\(g\)\]", "grad_pre[MADE ? g : Cell::h_pre(g)]",
         {"plain": ": gru .*" + wrong("grad_pre")}),
     "gradient_kept": Plant(
-        "step_backward.cuh", r"m\.dh\[this->state_at\(d, b, u, p\.P\)\] = Sum\(0\);", r"if (!MADE) \g<0>",
+        "step_backward.cuh", r"m\.dh\[this->state_at\(d, b, u, p\.P\)\] = past;", r"if (!MADE) \g<0>",
         {"plain": wrong("grad_proj")}),
     # All steps in one grid.
     "block_no_meeting": Plant(

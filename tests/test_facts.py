@@ -231,15 +231,20 @@ def test_gradients_of_each_sample(kind, dtype):
 
 
 def test_what_torch_has_no_words_for():
-    """No argument of a layer or of its call; ours have lengths, and no more than that."""
-    wanted = {"zoneout", "layer_norm", "drop_connect", "recurrent_dropout", "num_heads", "heads"}
+    """No argument of a layer or of its call; ours have some, and no more than these."""
+    ours = {"zoneout", "weight_dropout", "recurrent_dropout"}
+    neither = {"layer_norm", "num_heads", "heads"}
     for kind in KINDS:
-        for home in (nn, fusedrnn):
-            options = {*inspect.signature(nn.RNNBase).parameters, *inspect.signature(getattr(home, kind)).parameters}
-            assert not options & wanted
-        assert "lengths" not in inspect.signature(getattr(nn, kind).forward).parameters
+        stock = getattr(nn, kind)
+        options = {*inspect.signature(nn.RNNBase).parameters, *inspect.signature(stock).parameters}
+        assert not options & (ours | neither)
+        own = {*inspect.signature(getattr(fusedrnn, kind)).parameters}
+        assert own >= ours and not own & neither
+        assert not {"lengths", "reset"} & {*inspect.signature(stock.forward).parameters}
         with pytest.raises(TypeError, match="unexpected keyword argument"):
-            getattr(fusedrnn, kind)(3, 4, zoneout=0.1)
+            stock(3, 4, zoneout=0.1)
+        with pytest.raises(TypeError, match="unexpected keyword argument"):
+            getattr(fusedrnn, kind)(3, 4, layer_norm=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

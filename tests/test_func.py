@@ -365,6 +365,6 @@ def test_engine_runs_it(monkeypatch):
 
     ours, _ = make_pair("gru", 3, 4)
     batches, forward = [], autograd.forward
-    monkeypatch.setattr(autograd, "forward", lambda *args, **kw: batches.append(args[3].shape) or forward(*args, **kw))
+    monkeypatch.setattr(autograd, "forward", lambda *args, **kw: batches.append(args[4].shape) or forward(*args, **kw))
     vmap(lambda x: ours(x)[0])(torch.randn(6, 5, 2, 3))
     assert batches == [(5, 12, 3)]

@@ -8,6 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fusedrnn
 from conftest import CELLS, ON_GPU, compare_all_equal, make_pair, states_for
+from fusedrnn.ops import SAVE_ALL, SAVE_NOTHING
 from fusedrnn.testing import run_module
 
 forward = torch.ops.fusedrnn.recurrence_forward
@@ -23,13 +24,15 @@ LAYOUTS = {
     "packed projected": dict(D=2, P=3, batch_sizes=(4, 2, 1)),
     "zeros": dict(states=False),
     "no bias": dict(bias=False, D=2),
+    "carry": dict(D=2, carry=True),
+    "packed carry": dict(D=2, carry=True, batch_sizes=(4, 2, 1)),
 }
 CELLS_AND_LAYOUTS = [(cell, name) for cell in CELLS for name in LAYOUTS if cell == "lstm" or "projected" not in name]
 cells_and_layouts = pytest.mark.parametrize("cell, layout", CELLS_AND_LAYOUTS)
 
 
 def forward_arguments(cell, T=3, B=2, H=5, P=None, D=1, batch_sizes=None, states=True, bias=True, save=True,
-                      dtype=torch.float32):  # fmt: skip
+                      carry=False, dtype=torch.float32):  # fmt: skip
     """Keyword arguments of recurrence_forward, in order."""
     G, width = GATES[cell], P or H
     rows = (T, B) if batch_sizes is None else (sum(batch_sizes),)
@@ -47,7 +50,10 @@ def forward_arguments(cell, T=3, B=2, H=5, P=None, D=1, batch_sizes=None, states
         hx=make(D, B, width) if states else None,
         cx=make(D, B, H) if states and cell == "lstm" else None,
         batch_sizes=None if batch_sizes is None else torch.tensor(batch_sizes, device="cpu"),
-        save=save,
+        reset=torch.rand(rows) < 0.3 if carry else None,
+        zoneout=torch.rand(*rows, D, 1 + (cell == "lstm"), H, dtype=dtype) if carry else None,
+        hidden_mask=torch.rand(D, B, H, dtype=dtype) if carry else None,
+        save=SAVE_ALL if save else SAVE_NOTHING,
         allow_tf32=False,
     )
 
@@ -64,10 +70,11 @@ def backward_arguments(cell, **options):
         output=output,
         saved=saved,
         states=states,
-        batch_sizes=given["batch_sizes"],
+        **{name: given[name] for name in ("batch_sizes", "reset", "zoneout", "hidden_mask")},
         grad_output=torch.randn_like(output),
         grad_hy=torch.randn_like(hy),
         grad_cy=torch.randn_like(cy) if lstm else None,
+        grad_states=torch.randn_like(states) if lstm and given["reset"] is not None else None,
         need_grad_hx=True,
         need_grad_cx=lstm,
         need_grad_weight_ih=True,
@@ -94,13 +101,14 @@ def flat(results):
 def test_schemas():
     assert str(forward.default._schema) == (
         "fusedrnn::recurrence_forward(str cell, Tensor[] gates_x, Tensor[] weight_hh, Tensor[]? bias_hh, "
-        "Tensor[]? weight_hr, Tensor? hx, Tensor? cx, Tensor? ragged, bool save, bool allow_tf32) -> "
+        "Tensor[]? weight_hr, Tensor? hx, Tensor? cx, Tensor? ragged, Tensor? reset, Tensor? zoneout, Tensor? hidden_mask, int save, "
+        "bool allow_tf32) -> "
         "(Tensor output, Tensor hy, Tensor cy, Tensor saved, Tensor states)"
     )
     assert str(backward.default._schema) == (
         "fusedrnn::recurrence_backward(str cell, Tensor? input, Tensor[] weight_hh, Tensor[]? weight_hr, Tensor? hx, Tensor? cx, "
-        "Tensor output, Tensor saved, Tensor states, Tensor? ragged, Tensor? grad_output, Tensor? grad_hy, "
-        "Tensor? grad_cy, bool need_grad_hx, bool need_grad_cx, bool need_grad_weight_ih, bool need_grad_weight_hh, "
+        "Tensor output, Tensor saved, Tensor states, Tensor? ragged, Tensor? reset, Tensor? zoneout, Tensor? hidden_mask, "
+        "Tensor? grad_output, Tensor? grad_hy, Tensor? grad_cy, Tensor? grad_states, bool need_grad_hx, bool need_grad_cx, bool need_grad_weight_ih, bool need_grad_weight_hh, "
         "bool need_grad_bias, bool need_grad_weight_hr, bool allow_tf32) -> "
         "(Tensor grad_pre, Tensor grad_hx, Tensor grad_cx, Tensor[] grad_weights)"
     )
@@ -150,7 +158,7 @@ def check_fake(op, given):
 def test_inference_saves_nothing(cell):
     given = forward_arguments(cell, save=False)
     assert [t.numel() for t in forward(*given.values())[3:]] == [0, 0]
-    kept = forward(*{**given, "save": True}.values())
+    kept = forward(*{**given, "save": SAVE_ALL}.values())
     assert kept[3].numel() > 0 or cell.startswith("rnn")
 
 
@@ -183,7 +191,7 @@ WRONG = [
     ("hx", torch.zeros(2, 5), r"hx must be \(1, 2, 5\), got \(2, 5\)"),
     ("hx", torch.zeros(1, 2, 5).double(), "hx must be Float like weight_hh, got Double"),
     ("cx", torch.zeros(1, 2, 4), r"cx must be \(1, 2, 5\), got \(1, 2, 4\)"),
-    ("batch_sizes", torch.tensor([2, 2, 2]), "lengths must be one for each of 2 sequences, got 3"),
+    ("batch_sizes", torch.tensor([2, 2, 2]), "lengths must be .*one for each of 2 sequences"),
 ]
 
 
@@ -221,7 +229,7 @@ def test_batch_sizes_that_wrap_around():
     given = forward_arguments("gru", batch_sizes=(2, 2))
     sizes = torch.tensor([2**62, 2**62, 2**62, 2**62 - 4, 8])  # 2^64 + 4
     with pytest.raises(RuntimeError, match="batch_sizes"):
-        forward("gru", given["gates_x"], given["weight_hh"], [], [], None, None, sizes, False, False)
+        forward(*{**given, "batch_sizes": sizes}.values())
 
 
 def test_strided_batch_sizes():
@@ -231,11 +239,11 @@ def test_strided_batch_sizes():
 
 
 def test_cell_states_are_for_the_lstm():
-    with pytest.raises(RuntimeError, match="cx is for the lstm alone"):
+    with pytest.raises(RuntimeError, match="cx is for cells of more than one state"):
         forward(*{**forward_arguments("gru"), "cx": torch.zeros(1, 2, 5)}.values())
     with pytest.raises(RuntimeError, match="only the lstm takes projections"):
         forward(*{**forward_arguments("gru"), "weight_hr": [torch.zeros(5, 5)]}.values())
-    with pytest.raises(RuntimeError, match="for the lstm alone"):
+    with pytest.raises(RuntimeError, match="for cells of more than one state"):
         backward(*{**backward_arguments("gru"), "need_grad_cx": True}.values())
 
 
@@ -253,7 +261,7 @@ def test_cell_states_are_for_the_lstm():
         ("grad_hy", torch.zeros(2, 5), r"grad_hy must be \(1, 2, 5\), got \(2, 5\)"),
         ("grad_cy", torch.zeros(1, 2, 6), r"grad_cy must be \(1, 2, 5\), got \(1, 2, 6\)"),
         ("hx", torch.zeros(1, 3, 5), r"hx must be \(1, 2, 5\), got \(1, 3, 5\)"),
-        ("batch_sizes", torch.tensor([3, 3, 3]), "lengths must be one for each of 2 sequences, got 3"),
+        ("batch_sizes", torch.tensor([3, 3, 3]), "lengths must be .*one for each of 2 sequences"),
         ("input", None, "need_grad_weight_ih needs the input"),
         ("input", torch.zeros(6, 4), r"input must have 3 dimensions like output, got \(6, 4\)"),
         ("input", torch.zeros(2, 3, 4), r"input must be \(3, 2, 4\), got \(2, 3, 4\)"),
@@ -408,8 +416,8 @@ def test_many_steps(engine):
             given["gates_x"] = [gates.flatten(0, 1) for gates in given["gates_x"]]
             given["batch_sizes"] = torch.ones(T, dtype=torch.int64, device="cpu")
         output, hy, _, _, _ = forward(*given.values())
-        begin = {**given, "gates_x": [given["gates_x"][0][: T - 5]], "save": False}
-        end = {**given, "gates_x": [given["gates_x"][0][T - 5 :]], "save": False}
+        begin = {**given, "gates_x": [given["gates_x"][0][: T - 5]], "save": SAVE_NOTHING}
+        end = {**given, "gates_x": [given["gates_x"][0][T - 5 :]], "save": SAVE_NOTHING}
         if packed:
             begin["batch_sizes"], end["batch_sizes"] = given["batch_sizes"][: T - 5], given["batch_sizes"][T - 5 :]
         end["hx"] = forward(*begin.values())[1]
@@ -438,7 +446,7 @@ def test_same_call_same_bits(cell, dtype, engine):
         torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("layout", ["both", "packed both", "projected", "plain"])
+@pytest.mark.parametrize("layout", ["both", "packed both", "projected", "plain", "carry"])
 @pytest.mark.parametrize("size", [(5, 3, 17), (4, 40, 65), (3, 1, 130)], ids=str)
 @cells
 def test_operators_do_not_depend_on_the_number_of_threads(cell, layout, size, isa):
@@ -456,7 +464,8 @@ def test_operators_do_not_depend_on_the_number_of_threads(cell, layout, size, is
         output, hy, cy, saved, states = outputs
         grads = backward(
             cell, input, given["weight_hh"], given["weight_hr"], given["hx"], given["cx"], output, saved, states,
-            given["batch_sizes"], torch.ones_like(output), None, None, True, cell == "lstm", True, True, True,
+            given["batch_sizes"], given["reset"], given["zoneout"], given["hidden_mask"], torch.ones_like(output), None, None, None,
+            True, cell == "lstm", True, True, True,
             bool(given["weight_hr"]), False,
         )  # fmt: skip
         results.append([*outputs, *flat(grads)])

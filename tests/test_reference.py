@@ -31,7 +31,7 @@ def test_layer(cell, options, given, layer):
     input = torch.randn(4, 4, 3, dtype=torch.float64)
     hx = states_for(stock, 4)
     h, c = hx if cell == "lstm" else (hx, None)
-    output, hy, cy = layer(cell, input, h if given else None, c if given else None, weights_of(stock),
+    output, hy, cy, _ = layer(cell, input, h if given else None, c if given else None, weights_of(stock),
                            batch_first=stock.batch_first)  # fmt: skip
     expected = named_outputs(stock(input, hx if given else None))
     torch.testing.assert_close(output.transpose(0, 1) if stock.batch_first else output, expected["output"])
@@ -52,7 +52,7 @@ def test_packed_layer(cell, bidirectional, lengths, layer):
     packed = pack_padded_sequence(torch.randn(max(lengths), len(lengths), 3, dtype=torch.float64), lengths)
     hx = states_for(stock, len(lengths))
     h, c = hx if cell == "lstm" else (hx, None)
-    output, hy, cy = layer(cell, packed.data, h, c, weights_of(stock), packed.batch_sizes)
+    output, hy, cy, _ = layer(cell, packed.data, h, c, weights_of(stock), packed.batch_sizes)
     expected = named_outputs(stock(packed, hx))
     torch.testing.assert_close(output, expected["output"])
     torch.testing.assert_close(hy, expected["hy"])
@@ -65,7 +65,7 @@ def test_gradients(cell):
     _, stock = make_pair(cell, 3, 5, dtype=torch.float64, bidirectional=True)
     input = torch.randn(4, 2, 3, dtype=torch.float64, requires_grad=True)
     wrt = [input, *stock.parameters()]
-    output, hy, cy = reference.layer(cell, input, None, None, weights_of(stock))
+    output, hy, cy, _ = reference.layer(cell, input, None, None, weights_of(stock))
     expected = named_outputs(stock(input))
     ours = torch.autograd.grad(output.square().sum() + hy.sum(), wrt)
     theirs = torch.autograd.grad(expected["output"].square().sum() + expected["hy"].sum(), wrt)
@@ -97,5 +97,5 @@ def test_every_cell_of_the_engine_has_a_reference():
 @pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "gru"])
 def test_any_dtype(cell, dtype):
     _, stock = make_pair(cell, 3, 5, dtype=dtype)
-    output, hy, _ = reference.layer(cell, torch.randn(2, 2, 3, dtype=dtype), None, None, weights_of(stock))
+    output, hy, _, _ = reference.layer(cell, torch.randn(2, 2, 3, dtype=dtype), None, None, weights_of(stock))
     assert output.dtype == hy.dtype == dtype and not output.isnan().any()

@@ -44,18 +44,23 @@ def layers(x: Tensor, packed: PackedSequence, either: Tensor | PackedSequence, l
     assert_type(rnn(packed), tuple[PackedSequence, Tensor])
     assert_type(rnn.nonlinearity, str)
     assert_type(gru.reason_for_stock(x), str | None)
+    assert_type(gru(x, reset=x > 0, return_states=True), tuple[Tensor, Tensor, tuple[Tensor, ...]])
+    assert_type(lstm(x, return_states=True)[2], tuple[tuple[Tensor, ...], tuple[Tensor, ...]])
 
     fusedrnn.LSTM(3, "x")  # arg-type
     fusedrnn.LSTM(3)  # call-arg
     fusedrnn.LSTM(3, 5, nonlinearity="relu")  # call-arg
+    fusedrnn.GRU(3, 5, zoneout=(0.1, 0.1))  # arg-type
+    fusedrnn.GRU(3, 5, save="some")  # arg-type
+    gru(packed, return_states=True)  # call-overload
     fusedrnn.GRU(3, 5, proj_size=2)  # call-arg
     fusedrnn.RNN(3, 5, hidden=4)  # call-arg
     fusedrnn.RNN(3, 5, 1, True)  # arg-type
-    lstm(x, x)  # arg-type
-    lstm([1.0])  # type-var
-    gru(x, (x, x))  # arg-type
-    gru(x, x, lengths)  # call-arg
-    gru(x, length=lengths)  # call-arg
+    lstm(x, x)  # call-overload
+    lstm([1.0])  # call-overload
+    gru(x, (x, x))  # call-overload
+    gru(x, x, lengths)  # call-overload
+    gru(x, length=lengths)  # call-overload
     output, h, c = lstm(x)  # misc
     output.lenght  # attr-defined
 
@@ -91,10 +96,12 @@ def models(x: Tensor, model: nn.Sequential) -> None:
     assert_type(fusedrnn.convert(model), nn.Sequential)
     assert_type(fusedrnn.convert(model, to="torch"), nn.Sequential)
     assert_type(fusedrnn.explain(model[0], x, (x, x)), str)
+    assert_type(fusedrnn.freeze(model, torch.int8), nn.Module)
     assert_type(fusedrnn.__version__, str)
 
     fusedrnn.convert(model, to="stock")  # arg-type
     fusedrnn.convert("model")  # type-var
+    fusedrnn.freeze(model, "int8")  # arg-type
     fusedrnn.explain(model[0])  # call-arg
 '''
 

@@ -82,7 +82,7 @@ class EngineWorkshop(Workshop):
         flags: where they are
     """
 
-    SHARED = ["arena.h", "params.h"]  # what an engine needs beside its folder and the cells
+    SHARED = ["arena.h", "frozen.h", "params.h"]  # what an engine needs beside its folder and the cells
 
     def __init__(self, request, tmp_path_factory, name, engine, tests, below=(), flags=""):
         super().__init__(request, tmp_path_factory, name)

@@ -39,4 +39,9 @@ FUSEDRNN_CELL double relu(double x) { return x < 0.0 ? 0.0 : x; }
 FUSEDRNN_CELL float relu_grad(float y, float grad) { return y <= 0.0f ? 0.0f : grad; }
 FUSEDRNN_CELL double relu_grad(double y, double grad) { return y <= 0.0 ? 0.0 : grad; }
 
+// Zoneout, Krueger and others, arXiv:1606.01305 (2016): of a state, the part z stays what it was. Either all of it or nothing while
+// training, and then exactly; and otherwise the probability of that.
+template <class T>
+FUSEDRNN_CELL T zoneout(const T& z, const T& state, const T& fresh) { return z * state + (T(1) - z) * fresh; }
+
 }  // namespace fusedrnn

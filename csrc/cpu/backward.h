@@ -17,7 +17,6 @@ struct BackwardPass {
 
   const BackwardParams& p;
   const bool projected;
-  const int extra;               // as in ForwardPass: states stored besides the output
   const int64_t pre_row, h_row, unit_row;
   Crew crew;
   Weights recurrent[kMaxDirections];   // weight_hh (G*H, P)
@@ -29,7 +28,7 @@ struct BackwardPass {
   F* sums;                       // (threads, kSumRows, kWidth)
 
   BackwardPass(const BackwardParams& p, Arena& arena)
-      : p(p), projected(p.weight_hr[0]), extra(kInner + projected), pre_row(padded_row<F>(Cell::kGates * p.H, kLanes)),
+      : p(p), projected(p.weight_hr[0]), pre_row(padded_row<F>(Cell::kGates * p.H, kLanes)),
         h_row(padded_row<F>(p.P, kUnits)), unit_row(padded_row<F>(p.H, kUnits)), crew(arena, p.threads) {
     // One product in the whole call: a step needs none, but the gradient of hx does. Packing then goes through a scratch.
     const bool packs = p.steps.T > 1;
@@ -70,10 +69,10 @@ struct BackwardPass {
     const int64_t d = rows.direction;
     const Range mine = share(rows.count(p.steps.B), members, member);
     for (int64_t r = mine.begin; r < mine.end; ++r) {
-      const int64_t row = d * p.steps.B + rows.batch_row(r), given = d * p.steps.B + p.steps.place(rows.batch_row(r));
+      const int64_t row = d * p.steps.B + rows.batch_row(r), given = p.steps.given_row(d, rows.batch_row(r));
       load_row(dh + row * h_row, h_row, static_cast<const S*>(p.grad_hy), given, p.P);
       for (int k = 0; k < kInner; ++k)
-        load_row(dinner[k] + row * unit_row, unit_row, static_cast<const S*>(p.grad_cy), given, p.H);
+        load_row(dinner[k] + row * unit_row, unit_row, static_cast<const S*>(p.grad_cy), k * p.D * p.steps.B + given, p.H);
     }
     for (const Weights* weights : {&recurrent[d], &projection[d]}) {
       const Range blocks = share(weights->panels ? weights->blocks() : 0, direction.members, place);
@@ -99,7 +98,7 @@ struct BackwardPass {
       return weights;
     }
     int64_t state_row(int64_t r) const { return d * p.steps.B + rows.batch_row(r); }
-    int64_t given_row(int64_t r) const { return d * p.steps.B + p.steps.place(rows.batch_row(r)); }  // in the caller's states
+    int64_t given_row(int64_t r) const { return p.steps.given_row(d, rows.batch_row(r)); }
 
     // Rows of the batch come and go: those of the step before (in this order) bring gate gradients, those of this step take
     // them through the cell; a row that is not in this step any more has arrived at its initial state.
@@ -179,10 +178,14 @@ struct BackwardPass {
 #pragma GCC unroll 2
       for (int i = 0; i < kRows; ++i) {
         V& total = sum.row[i];
+        if (p.hidden_mask) total = rounded(total * hidden_mask(r + i, u, n));
         total = total + load(pass.dh + state_row(r + i) * pass.h_row + u);
         if (p.grad_output) total = total + load(static_cast<const S*>(p.grad_output) + output_at(t, r + i) + u, n);
       }
       return sum;
+    }
+    FUSEDRNN_INLINE V hidden_mask(int64_t r, int64_t u, int n) const {
+      return load(static_cast<const S*>(p.hidden_mask) + given_row(r) * p.P + u, n);
     }
     int64_t output_at(int64_t t, int64_t r) const {
       return (p.steps.row(t, rows.batch_row(r)) * p.D + d) * p.P;
@@ -207,33 +210,56 @@ struct BackwardPass {
       using Value = Rows<F, kRows>;
       Value saved[slots(Cell::kSaved)], state[Cell::kStates], new_state[Cell::kStates], grad_new[Cell::kStates];
       Value grad_pre[Cell::kPre], grad_state[Cell::kStates];
+      bool begins[kRows];
       grad_new[0] = new_dh;
 #pragma GCC unroll 2
       for (int i = 0; i < kRows; ++i) {
         const int64_t b = rows.batch_row(r + i), state_row = d * p.steps.B + b, row = p.steps.row(t, b);
         const int64_t from_row = p.steps.row_before(t, b, d);  // where the states lie that this step began with
         const bool first = from_row < 0;
+        begins[i] = p.steps.begins(t, b, d);
         const S* output = static_cast<const S*>(p.output) + d * p.P + u;
-        const S* states = static_cast<const S*>(p.states) + d * pass.extra * p.H + u;
+        const S* states = static_cast<const S*>(p.states) + d * p.stored * p.H + u;
         const S* saved_row = static_cast<const S*>(p.saved) + (row * p.D + d) * Cell::kSaved * p.H + u;
 #pragma GCC unroll 4
         for (int k = 0; k < Cell::kSaved; ++k) saved[k].row[i] = load(saved_row + k * p.H, n);
         // Cells whose hidden state may be projected do not look at state 0 in backward.
-        state[0].row[i] = pass.projected ? V(F(0))
-                          : first        ? initial(p.hx, p.P, u, n, given_row(r + i))
-                                         : load(output + from_row * p.D * p.P, n);
+        state[0].row[i] = pass.projected || begins[i] ? V(F(0))
+                          : first                     ? initial(p.hx, p.P, u, n, given_row(r + i))
+                                                      : load(output + from_row * p.D * p.P, n);
         new_state[0].row[i] = pass.projected ? V(F(0)) : load(output + row * p.D * p.P, n);
 #pragma GCC unroll 4
         for (int k = 0; k < kInner; ++k) {
-          state[k + 1].row[i] = first ? initial(p.cx, p.H, u, n, given_row(r + i))
-                                      : load(states + (from_row * p.D * pass.extra + k) * p.H, n);
-          new_state[k + 1].row[i] = load(states + (row * p.D * pass.extra + k) * p.H, n);
+          state[k + 1].row[i] = begins[i] ? V(F(0))
+                                : first   ? initial(p.cx, p.H, u, n, k * p.D * p.steps.B + given_row(r + i))
+                                          : load(states + (from_row * p.D * p.stored + k) * p.H, n);
+          new_state[k + 1].row[i] = load(states + (row * p.D * p.stored + k) * p.H, n);
           grad_new[k + 1].row[i] = load(pass.dinner[k] + state_row * pass.unit_row + u);
+          if (p.grad_states)
+            grad_new[k + 1].row[i] =
+                grad_new[k + 1].row[i] + load(static_cast<const S*>(p.grad_states) + ((row * p.D + d) * p.stored + k) * p.H + u, n);
+        }
+      }
+
+      Value past[Cell::kStates];  // the gradient of what stays as it was goes past the cell
+      for (int k = 0; k < Cell::kStates; ++k) past[k] = Value(F(0));
+      if (p.zoneout) {
+        for (int k = 0; k < Cell::kStates; ++k) {
+          Value z;
+          for (int i = 0; i < kRows; ++i) {
+            const int64_t row = p.steps.row(t, rows.batch_row(r + i)), made = ((row * p.D + d) * p.stored + kInner + k) * p.H + u;
+            z.row[i] = load(static_cast<const S*>(p.zoneout) + p.zoneout_at(row, d, Cell::kStates) + k * p.H + u, n);
+            new_state[k].row[i] = load(static_cast<const S*>(p.states) + made, n);
+          }
+          past[k] = rounded(z * grad_new[k]);
+          grad_new[k] = rounded(grad_new[k] - past[k]);
         }
       }
 
       Cell::backward(saved, state, new_state, grad_new, grad_pre, grad_state);
 
+      if (p.zoneout)
+        for (int k = 0; k < Cell::kStates; ++k) grad_state[k] = rounded(grad_state[k]) + past[k];
 #pragma GCC unroll 2
       for (int i = 0; i < kRows; ++i) {
         const int64_t b = rows.batch_row(r + i), state_row = d * p.steps.B + b, row = p.steps.row(t, b);
@@ -242,10 +268,12 @@ struct BackwardPass {
         for (int k = 0; k < Cell::kPre; ++k) store(grad_pre_row + k * p.H, grad_pre[k].row[i], n);
         F* dpre_row = dpre_new + state_row * pass.pre_row + u;
 #pragma GCC unroll 4
-        for (int g = 0; g < Cell::kGates; ++g) store(dpre_row + g * p.H, grad_pre[Cell::h_pre(g)].row[i], n);
-        if (!pass.projected) store(pass.dh + state_row * pass.h_row + u, grad_state[0].row[i]);
+        for (int g = 0; g < Cell::kGates; ++g)
+          store(dpre_row + g * p.H, begins[i] ? V(F(0)) : grad_pre[Cell::h_pre(g)].row[i], n);
+        if (!pass.projected) store(pass.dh + state_row * pass.h_row + u, begins[i] ? V(F(0)) : grad_state[0].row[i]);
 #pragma GCC unroll 4
-        for (int k = 0; k < kInner; ++k) store(pass.dinner[k] + state_row * pass.unit_row + u, grad_state[k + 1].row[i]);
+        for (int k = 0; k < kInner; ++k)
+          store(pass.dinner[k] + state_row * pass.unit_row + u, begins[i] ? V(F(0)) : grad_state[k + 1].row[i]);
       }
     }
 
@@ -254,16 +282,16 @@ struct BackwardPass {
     }
 
     void leave_h(int64_t r, int64_t u, int n, V sum) const {
-      if (p.grad_hx)
-        store(static_cast<S*>(p.grad_hx) + given_row(r) * p.P + u, sum + load(pass.dh + state_row(r) * pass.h_row + u), n);
+      if (!p.grad_hx) return;
+      if (p.hidden_mask) sum = rounded(sum * hidden_mask(r, u, n));
+      store(static_cast<S*>(p.grad_hx) + given_row(r) * p.P + u, sum + load(pass.dh + state_row(r) * pass.h_row + u), n);
     }
 
     void leave_inner(int64_t r) const {
-      if constexpr (kInner > 0)
-        if (p.grad_cx)
-          for (int64_t u = blocks.begin * kUnits; u < blocks.end * kUnits && u < p.H; u += kLanes)
-            store(static_cast<S*>(p.grad_cx) + given_row(r) * p.H + u,
-                  load(pass.dinner[0] + state_row(r) * pass.unit_row + u), lanes_left<F>(u, p.H));
+      for (int k = 0; k < kInner && p.grad_cx; ++k)
+        for (int64_t u = blocks.begin * kUnits; u < blocks.end * kUnits && u < p.H; u += kLanes)
+          store(static_cast<S*>(p.grad_cx) + (k * p.D * p.steps.B + given_row(r)) * p.H + u,
+                load(pass.dinner[k] + state_row(r) * pass.unit_row + u), lanes_left<F>(u, p.H));
     }
   };
 };

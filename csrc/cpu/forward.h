@@ -21,7 +21,6 @@ struct ForwardPass {
 
   const ForwardParams& p;
   const bool projected;
-  const int extra;               // states stored for backward: the inner ones, then the unprojected one
   const int64_t h_row, unit_row;
   Crew crew;
   Recurrent recurrent[kMaxDirections];
@@ -29,12 +28,12 @@ struct ForwardPass {
   F* bias[kMaxDirections];       // (blocks, kWidth) bias_hh in the order of the sums
   F* h[2];                       // (D, B, h_row) the hidden state before and after a step, by turns
   F* inner[slots(kInner)];       // (D, B, unit_row)
+  F* unmasked;                   // (D, B, h_row) the hidden state, where h is multiplied by a mask
   F* unprojected;                // (D, B, unit_row) state 0 before its projection
   F* sums;                       // (threads, kSumRows, kWidest)
 
   ForwardPass(const ForwardParams& p, Arena& arena)
-      : p(p), projected(p.weight_hr[0]), extra(kInner + projected),
-        h_row(padded_row<F>(p.P, 2 * kLanes)), unit_row(padded_row<F>(p.H, 2 * kLanes)), crew(arena, p.threads) {
+      : p(p), projected(p.weight_hr[0]), h_row(padded_row<F>(p.P, 2 * kLanes)), unit_row(padded_row<F>(p.H, 2 * kLanes)), crew(arena, p.threads) {
     const bool packs = p.steps.T > 1 && p.steps.row_count() > kFewRows;
     for (int64_t d = 0; d < p.D; ++d) {
       recurrent[d] = {static_cast<const S*>(p.weight_hh[d]), p.H, p.P, nullptr};
@@ -48,6 +47,7 @@ struct ForwardPass {
     h[0] = arena.take<F>(p.D * p.steps.B * h_row);
     h[1] = arena.take<F>(p.D * p.steps.B * h_row);
     for (int k = 0; k < kInner; ++k) inner[k] = arena.take<F>(p.D * p.steps.B * unit_row);
+    unmasked = arena.take<F>(p.hidden_mask ? p.D * p.steps.B * h_row : 0);
     unprojected = arena.take<F>(projected ? p.D * p.steps.B * unit_row : 0);
     sums = arena.take<F>(p.threads * kSumRows * kWidest);
   }
@@ -72,9 +72,17 @@ struct ForwardPass {
     const int64_t d = rows.direction;
     const Range mine = share(rows.count(p.steps.B), members, member);
     for (int64_t r = mine.begin; r < mine.end; ++r) {
-      const int64_t row = d * p.steps.B + rows.batch_row(r), given = d * p.steps.B + p.steps.place(rows.batch_row(r));
-      for (F* to : {h[0], h[1]}) load_row(to + row * h_row, h_row, static_cast<const S*>(p.hx), given, p.P);
-      for (int k = 0; k < kInner; ++k) load_row(inner[k] + row * unit_row, unit_row, static_cast<const S*>(p.cx), given, p.H);
+      const int64_t row = d * p.steps.B + rows.batch_row(r), given = p.steps.given_row(d, rows.batch_row(r));
+      const bool anew = p.steps.begins(d ? p.steps.T - 1 : 0, rows.batch_row(r), d);
+      const S *hx = anew ? nullptr : static_cast<const S*>(p.hx), *cx = anew ? nullptr : static_cast<const S*>(p.cx);
+      for (F* to : {h[0], h[1]}) load_row(to + row * h_row, h_row, hx, given, p.P);
+      for (int k = 0; k < kInner; ++k) load_row(inner[k] + row * unit_row, unit_row, cx, k * p.D * p.steps.B + given, p.H);
+      if (p.hidden_mask) {
+        load_row(unmasked + row * h_row, h_row, hx, given, p.P);
+        for (F* to : {h[0], h[1]})
+          for (int64_t u = 0; u < p.P; u += kLanes)
+            store(to + row * h_row + u, load(to + row * h_row + u) * hidden_mask(given, u, lanes_left<F>(u, p.P)));
+      }
       if (projected) load_row(unprojected + row * unit_row, unit_row, static_cast<const S*>(nullptr), given, p.H);
     }
     const Range blocks = share(recurrent[d].blocks(), direction.members, place);
@@ -92,6 +100,10 @@ struct ForwardPass {
       const Range columns = share(projection[d].blocks(), direction.members, place);
       for (int64_t block = columns.begin; block < columns.end; ++block) projection[d].pack(block);
     }
+  }
+
+  FUSEDRNN_INLINE V hidden_mask(int64_t given_row, int64_t u, int n) const {
+    return load(static_cast<const S*>(p.hidden_mask) + given_row * p.P + u, n);
   }
 
   // One thread's part of one team's sequence.
@@ -172,32 +184,56 @@ struct ForwardPass {
           V& to = pre[Cell::h_pre(g)].row[i];
           to = Cell::h_pre(g) == Cell::x_pre(g) ? to + sum : sum;
         }
-        state[0].row[i] = pass.projected ? V(F(0)) : load(h + state_row * pass.h_row + u);
+        state[0].row[i] = pass.projected ? V(F(0)) : load((p.hidden_mask ? pass.unmasked : h) + state_row * pass.h_row + u);
 #pragma GCC unroll 4
         for (int k = 0; k < kInner; ++k) state[k + 1].row[i] = load(pass.inner[k] + state_row * pass.unit_row + u);
       }
 
       Cell::forward(pre, state, new_state, saved);
+      if (p.zoneout) keep(t, r, u, n, state, new_state);
 
 #pragma GCC unroll 2
       for (int i = 0; i < kRows; ++i) {
-        const int64_t state_row = this->state_row(r + i), row = p.steps.row(t, rows.batch_row(r + i));
+        const int64_t b = rows.batch_row(r + i), state_row = this->state_row(r + i), row = p.steps.row(t, b);
+        const bool ends = p.steps.ends(t, b, d);
         if (pass.projected) {
           store(pass.unprojected + state_row * pass.unit_row + u, new_state[0].row[i]);
         } else {
-          store(h_new + state_row * pass.h_row + u, new_state[0].row[i]);
+          leave_h(h_new, b, u, n, ends ? V(F(0)) : new_state[0].row[i]);
           store(static_cast<S*>(p.output) + (row * p.D + d) * p.P + u, new_state[0].row[i], n);
         }
 #pragma GCC unroll 4
-        for (int k = 0; k < kInner; ++k) store(pass.inner[k] + state_row * pass.unit_row + u, new_state[k + 1].row[i]);
-        if (!p.save) continue;
+        for (int k = 0; k < kInner; ++k)
+          store(pass.inner[k] + state_row * pass.unit_row + u, ends ? V(F(0)) : new_state[k + 1].row[i]);
+        if (p.save == Save::kNothing) continue;
         S* saved_row = static_cast<S*>(p.saved) + (row * p.D + d) * Cell::kSaved * p.H + u;
+        if (p.save == Save::kAll)
 #pragma GCC unroll 4
-        for (int k = 0; k < Cell::kSaved; ++k) store(saved_row + k * p.H, saved[k].row[i], n);
-        S* states_row = static_cast<S*>(p.states) + (row * p.D + d) * pass.extra * p.H + u;
+          for (int k = 0; k < Cell::kSaved; ++k) store(saved_row + k * p.H, saved[k].row[i], n);
+        S* states_row = static_cast<S*>(p.states) + (row * p.D + d) * p.stored * p.H + u;
 #pragma GCC unroll 4
         for (int k = 0; k < kInner; ++k) store(states_row + k * p.H, new_state[k + 1].row[i], n);
         if (pass.projected) store(states_row + kInner * p.H, new_state[0].row[i], n);
+      }
+    }
+
+    // The hidden state of row b of the batch, for the next step.
+    FUSEDRNN_INLINE void leave_h(F* h_new, int64_t b, int64_t u, int n, V value) const {
+      const int64_t at = (d * p.steps.B + b) * pass.h_row + u;
+      if (p.hidden_mask) store(pass.unmasked + at, value);
+      store(h_new + at, p.hidden_mask ? value * pass.hidden_mask(p.steps.given_row(d, b), u, n) : value);
+    }
+
+    template <int kRows>
+    FUSEDRNN_INLINE void keep(int64_t t, int64_t r, int64_t u, int n, const Rows<F, kRows> (&state)[Cell::kStates],
+                              Rows<F, kRows> (&new_state)[Cell::kStates]) const {
+      for (int i = 0; i < kRows; ++i) {
+        const int64_t row = p.steps.row(t, rows.batch_row(r + i));
+        const S* z = static_cast<const S*>(p.zoneout) + p.zoneout_at(row, d, Cell::kStates) + u;
+        S* made = static_cast<S*>(p.states) + ((row * p.D + d) * p.stored + kInner) * p.H + u;
+        for (int k = 0; k < Cell::kStates && p.save != Save::kNothing; ++k) store(made + k * p.H, new_state[k].row[i], n);
+        for (int k = 0; k < Cell::kStates; ++k)
+          new_state[k].row[i] = rounded(zoneout(load(z + k * p.H, n), state[k].row[i], rounded(new_state[k].row[i])));
       }
     }
 
@@ -217,8 +253,8 @@ struct ForwardPass {
             const int64_t u = block * kWidth + i;
             if (u >= p.P) break;
             const V value = load(sums + m * kWidth + i);
-            store(h_new + state_row(begin + m) * pass.h_row + u, value);
-            const int64_t row = p.steps.row(t, rows.batch_row(begin + m));
+            const int64_t b = rows.batch_row(begin + m), row = p.steps.row(t, b);
+            store(h_new + state_row(begin + m) * pass.h_row + u, p.steps.ends(t, b, d) ? V(F(0)) : value);
             store(static_cast<S*>(p.output) + (row * p.D + d) * p.P + u, value, lanes_left<F>(u, p.P));
           }
       }
@@ -226,14 +262,16 @@ struct ForwardPass {
 
     // The last states of row r, of this member's own units.
     void finish(int64_t r, const F* h_new) const {
-      const int64_t row = state_row(r), wanted = d * p.steps.B + p.steps.place(rows.batch_row(r));
+      const int64_t row = state_row(r), given = p.steps.given_row(d, rows.batch_row(r));
       const int64_t h_end = pass.projected ? columns.end * Projection::kUnits : blocks.end * Recurrent::kUnits;
       const int64_t h_begin = pass.projected ? columns.begin * Projection::kUnits : blocks.begin * Recurrent::kUnits;
+      const F* last = p.hidden_mask ? pass.unmasked : h_new;
       for (int64_t u = h_begin; u < h_end && u < p.P; u += kLanes)
-        store(static_cast<S*>(p.hy) + wanted * p.P + u, load(h_new + row * pass.h_row + u), lanes_left<F>(u, p.P));
-      if constexpr (kInner > 0)
+        store(static_cast<S*>(p.hy) + given * p.P + u, load(last + row * pass.h_row + u), lanes_left<F>(u, p.P));
+      for (int k = 0; k < kInner; ++k)
         for (int64_t u = blocks.begin * Recurrent::kUnits; u < blocks.end * Recurrent::kUnits && u < p.H; u += kLanes)
-          store(static_cast<S*>(p.cy) + wanted * p.H + u, load(pass.inner[0] + row * pass.unit_row + u), lanes_left<F>(u, p.H));
+          store(static_cast<S*>(p.cy) + (k * p.D * p.steps.B + given) * p.H + u, load(pass.inner[k] + row * pass.unit_row + u),
+                lanes_left<F>(u, p.H));
     }
   };
 };

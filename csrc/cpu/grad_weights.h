@@ -131,7 +131,7 @@ struct GradWeightsPass {
     // Some rows of the sequence.
     struct Part {
       int64_t depth = 0;
-      const S *gates[kMostPart], *fed[kMostPart];
+      const S *gates[kMostPart], *fed[kMostPart], *masks[kMostPart];  // masks: of what was fed, null: none
     };
 
     void compute(const Product& of, int64_t block) {
@@ -150,7 +150,7 @@ struct GradWeightsPass {
       int64_t t = 0, b = 0;
       for (Part now, coming = collect(t, b); coming.depth;) {
         now = coming;
-        for (int64_t k = 0; k < now.depth; ++k) pack_gates(now.gates[k], k), pack_fed(now.fed[k], k);
+        for (int64_t k = 0; k < now.depth; ++k) pack_gates(now.gates[k], k), pack_fed(now.fed[k], now.masks[k], k);
         coming = collect(t, b);
         int64_t visit = 0, fetched = 0;
         for (int64_t panel = 0; panel < panel_count; ++panel)
@@ -173,7 +173,10 @@ struct GradWeightsPass {
       Part next;
       for (; t < p.steps.T; ++t, b = 0) {
         for (; b < p.steps.rows(t) && next.depth < part; ++b)
-          if ((next.fed[next.depth] = fed_row(t, b))) next.gates[next.depth++] = gates_row(t, b);
+          if ((next.fed[next.depth] = fed_row(t, b))) {
+            next.masks[next.depth] = mask_row(b);
+            next.gates[next.depth++] = gates_row(t, b);
+          }
         if (next.depth == part) break;
       }
       return next;
@@ -189,9 +192,15 @@ struct GradWeightsPass {
         return static_cast<const S*>(p.states) + ((row * p.D + d + 1) * Cell::kStates - 1) * p.H;
       if (product.kind == Product::kInput)
         return static_cast<const S*>(p.input) + p.steps.position(t, b, p.input_step, p.input_row);
+      if (p.steps.begins(t, b, d)) return nullptr;
       const int64_t before = p.steps.row_before(t, b, d);
       if (before >= 0) return static_cast<const S*>(p.output) + (before * p.D + d) * p.P;
-      return p.hx ? static_cast<const S*>(p.hx) + (d * p.steps.B + p.steps.place(b)) * p.P : nullptr;
+      return p.hx ? static_cast<const S*>(p.hx) + p.steps.given_row(d, b) * p.P : nullptr;
+    }
+
+    const S* mask_row(int64_t b) const {
+      if (product.kind != Product::kRecurrent || !p.hidden_mask) return nullptr;
+      return static_cast<const S*>(p.hidden_mask) + p.steps.given_row(product.d, b) * p.P;
     }
 
     // visit(row of the weight, place in a row of gradients, count) for the runs of the block's rows that follow each other there.
@@ -231,12 +240,14 @@ struct GradWeightsPass {
       for (int64_t i = 0; i < tiles.end - tiles.begin; ++i)
         __builtin_memcpy(gates + (i * part + k) * kTileRows, row + i * kTileRows, kTileRows * sizeof(F));
     }
-    void pack_fed(const S* from, int64_t k) const {
+    void pack_fed(const S* from, const S* mask, int64_t k) const {
       F* panel = fed + k * kPanelWidth;
       for (int64_t u = width.begin; u < width.end; u += kPanelWidth, panel += part * kPanelWidth)
         for (int v = 0; v < kPanelVectors; ++v) {
           const int n = u + kPanelWidth <= width.end ? kLanes : lanes_left<F>(u + v * kLanes, width.end);
-          store(panel + v * kLanes, n ? load(from + u + v * kLanes, n) : V(F(0)));
+          V fed = n ? load(from + u + v * kLanes, n) : V(F(0));
+          if (mask && n) fed = fed * load(mask + u + v * kLanes, n);
+          store(panel + v * kLanes, fed);
         }
     }
   };

@@ -317,6 +317,19 @@ FUSEDRNN_ROWWISE_UNARY(relu)
 #undef FUSEDRNN_ROWWISE_BINARY
 #undef FUSEDRNN_ROWWISE_UNARY
 
+// The same number, of which the compiler does not know where it came from. Where a product is added to something behind a branch, it
+// makes one multiply-add of them here and two operations there, and the bits would depend on how many rows are taken at once.
+template <class F>
+FUSEDRNN_INLINE Vec<F> rounded(Vec<F> v) {
+  asm("" : "+m"(v.raw));  // and not in a register, which a vector of this width may not fit into
+  return v;
+}
+template <class F, int kRows>
+FUSEDRNN_INLINE Rows<F, kRows> rounded(Rows<F, kRows> v) {
+  for (int i = 0; i < kRows; ++i) v.row[i] = rounded(v.row[i]);
+  return v;
+}
+
 template <class F>
 FUSEDRNN_INLINE F sum_lanes(Vec<F> v) {
   F lanes[Vec<F>::kLanes];

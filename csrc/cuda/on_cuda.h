@@ -13,7 +13,7 @@ namespace fusedrnn {
 template <class Runtime>
 class OnCuda {
  public:
-  static constexpr bool kTakesLengths = false;
+  static constexpr bool kLengthsOnHost = false;
   OnCuda(const Call& call, bool allow_tf32)
       : call_(call), guard_(call.first.get_device_index()),
         context_(Runtime::context(call.first.get_device_index(), allow_tf32)) {
@@ -39,7 +39,7 @@ class OnCuda {
 
   std::vector<Tensor> grad_weights(const GradWeightsParams& p, const Needs& needs, const GradSources& from) {
     using namespace torch::stable;
-    const int64_t rows = call_.rows, H = call_.H, P = call_.P, G = call_.cell.gates, extra = call_.extra_states();
+    const int64_t rows = call_.rows, H = call_.H, P = call_.P, G = call_.cell.gates, extra = call_.stored();
     if (!hidden_before_) hidden_before_ = allocate(call_.first, {0, call_.D, P});  // of no rows, of which no kernel ran
     std::vector<Tensor> grads;
     for (int64_t d = 0; d < call_.D; ++d) {

@@ -17,7 +17,7 @@ struct BackwardMemory {
   typename A::Element* dpre[2];                    // (D, packed states) gradients of the gates' recurrent halves, by turns
   typename A::Element* dprojected;                 // (D, packed states) whole gradient of the projected state
   typename A::Sum* dh;                             // (D, B, P) gradient of h that does not come through weight_hh
-  typename A::Sum* dinner;                         // (D, B, H)
+  typename A::Sum* dinner;                         // (inner states, D, B, H)
   uint32_t* done;                                  // (D, exchange words)
   int64_t dpre_size, dprojected_size, done_size;   // elements of one direction
 };
@@ -43,15 +43,29 @@ struct BackwardBase {
   FUSEDRNN_DEVICE int64_t state_at(int d, int64_t b, int64_t u, int64_t width) const { return (d * p.steps.B + b) * width + u; }
   FUSEDRNN_DEVICE int64_t output_at(int d, int64_t row, int64_t u) const { return (row * p.D + d) * p.P + u; }
 
-  // The hidden state that row b of the step began with.
+  // Where row b of the step came from: `before` from the step before, and else from hx; or, if `anew`, from zeros.
+  struct Origin {
+    bool before, anew;
+  };
+  FUSEDRNN_DEVICE Origin origin(int d, const Now& now, int64_t b) const {
+    const bool before = b < now.before_count && (d == 0 || runs(p.steps, now.t + 1, b));
+    return {before, p.steps.reset && (d == 0 || before) && p.steps.reset[now.cut + b]};
+  }
+  // The hidden state that it began with.
   FUSEDRNN_DEVICE S hidden_before(int d, const Now& now, int64_t b, int64_t u) const {
     const S* hx = static_cast<const S*>(p.hx);
-    return b < now.before_count ? static_cast<const S*>(p.output)[output_at(d, now.before_first + b, u)]
-           : hx                 ? hx[state_at(d, b, u, p.P)]
-                                : narrow<S>(Sum(0));
+    const Origin from = origin(d, now, b);
+    return from.anew     ? narrow<S>(Sum(0))
+           : from.before ? static_cast<const S*>(p.output)[output_at(d, now.before_first + b, u)]
+           : hx          ? hx[state_at(d, b, u, p.P)]
+                         : narrow<S>(Sum(0));
+  }
+  FUSEDRNN_DEVICE Sum hidden_mask(int d, int64_t b, int64_t u) const {
+    return p.hidden_mask ? Sum(widen(static_cast<const S*>(p.hidden_mask)[state_at(d, b, u, p.P)])) : Sum(1);
   }
   // For the gradient of weight_hh.
   FUSEDRNN_DEVICE void leave_hidden_before(int d, const Now& now, int64_t b, int64_t u, S h) const {
+    if (p.hidden_mask) h = narrow<S>(Sum(widen(h)) * hidden_mask(d, b, u));
     if (p.hidden_before) static_cast<S*>(p.hidden_before)[output_at(d, now.first + b, u)] = h;
   }
 
@@ -61,7 +75,7 @@ struct BackwardBase {
 
   FUSEDRNN_DEVICE void leave_h(int d, int64_t b, int64_t u, Sum through) const {
     const int64_t at = state_at(d, b, u, p.P);
-    if (p.grad_hx) static_cast<S*>(p.grad_hx)[at] = narrow<S>(through + m.dh[at]);
+    if (p.grad_hx) static_cast<S*>(p.grad_hx)[at] = narrow<S>(through * hidden_mask(d, b, u) + m.dh[at]);
   }
 };
 
@@ -86,10 +100,17 @@ struct BackwardProjection : BackwardBase<A> {
   template <class Pass>
   FUSEDRNN_DEVICE void finish(int d, const Now& now, int64_t b, int64_t u, const Sum (&sum)[1], const Inputs&, const Pass&) const {
     if (b >= now.count) return this->leave_h(d, b, u, sum[0]);
+    const bool running = runs(p.steps, now.t, b);
     // Through the later step, past it, and from the output.
-    const Sum dh = sum[0] + m.dh[this->state_at(d, b, u, p.P)] + Sum(widen(this->grad_output(d, now, b, u)));
-    this->leave_hidden_before(d, now, b, u, this->hidden_before(d, now, b, u));
-    m.dh[this->state_at(d, b, u, p.P)] = Sum(0);
+    Sum dh = sum[0] + m.dh[this->state_at(d, b, u, p.P)], past = Sum(0);
+    if (running) {
+      dh += Sum(widen(this->grad_output(d, now, b, u)));
+    } else {
+      past = dh;
+      dh = Sum(0);
+    }
+    this->leave_hidden_before(d, now, b, u, running ? this->hidden_before(d, now, b, u) : narrow<S>(Sum(0)));
+    m.dh[this->state_at(d, b, u, p.P)] = past;
     m.dprojected[d * m.dprojected_size + packed_state_at<A>(dprojected_blocks, b, u)] = A::element(dh);
     static_cast<S*>(p.grad_proj)[this->output_at(d, now.first + b, u)] = narrow<S>(dh);
   }
@@ -107,6 +128,7 @@ struct BackwardCell : BackwardBase<A> {
   int64_t dpre_blocks;
 
   FUSEDRNN_DEVICE bool projected() const { return p.weight_hr[0]; }
+  FUSEDRNN_DEVICE int64_t inner_size() const { return p.D * p.steps.B * p.H; }
   FUSEDRNN_DEVICE const Element* weights(int d) const { return projected() ? m.weight_hr[d] : m.weight_hh[d]; }
   FUSEDRNN_DEVICE const Element* states_of(int d, int turn) const { return m.dpre[turn] + d * m.dpre_size; }
   FUSEDRNN_DEVICE const Element* states(int d, const Now& now) const {
@@ -118,6 +140,8 @@ struct BackwardCell : BackwardBase<A> {
   struct Inputs {
     S saved[slots(Cell::kSaved)], state[Cell::kStates], new_state[Cell::kStates], grad_output;
     Sum grad_new[Cell::kStates];  // what comes past the later step; each is loaded and no more, so that no load waits for another
+    S grad_states[slots(kInner)];
+    bool runs, anew;              // this step; from zeros
   };
   FUSEDRNN_DEVICE Inputs fetch(int d, const Now& now, int64_t b, int64_t u) const {
     if (b >= now.count) return {};
@@ -136,13 +160,22 @@ struct BackwardCell : BackwardBase<A> {
       in.grad_output = this->grad_output(d, now, b, u);
       in.grad_new[0] = m.dh[at];
     }
-    if constexpr (kInner > 0) {
-      const int extra = kInner + projected();
-      const S* states = static_cast<const S*>(p.states) + d * extra * H + u;
-      const S* cx = static_cast<const S*>(p.cx);
-      in.state[1] = b < now.before_count ? states[(now.before_first + b) * p.D * extra * H] : cx ? cx[at] : zero;
-      in.new_state[1] = states[row * p.D * extra * H];
-      in.grad_new[1] = m.dinner[at];
+    const auto from = this->origin(d, now, b);
+    in.runs = runs(p.steps, now.t, b);
+    in.anew = from.anew;
+    const S* cx = static_cast<const S*>(p.cx);
+    const S* grad_states = static_cast<const S*>(p.grad_states);
+#pragma unroll
+    for (int k = 0; k < kInner; ++k) {
+      const int64_t states_at = (d * p.stored + k) * H + u, step = p.D * p.stored * H;
+      const S* states = static_cast<const S*>(p.states) + states_at;
+      in.state[k + 1] = from.anew     ? zero
+                        : from.before ? states[(now.before_first + b) * step]
+                        : cx          ? cx[k * inner_size() + at]
+                                      : zero;
+      in.new_state[k + 1] = states[row * step];
+      in.grad_new[k + 1] = m.dinner[k * inner_size() + at];
+      in.grad_states[k] = grad_states ? grad_states[row * step + states_at] : zero;
     }
     return in;
   }
@@ -153,12 +186,15 @@ struct BackwardCell : BackwardBase<A> {
     const int64_t H = p.H, at = this->state_at(d, b, u, H), row = now.first + b;
     if (b >= now.count) {
       if (!projected()) this->leave_h(d, b, u, sum[0]);
-      if constexpr (kInner > 0)
-        if (p.grad_cx) static_cast<S*>(p.grad_cx)[at] = narrow<S>(m.dinner[at]);
+      for (int k = 0; k < kInner && p.grad_cx; ++k) {
+        const int64_t inner_at = k * inner_size() + at;
+        static_cast<S*>(p.grad_cx)[inner_at] = narrow<S>(m.dinner[inner_at]);
+      }
       return;
     }
+    const Sum through = sum[0] * (projected() ? Sum(1) : this->hidden_mask(d, b, u));
     Sum saved[slots(Cell::kSaved)], state[Cell::kStates], new_state[Cell::kStates], grad_new[Cell::kStates];
-    Sum grad_pre[Cell::kPre], grad_state[Cell::kStates];
+    Sum grad_pre[Cell::kPre], grad_state[Cell::kStates], z[Cell::kStates], past[Cell::kStates];
 #pragma unroll
     for (int k = 0; k < Cell::kSaved; ++k) saved[k] = Sum(widen(in.saved[k]));
 #pragma unroll
@@ -167,11 +203,36 @@ struct BackwardCell : BackwardBase<A> {
       new_state[i] = Sum(widen(in.new_state[i]));
       grad_new[i] = in.grad_new[i];
     }
-    grad_new[0] += sum[0] + Sum(widen(in.grad_output));
-    if (!projected()) this->leave_hidden_before(d, now, b, u, in.state[0]);
+    grad_new[0] += through;
+    const Sum dh = grad_new[0];  // of a row that does not run
+    grad_new[0] += Sum(widen(in.grad_output));
+#pragma unroll
+    for (int k = 0; k < kInner; ++k) grad_new[k + 1] += Sum(widen(in.grad_states[k]));
+    if (!projected()) this->leave_hidden_before(d, now, b, u, in.runs ? in.state[0] : narrow<S>(Sum(0)));
+
+    if (p.zoneout) {  // the gradient of what stays as it was goes past the cell
+      const S* stays = static_cast<const S*>(p.zoneout) + p.zoneout_at(row, d, Cell::kStates) + u;
+      const S* made = static_cast<const S*>(p.states) + ((row * p.D + d) * p.stored + kInner) * H + u;
+#pragma unroll
+      for (int k = 0; k < Cell::kStates; ++k) {
+        z[k] = Sum(widen(stays[k * H]));
+        new_state[k] = Sum(widen(made[k * H]));
+        past[k] = z[k] * grad_new[k];
+        grad_new[k] -= past[k];
+      }
+    }
 
     Cell::backward(saved, state, new_state, grad_new, grad_pre, grad_state);
 
+    if (p.zoneout)
+#pragma unroll
+      for (int k = 0; k < Cell::kStates; ++k) grad_state[k] += past[k];
+    if (!in.runs) {
+#pragma unroll
+      for (int k = 0; k < Cell::kPre; ++k) grad_pre[k] = Sum(0);
+    }
+    const bool goes_on = in.runs && !in.anew;
+    auto next = [&](Sum grad, Sum unmoved) { return goes_on ? grad : in.runs ? Sum(0) : unmoved; };
     S* grad_pre_row = static_cast<S*>(p.grad_pre) + (row * p.D + d) * Cell::kPre * H + u;
 #pragma unroll
     for (int k = 0; k < Cell::kPre; ++k) grad_pre_row[k * H] = narrow<S>(grad_pre[k]);
@@ -179,12 +240,13 @@ struct BackwardCell : BackwardBase<A> {
 #pragma unroll
     for (int g = 0; g < Cell::kGates; ++g) {
       const int64_t place = packed_state_at<A>(dpre_blocks, b, g * H + u);
-      const Element element = A::element(grad_pre[Cell::h_pre(g)]);
+      const Element element = A::element(goes_on ? grad_pre[Cell::h_pre(g)] : Sum(0));
       dpre[place] = element;
       pass(place, element);
     }
-    if (!projected()) m.dh[at] = grad_state[0];
-    if constexpr (kInner > 0) m.dinner[at] = grad_state[1];
+    if (!projected()) m.dh[at] = next(grad_state[0], dh);
+#pragma unroll
+    for (int k = 0; k < kInner; ++k) m.dinner[k * inner_size() + at] = next(grad_state[k + 1], in.grad_new[k + 1]);
   }
 };
 
@@ -208,14 +270,14 @@ __global__ void enter_backward_kernel(const __grid_constant__ EnterBackward<A> a
   clear(args.m.dpre[1], args.m.dpre_size);
   clear(args.m.dprojected, args.m.dprojected_size);
   for_each_place(1, args.m.done_size, [&](int64_t, int64_t i) { args.m.done[d * args.m.done_size + i] = 0; });
-  auto enter = [&](const void* grads, Sum* to, int64_t width) {
+  auto enter = [&](const void* grads, int k, Sum* to, int64_t width) {
     for_each_place(p.steps.B, width, [&](int64_t b, int64_t u) {
-      const int64_t at = (d * p.steps.B + b) * width + u;
+      const int64_t at = ((k * p.D + d) * p.steps.B + b) * width + u;
       to[at] = grads ? Sum(widen(static_cast<const S*>(grads)[at])) : Sum(0);
     });
   };
-  enter(p.grad_hy, args.m.dh, p.P);
-  if constexpr (kStates > 1) enter(p.grad_cy, args.m.dinner, p.H);
+  enter(p.grad_hy, 0, args.m.dh, p.P);
+  for (int k = 0; k < kStates - 1; ++k) enter(p.grad_cy, k, args.m.dinner, p.H);
 }
 
 // Lays out the workspace of a call, and launches its kernels.
@@ -244,7 +306,7 @@ struct BackwardPass {
     for (Element*& dpre : m.dpre) dpre = arena.take<Element>(p.D * m.dpre_size);
     m.dprojected = arena.take<Element>(p.D * m.dprojected_size);
     m.dh = arena.take<Sum>(p.D * p.steps.B * p.P);
-    m.dinner = arena.take<Sum>(Cell::kStates > 1 ? p.D * p.steps.B * p.H : 0);
+    m.dinner = arena.take<Sum>((Cell::kStates - 1) * p.D * p.steps.B * p.H);
     m.done_size = exchange_words(plan.dh);
     m.done = arena.take<uint32_t>(p.D * m.done_size);
   }

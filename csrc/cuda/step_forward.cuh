@@ -16,7 +16,7 @@ struct ForwardMemory {
   typename A::Element* weight_hr[kMaxDirections];
   typename A::Element* h[2];                       // (D, packed states) the hidden state before and after a step, by turns
   typename A::Element* unprojected;                // (D, packed states)
-  typename A::Sum* state[2];                       // (D, B, H) states as the cell has them; 0 is not kept if it is projected
+  typename A::Sum* state;                          // (states, D, B, H) as the cell has them; 0 is not kept if it is projected
   uint32_t* done;                                  // (D, exchange words)
   int64_t h_size, unprojected_size, done_size;     // elements of one direction
 };
@@ -43,11 +43,13 @@ struct ForwardCell {
   FUSEDRNN_DEVICE int64_t multiplied(const Now& now) const { return now.multiplied; }
   FUSEDRNN_DEVICE int64_t visited(const Now& now) const { return now.count; }
   FUSEDRNN_DEVICE int64_t state_at(int d, int64_t b, int64_t u) const { return (d * p.steps.B + b) * p.H + u; }
+  FUSEDRNN_DEVICE int64_t state_size() const { return p.D * p.steps.B * p.H; }
 
   // What a unit reads besides its sums.
   struct Inputs {
     S gates_x[kGates], bias[kGates];
     Sum state[Cell::kStates];
+    bool runs, ends;  // this step; with it
   };
   FUSEDRNN_DEVICE Inputs fetch(int d, const Now& now, int64_t b, int64_t u) const {
     Inputs in;
@@ -58,8 +60,11 @@ struct ForwardCell {
       in.gates_x[g] = gates_x[g * p.H];
       in.bias[g] = bias ? bias[g * p.H + u] : narrow<S>(Sum(0));
     }
-    in.state[0] = p.weight_hr[0] ? Sum(0) : m.state[0][state_at(d, b, u)];
-    if constexpr (kInner > 0) in.state[1] = m.state[1][state_at(d, b, u)];
+    in.state[0] = p.weight_hr[0] ? Sum(0) : m.state[state_at(d, b, u)];
+#pragma unroll
+    for (int k = 1; k <= kInner; ++k) in.state[k] = m.state[k * state_size() + state_at(d, b, u)];
+    in.runs = runs(p.steps, now.t, b);
+    in.ends = p.steps.reset && b < now.staying && p.steps.reset[now.cut + b];
     return in;
   }
 
@@ -77,30 +82,44 @@ struct ForwardCell {
 
     Cell::forward(pre, in.state, new_state, saved);
 
-    const bool last = b >= now.staying;
+    if (p.zoneout) {
+      const S* z = static_cast<const S*>(p.zoneout) + p.zoneout_at(row, d, Cell::kStates) + u;
+      S* made = static_cast<S*>(p.states) + ((row * p.D + d) * p.stored + kInner) * H + u;
+#pragma unroll
+      for (int k = 0; k < Cell::kStates && p.save != Save::kNothing; ++k) made[k * H] = narrow<S>(in.runs ? new_state[k] : Sum(0));
+#pragma unroll
+      for (int k = 0; k < Cell::kStates; ++k) new_state[k] = zoneout(Sum(widen(z[k * H])), in.state[k], new_state[k]);
+    }
+    // What goes on to the next step, and what is seen of this one, which is nothing behind the end of a sequence.
+    auto next = [&](int k) { return !in.runs ? in.state[k] : in.ends ? Sum(0) : new_state[k]; };
+    auto seen = [&](Sum number) { return narrow<S>(in.runs ? number : Sum(0)); };
+    const bool last = in.runs && is_last(p.steps, now.t, b, d, b >= now.staying);
     if (projected) {
       m.unprojected[d * m.unprojected_size + packed_state_at<A>(unprojected_blocks, b, u)] = A::element(new_state[0]);
     } else {
-      const S h = narrow<S>(new_state[0]);
-      m.state[0][at] = new_state[0];
+      const Sum h = next(0);
+      m.state[at] = h;
       const int64_t place = packed_state_at<A>(plan.depth_blocks, b, u);
-      const Element element = A::element(new_state[0]);
+      const Element element = A::element(p.hidden_mask ? h * Sum(widen(static_cast<const S*>(p.hidden_mask)[at])) : h);
       m.h[1 - now.turn][d * m.h_size + place] = element;
       pass(place, element);
-      static_cast<S*>(p.output)[(row * p.D + d) * H + u] = h;
-      if (last) static_cast<S*>(p.hy)[at] = h;
+      static_cast<S*>(p.output)[(row * p.D + d) * H + u] = seen(new_state[0]);
+      if (last) static_cast<S*>(p.hy)[at] = narrow<S>(new_state[0]);
     }
-    if constexpr (kInner > 0) {
-      m.state[1][at] = new_state[1];
-      if (last) static_cast<S*>(p.cy)[at] = narrow<S>(new_state[1]);
-    }
-    if (!p.save) return;
-    S* saved_row = static_cast<S*>(p.saved) + (row * p.D + d) * Cell::kSaved * H + u;
 #pragma unroll
-    for (int k = 0; k < Cell::kSaved; ++k) saved_row[k * H] = narrow<S>(saved[k]);
-    S* states_row = static_cast<S*>(p.states) + (row * p.D + d) * (kInner + projected) * H + u;
-    if constexpr (kInner > 0) states_row[0] = narrow<S>(new_state[1]);
-    if (projected) states_row[kInner * H] = narrow<S>(new_state[0]);
+    for (int k = 1; k <= kInner; ++k) {
+      m.state[k * state_size() + at] = next(k);
+      if (last) static_cast<S*>(p.cy)[(k - 1) * state_size() + at] = narrow<S>(new_state[k]);
+    }
+    if (p.save == Save::kNothing) return;
+    S* saved_row = static_cast<S*>(p.saved) + (row * p.D + d) * Cell::kSaved * H + u;
+    if (p.save == Save::kAll)
+#pragma unroll
+      for (int k = 0; k < Cell::kSaved; ++k) saved_row[k * H] = seen(saved[k]);
+    S* states_row = static_cast<S*>(p.states) + (row * p.D + d) * p.stored * H + u;
+#pragma unroll
+    for (int k = 1; k <= kInner; ++k) states_row[(k - 1) * H] = seen(new_state[k]);
+    if (projected) states_row[kInner * H] = seen(new_state[0]);
   }
 };
 
@@ -131,9 +150,11 @@ struct ForwardProjection {
   template <class Pass>
   FUSEDRNN_DEVICE void finish(int d, const Now& now, int64_t b, int64_t u, const Sum (&sum)[1], const Inputs&, const Pass&) const {
     const S h = narrow<S>(sum[0]);
-    m.h[1 - now.turn][d * m.h_size + packed_state_at<A>(h_blocks, b, u)] = A::element(sum[0]);
-    static_cast<S*>(p.output)[((now.first + b) * p.D + d) * p.P + u] = h;
-    if (b >= now.staying) static_cast<S*>(p.hy)[(d * p.steps.B + b) * p.P + u] = h;
+    const bool running = runs(p.steps, now.t, b), ends = p.steps.reset && b < now.staying && p.steps.reset[now.cut + b];
+    const int64_t at = d * m.h_size + packed_state_at<A>(h_blocks, b, u);
+    m.h[1 - now.turn][at] = running ? A::element(ends ? Sum(0) : sum[0]) : m.h[now.turn][at];
+    static_cast<S*>(p.output)[((now.first + b) * p.D + d) * p.P + u] = running ? h : narrow<S>(Sum(0));
+    if (running && is_last(p.steps, now.t, b, d, b >= now.staying)) static_cast<S*>(p.hy)[(d * p.steps.B + b) * p.P + u] = h;
   }
 };
 
@@ -152,12 +173,17 @@ __global__ void enter_forward_kernel(const __grid_constant__ EnterForward<A> arg
   const ForwardParams& p = args.p;
   const int d = blockIdx.z;
   const bool projected = p.weight_hr[0];
-  auto initial = [&](const void* states, int64_t b, int64_t u, int64_t width) {
+  auto given = [&](const void* states, int k, int64_t b, int64_t u, int64_t width) {
     const bool real = states && b < p.steps.B && u < width;
-    return real ? Sum(widen(static_cast<const S*>(states)[(d * p.steps.B + b) * width + u])) : Sum(0);
+    return real ? Sum(widen(static_cast<const S*>(states)[((k * p.D + d) * p.steps.B + b) * width + u])) : Sum(0);
+  };
+  auto initial = [&](const void* states, int k, int64_t b, int64_t u, int64_t width) {
+    const bool anew = d == 0 && p.steps.reset && b < p.steps.B && p.steps.reset[b];
+    return anew ? Sum(0) : given(states, k, b, u, width);
   };
   for_each_place(args.padded_rows, args.h_blocks * A::kDepth, [&](int64_t b, int64_t k) {
-    const typename A::Element h = A::element(initial(p.hx, b, k, p.P));
+    const Sum mask = p.hidden_mask ? given(p.hidden_mask, 0, b, k, p.P) : Sum(1);
+    const typename A::Element h = A::element(initial(p.hx, 0, b, k, p.P) * mask);
     const int64_t at = d * args.m.h_size + packed_state_at<A>(args.h_blocks, b, k);
     args.m.h[0][at] = h;
     args.m.h[1][at] = h;
@@ -169,9 +195,18 @@ __global__ void enter_forward_kernel(const __grid_constant__ EnterForward<A> arg
   for_each_place(1, args.m.done_size, [&](int64_t, int64_t i) { args.m.done[d * args.m.done_size + i] = 0; });
   for_each_place(p.steps.B, p.H, [&](int64_t b, int64_t u) {
     const int64_t at = (d * p.steps.B + b) * p.H + u;
-    if (!projected) args.m.state[0][at] = initial(p.hx, b, u, p.H);
-    if constexpr (kStates > 1) args.m.state[1][at] = initial(p.cx, b, u, p.H);
+    if (!projected) args.m.state[at] = initial(p.hx, 0, b, u, p.H);
+    for (int k = 1; k < kStates; ++k) {
+      const int64_t size = p.D * p.steps.B * p.H;
+      args.m.state[k * size + at] = initial(p.cx, k - 1, b, u, p.H);
+      if (p.steps.lengths && p.steps.lengths[b] < 1)  // of no steps
+        static_cast<S*>(p.cy)[(k - 1) * size + at] = narrow<S>(given(p.cx, k - 1, b, u, p.H));
+    }
   });
+  if (p.steps.lengths)
+    for_each_place(p.steps.B, p.P, [&](int64_t b, int64_t u) {
+      if (p.steps.lengths[b] < 1) static_cast<S*>(p.hy)[(d * p.steps.B + b) * p.P + u] = narrow<S>(given(p.hx, 0, b, u, p.P));
+    });
 }
 
 // Lays out the workspace of a call, and launches its kernels.
@@ -199,8 +234,7 @@ struct ForwardPass {
     }
     for (Element*& h : m.h) h = arena.take<Element>(p.D * m.h_size);
     m.unprojected = arena.take<Element>(p.D * m.unprojected_size);
-    m.state[0] = arena.take<Sum>(projected ? 0 : p.D * p.steps.B * p.H);
-    m.state[1] = arena.take<Sum>(Cell::kStates > 1 ? p.D * p.steps.B * p.H : 0);
+    m.state = arena.take<Sum>(Cell::kStates * p.D * p.steps.B * p.H);
     m.done_size = exchange_words(plan.cell);
     m.done = arena.take<uint32_t>(p.D * m.done_size);
   }

@@ -3,12 +3,6 @@
 #pragma once
 #include "../params.h"
 
-#if defined(__CUDACC__)
-#define FUSEDRNN_ANYWHERE __host__ __device__ __forceinline__
-#else
-#define FUSEDRNN_ANYWHERE inline
-#endif
-
 namespace fusedrnn {
 
 // The s-th step of a walk is step t of the sequence. Direction 0 goes up in a forward pass, direction 1 in a backward one.
@@ -59,26 +53,37 @@ struct ManySteps {
   uint32_t* done;                 // exchange.cuh; null where blocks do not wait for each other
 };
 
+// Sequences whose lengths only the device knows: all rows are in every step, and those whose end has come keep the states they have.
+FUSEDRNN_ANYWHERE bool runs(const Steps& steps, int64_t t, int64_t b) { return !steps.lengths || t < steps.lengths[b]; }
+// Whether step t is the last of row b, of those that are in the step.
+FUSEDRNN_ANYWHERE bool is_last(const Steps& steps, int64_t t, int64_t b, int64_t d, bool leaves) {
+  if (!steps.lengths) return leaves;
+  return d ? t == 0 : t + 1 == (steps.lengths[b] < steps.T ? steps.lengths[b] : steps.T);
+}
+
 struct ForwardStep {
+  int64_t t;           // of the sequence
   int64_t gates_x_at;  // where the input's gates of its first row lie
   int64_t first;       // row of the sequence
   int64_t count;       // rows of the step
   int64_t staying;     // rows that go on to the next step; for the others this one is the last
   int64_t multiplied;  // rows with a state to multiply: all, or none
   int turn;            // which of two buffers of states is before the step
+  int64_t cut;         // the row of `reset` that says whether its first row's state ends here
 };
 
 // Step s of direction d, whose first row is `first`.
 template <class Rows>
 FUSEDRNN_ANYWHERE ForwardStep step_at(const ForwardParams& p, const Rows& rows, int64_t d, int64_t s, int64_t first) {
   const int64_t T = p.steps.T, count = rows.rows(d, s), next = s + 1 < T ? rows.rows(d, s + 1) : 0;
-  const int64_t gates_x_at =
-      p.steps.offsets ? first * p.gates_x_row[d] : step_of_walk(T, s, goes_up(d, false)) * p.gates_x_step[d];
-  return {gates_x_at, first, count, next < count ? next : count, s > 0 || p.hx ? count : 0, int(s % 2)};
+  const int64_t t = step_of_walk(T, s, goes_up(d, false)), cut = d == 0 ? first + count : first;
+  const int64_t gates_x_at = p.steps.offsets ? first * p.gates_x_row[d] : t * p.gates_x_step[d];
+  return {t, gates_x_at, first, count, next < count ? next : count, s > 0 || p.hx ? count : 0, int(s % 2), cut};
 }
 
 // The last step of a backward walk has no rows: it leaves the gradients of the initial states.
 struct BackwardStep {
+  int64_t t;             // of the sequence
   int64_t first;         // row of the sequence
   int64_t count;         // rows of the step
   int64_t before_first;  // the step whose states this one began with: its first row,
@@ -86,6 +91,8 @@ struct BackwardStep {
   int64_t multiplied;    // rows that the later step had
   int64_t visited;       // rows of this step, or of the later one if it has more: those rows began with the later step
   int turn;              // which of two buffers of gradients the later step wrote
+  int64_t cut;           // the row of `reset` that says whether its first row began from zeros
+  int64_t cut_count;     // rows that could
 };
 
 template <class Rows>
@@ -93,8 +100,10 @@ FUSEDRNN_ANYWHERE BackwardStep step_at(const BackwardParams& p, const Rows& rows
   const int64_t T = p.steps.T, count = s < T ? rows.rows(d, s) : 0, later = s > 0 ? rows.rows(d, s - 1) : 0;
   const bool begins = s + 1 >= T;  // no step before this one
   const int64_t before = begins ? 0 : rows.rows(d, s + 1);
-  return {s < T ? first : 0, count, begins ? 0 : first_of_next(rows, d, s, first, goes_up(d, true)),
-          before < count ? before : count, later, count > later ? count : later, int(s % 2)};
+  const int64_t before_first = begins ? 0 : first_of_next(rows, d, s, first, goes_up(d, true));
+  const int64_t before_count = before < count ? before : count;
+  return {step_of_walk(T, s, goes_up(d, true)), s < T ? first : 0, count, before_first, before_count, later,
+          count > later ? count : later, int(s % 2), d == 0 ? first : before_first, d == 0 ? count : before_count};
 }
 
 }  // namespace fusedrnn

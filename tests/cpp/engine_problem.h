@@ -32,7 +32,9 @@ struct Problem {
   const Traits traits;
   const bool projected;
   const int64_t P, G, extra;
-  std::vector<int64_t> batch_sizes, offsets, order;
+  const bool on_device;  // lengths are given as such
+  std::vector<int64_t> batch_sizes, offsets, order, lengths;
+  std::vector<uint8_t> reset;
   int64_t rows = 0;
   std::array<Tensor, 2> weight_hh, weight_hr, bias_hh, gates_x;
   std::array<int64_t, 2> gates_x_step{}, gates_x_row{};
@@ -40,12 +42,13 @@ struct Problem {
   int64_t input_step = 0, input_row = 0;
   std::array<Tensor, 2> grad_weight_ih, grad_weight_hh, grad_bias_ih, grad_bias_hh, grad_weight_hr;
   Tensor hx, cx, output, hy, cy, saved, states, grad_output, grad_hy, grad_cy, grad_pre, grad_hx, grad_cx, grad_proj;
+  Tensor zoneout, hidden_mask, grad_states;
 
-  explicit Problem(const Case& c, Operand operand = nullptr)
+  explicit Problem(const Case& c, Operand operand = nullptr, bool on_device = false)
       : c(c), operand(operand), traits(traits_of(c.cell)), projected(c.P > 0), P(projected ? c.P : c.H), G(traits.gates),
-        extra(traits.states - 1 + projected), random_{c.seed + 1000000} {
+        extra(traits.states - 1 + projected + (c.zoneout ? traits.states : 0)), on_device(on_device), random_{c.seed + 1000000} {
     const int64_t B = c.B, H = c.H, D = c.D;
-    const bool inner = traits.states > 1;
+    const int64_t inner = traits.states - 1;
     make_steps();
     for (int64_t d = 0; d < D; ++d) {
       weight_hh[d] = random_tensor(G * H * P, 1.5 / std::sqrt(double(P)));
@@ -54,19 +57,24 @@ struct Problem {
       gates_x[d] = random_rows(G * H, c.layout + d, gates_x_step[d], gates_x_row[d]);
     }
     if (c.hx) hx = random_tensor(D * B * P, 1);
-    if (c.cx && inner) cx = random_tensor(D * B * H, 1);
+    if (c.cx && inner) cx = random_tensor(inner * D * B * H, 1);
+    for (int64_t i = 0; c.reset && i < rows; ++i) reset.push_back(random_.below(3) == 0);
+    // Of which products are exact, and all or nothing stays, or a part.
+    if (c.zoneout) zoneout = chosen_tensor((c.alike ? 1 : rows) * D * traits.states * H, {0, 0, 1, 0.25});
+    if (c.hidden_mask) hidden_mask = chosen_tensor(D * B * H, {0, 1, 2});
     output = result(rows * D * P);
     hy = result(D * B * P);
-    if (inner) cy = result(D * B * H);
+    if (inner) cy = result(inner * D * B * H);
     if (!c.save) return;
     saved = result(rows * D * traits.saved * H);
     states = result(rows * D * extra * H);
     if (c.grad_output) grad_output = random_tensor(rows * D * P, 1);
     if (c.grad_hy) grad_hy = random_tensor(D * B * P, 1);
-    if (c.grad_cy && inner) grad_cy = random_tensor(D * B * H, 1);
+    if (c.grad_cy && inner) grad_cy = random_tensor(inner * D * B * H, 1);
+    if (c.grad_states && inner) grad_states = random_tensor(rows * D * extra * H, 1);
     grad_pre = result(rows * D * traits.pre * H);
     if (c.need_grad_hx) grad_hx = result(D * B * P);
-    if (c.need_grad_cx && inner) grad_cx = result(D * B * H);
+    if (c.need_grad_cx && inner) grad_cx = result(inner * D * B * H);
     if (projected) grad_proj = result(rows * D * P);
     input = random_rows(c.I, c.layout + 2, input_step, input_row);
     for (int64_t d = 0; d < D; ++d) {
@@ -89,7 +97,7 @@ struct Problem {
       p.bias_hh[d] = pointer(bias_hh[d]);
     }
     p.output = pointer(output), p.hy = pointer(hy), p.cy = pointer(cy);
-    p.save = c.save, p.saved = pointer(saved), p.states = pointer(states);
+    p.save = c.save ? fusedrnn::Save::kAll : fusedrnn::Save::kNothing, p.saved = pointer(saved), p.states = pointer(states);
     return p;
   }
   template <class Pointer>
@@ -98,6 +106,7 @@ struct Problem {
     fill(p, pointer);
     p.output = pointer(output), p.saved = pointer(saved), p.states = pointer(states);
     p.grad_output = pointer(grad_output), p.grad_hy = pointer(grad_hy), p.grad_cy = pointer(grad_cy);
+    p.grad_states = pointer(grad_states);
     p.grad_pre = pointer(grad_pre), p.grad_hx = pointer(grad_hx), p.grad_cx = pointer(grad_cx);
     p.grad_proj = pointer(grad_proj);
     return p;
@@ -184,7 +193,8 @@ struct Problem {
   void check_inputs() const {
     for (const auto* pair : {&weight_hh, &weight_hr, &bias_hh, &gates_x})
       for (const Tensor& tensor : *pair) CHECK(unchanged(tensor), "wrote to a weight, a bias or gates_x");
-    for (const Tensor* tensor : {&input, &hx, &cx, &grad_output, &grad_hy, &grad_cy, &grad_pre, &grad_proj})
+    for (const Tensor* tensor : {&input, &hx, &cx, &zoneout, &hidden_mask, &grad_output, &grad_hy, &grad_cy, &grad_states, &grad_pre,
+                                 &grad_proj})
       CHECK(unchanged(*tensor), "wrote to the input, hx, cx or an incoming gradient");
     for (const Tensor* tensor : {&output, &saved, &states}) CHECK(unchanged(*tensor), "backward wrote to what forward saved");
   }
@@ -217,7 +227,7 @@ struct Problem {
   }
   // Zeros where a sequence has ended, as the operator has them: the gradients of biases are sums of all rows.
   void clear_behind(Tensor& sequence) const {
-    if (!c.uneven) return;
+    if (!c.uneven || on_device) return;
     const int64_t width = int64_t(sequence.exact.size()) / rows;
     for (int64_t t = 0; t < c.T; ++t)
       for (int64_t b = batch_sizes[size_t(t)]; b < c.B; ++b)
@@ -231,6 +241,14 @@ struct Problem {
     return tensor;
   }
 
+  Tensor chosen_tensor(int64_t count, std::initializer_list<double> values) {
+    Tensor tensor(c.dtype, count);
+    for (int64_t i = 0; i < count; ++i)
+      encode(c.dtype, tensor.memory.data(), i, values.begin()[random_.below(int64_t(values.size()))]);
+    freeze(tensor);
+    return tensor;
+  }
+
   void spoil(Tensor& tensor) const {
     if (tensor.exact.empty()) return;
     const int64_t last = int64_t(tensor.exact.size()) - 1;
@@ -239,12 +257,13 @@ struct Problem {
 
   void make_steps() {
     for (int64_t t = 0, size = c.B; t < c.T; ++t) {
-      if ((c.packed || c.uneven) && t > 0 && random_.below(3)) size = 1 + random_.below(size);
+      if ((c.packed || (c.uneven && !on_device)) && t > 0 && random_.below(3)) size = 1 + random_.below(size);
       batch_sizes.push_back(size);
       offsets.push_back(rows);
       rows += c.packed ? size : c.B;
     }
-    for (int64_t b = 0; c.uneven && b < c.B; ++b) order.insert(order.begin() + random_.below(b + 1), b);
+    for (int64_t b = 0; c.uneven && b < c.B; ++b)
+      on_device ? lengths.push_back(random_.below(c.T + 2)) : void(order.insert(order.begin() + random_.below(b + 1), b));
   }
 
   // A sequence of rows in one of three layouts; what lies between its rows is NaN.
@@ -263,10 +282,10 @@ struct Problem {
     Tensor tensor(c.dtype, position(c.T - 1, last_row) + width);
     for (int64_t t = 0; t < c.T; ++t)
       for (int64_t b = 0; b < batch_sizes[size_t(t)]; ++b)
-        for (int64_t i = 0; i < width; ++i) {
+        for (int64_t i = 0; i < width && (lengths.empty() || t < lengths[size_t(b)]); ++i) {
           double x = random_.uniform(-2, 2);
           if (c.extreme && random_.below(3) == 0) x = std::copysign(c.dtype == Dtype::kFloat16 ? 6e4 : 1e30, x);
-          encode(c.dtype, tensor.memory.data(), position(t, c.uneven ? order[size_t(b)] : b) + i, x);
+          encode(c.dtype, tensor.memory.data(), position(t, order.empty() ? b : order[size_t(b)]) + i, x);
         }
     freeze(tensor);
     return tensor;
@@ -275,11 +294,15 @@ struct Problem {
   template <class Pointer>
   void fill(LayerParams& p, const Pointer& pointer) const {
     p.cell = c.cell, p.dtype = c.dtype;
-    p.steps = {c.T, c.B, c.packed || c.uneven ? batch_sizes.data() : nullptr, c.packed ? offsets.data() : nullptr,
-               c.uneven ? order.data() : nullptr};
+    auto data = [](const auto& vector) { return vector.empty() ? nullptr : vector.data(); };
+    p.steps = {c.T, c.B, c.packed || !order.empty() ? batch_sizes.data() : nullptr, c.packed ? offsets.data() : nullptr,
+               data(order), data(lengths), data(reset)};
     p.H = c.H, p.P = P, p.D = c.D, p.threads = c.threads;
     for (int64_t d = 0; d < c.D; ++d) p.weight_hh[d] = pointer(weight_hh[d]), p.weight_hr[d] = pointer(weight_hr[d]);
     p.hx = pointer(hx), p.cx = pointer(cx);
+    p.stored = extra;
+    p.zoneout = pointer(zoneout), p.zoneout_row = c.alike ? 0 : c.D * traits.states * c.H;
+    p.hidden_mask = pointer(hidden_mask);
   }
 
   template <class Run>

@@ -36,6 +36,7 @@ inline int64_t at(const LayerParams& p, int64_t t, int64_t b, std::pair<int64_t,
 
 // Whether row b of the batch has step t.
 inline bool runs(const LayerParams& p, int64_t t, int64_t b) {
+  if (p.steps.lengths) return t < p.steps.lengths[b];
   const int64_t count = p.steps.rows(t), *order = p.steps.order;
   return order ? std::find(order, order + count, b) != order + count : b < count;
 }
@@ -46,6 +47,35 @@ inline int64_t step_before(const LayerParams& p, int64_t t, int64_t b, int64_t d
   return before >= 0 && before < p.steps.T && runs(p, before, b) ? before : -1;
 }
 
+// Whether a sequence of its own begins in row b, in the order of direction d, with step t.
+inline bool anew(const LayerParams& p, int64_t t, int64_t b, int64_t d) {
+  const int64_t first = d ? step_before(p, t, b, d) : t;  // in the order of time
+  return p.steps.reset && first >= 0 && p.steps.reset[p.steps.row_offset(first) + b];
+}
+
+// How much of state k stays what it was.
+inline double stays(const LayerParams& p, int64_t t, int64_t b, int64_t d, int states, int k, int64_t u) {
+  const int64_t row = p.steps.row_offset(t) + b;
+  return p.zoneout ? in(p.zoneout)[row * p.zoneout_row + (d * states + k) * p.H + u] : 0;
+}
+
+// The hidden state that step t multiplies by weight_hh, from `output` and `hx`, which may say what was rounded; null: zeros.
+inline const double* hidden_before(const LayerParams& p, const void* output, const void* hx, int64_t t, int64_t b, int64_t d,
+                                   std::vector<double>& masked) {
+  const int64_t before = step_before(p, t, b, d);
+  const double* h = before >= 0 ? in(output) + at(p, before, b, d, p.P) : hx ? in(hx) + (d * p.steps.B + b) * p.P : nullptr;
+  if (anew(p, t, b, d)) h = nullptr;
+  if (!h || !p.hidden_mask) return h;
+  masked.assign(h, h + p.P);
+  for (int64_t u = 0; u < p.P; ++u) masked[size_t(u)] *= in(p.hidden_mask)[(d * p.steps.B + b) * p.P + u];
+  return masked.data();
+}
+
+// Zeros where row b has no step t, if the engine writes there, too.
+inline void clear_step(const LayerParams& p, void* sequence, int64_t t, int64_t b, int64_t d, int64_t width) {
+  for (int64_t i = 0; p.steps.lengths && sequence && i < width; ++i) out(sequence)[at(p, t, b, d, width) + i] = 0;
+}
+
 template <class Cell>
 void reference_forward(const ForwardParams& p, const ForwardParams& multiplied) {
   constexpr int G = Cell::kGates, kInner = Cell::kStates - 1;
@@ -53,15 +83,19 @@ void reference_forward(const ForwardParams& p, const ForwardParams& multiplied) 
   const bool projected = p.weight_hr[0];
   for (int64_t d = 0; d < p.D; ++d)
     for (int64_t b = 0; b < B; ++b) {
-      std::vector<double> h(static_cast<size_t>(P)), c(static_cast<size_t>(H));
+      std::vector<double> h(static_cast<size_t>(P)), c(static_cast<size_t>(kInner * H)), masked;
       for (int64_t u = 0; u < P; ++u) h[u] = p.hx ? in(p.hx)[(d * B + b) * P + u] : 0;
-      for (int64_t u = 0; u < H; ++u) c[u] = p.cx ? in(p.cx)[(d * B + b) * H + u] : 0;
+      for (int64_t i = 0; i < kInner * H; ++i) c[i] = p.cx ? in(p.cx)[((i / H * p.D + d) * B + b) * H + i % H] : 0;
       for (int64_t s = 0; s < T; ++s) {
-        const int64_t t = d ? T - 1 - s : s, before = step_before(p, t, b, d);
-        if (!runs(p, t, b)) continue;
-        const double* h_before = before >= 0 ? in(multiplied.output) + at(p, before, b, d, P)
-                                 : p.hx      ? in(multiplied.hx) + (d * B + b) * P
-                                             : nullptr;
+        const int64_t t = d ? T - 1 - s : s;
+        if (!runs(p, t, b)) {
+          clear_step(p, p.output, t, b, d, P);
+          clear_step(p, p.save != fusedrnn::Save::kNothing ? p.saved : nullptr, t, b, d, Cell::kSaved * H);
+          clear_step(p, p.save != fusedrnn::Save::kNothing ? p.states : nullptr, t, b, d, p.stored * H);
+          continue;
+        }
+        if (anew(p, t, b, d)) std::fill(h.begin(), h.end(), 0), std::fill(c.begin(), c.end(), 0);
+        const double* h_before = hidden_before(p, multiplied.output, p.hx ? multiplied.hx : nullptr, t, b, d, masked);
         const double* gates_x = in(p.gates_x[d]) + at(p, t, b, {p.gates_x_step[d], p.gates_x_row[d]});
         std::vector<double> h_new(static_cast<size_t>(H));
         for (int64_t u = 0; u < H; ++u) {
@@ -73,18 +107,22 @@ void reference_forward(const ForwardParams& p, const ForwardParams& multiplied) 
             pre[Cell::h_pre(g)] += sum;
           }
           state[0] = projected ? 0 : h[u];
-          if constexpr (kInner > 0) state[1] = c[u];
+          for (int k = 0; k < kInner; ++k) state[k + 1] = c[k * H + u];
           Cell::forward(pre, state, new_state, saved);
+          for (int k = 0; k < Cell::kStates && p.zoneout && p.save != fusedrnn::Save::kNothing; ++k)
+            out(p.states)[at(p, t, b, d, p.stored * H) + (kInner + k) * H + u] = new_state[k];
+          for (int k = 0; k < Cell::kStates && p.zoneout; ++k)
+            new_state[k] = fusedrnn::zoneout(stays(p, t, b, d, Cell::kStates, k, u), state[k], new_state[k]);
           h_new[u] = new_state[0];
-          if constexpr (kInner > 0) c[u] = new_state[1];
-          if (!p.save) continue;
+          for (int k = 0; k < kInner; ++k) c[k * H + u] = new_state[k + 1];
+          if (p.save == fusedrnn::Save::kNothing) continue;
           for (int k = 0; k < Cell::kSaved; ++k) out(p.saved)[at(p, t, b, d, Cell::kSaved * H) + k * H + u] = saved[k];
-          double* states = kInner + projected ? out(p.states) + at(p, t, b, d, (kInner + projected) * H) : nullptr;
-          if constexpr (kInner > 0) states[u] = new_state[1];
+          double* states = p.stored ? out(p.states) + at(p, t, b, d, p.stored * H) : nullptr;
+          for (int k = 0; k < kInner; ++k) states[k * H + u] = new_state[k + 1];
           if (projected) states[kInner * H + u] = new_state[0];
         }
         const double* unprojected = h_new.data();
-        if (projected && p.save) unprojected = in(multiplied.states) + at(p, t, b, d, (kInner + 1) * H) + kInner * H;
+        if (projected && p.save != fusedrnn::Save::kNothing) unprojected = in(multiplied.states) + at(p, t, b, d, (kInner + 1) * H) + kInner * H;
         for (int64_t u = 0; u < P; ++u) {
           h[u] = projected ? 0 : h_new[u];
           if (projected)
@@ -93,8 +131,7 @@ void reference_forward(const ForwardParams& p, const ForwardParams& multiplied) 
         }
       }
       for (int64_t u = 0; u < P; ++u) out(p.hy)[(d * B + b) * P + u] = h[u];
-      if constexpr (kInner > 0)
-        for (int64_t u = 0; u < H; ++u) out(p.cy)[(d * B + b) * H + u] = c[u];
+      for (int64_t i = 0; i < kInner * H; ++i) out(p.cy)[((i / H * p.D + d) * B + b) * H + i % H] = c[i];
     }
 }
 
@@ -103,15 +140,19 @@ void reference_backward(const BackwardParams& p, const BackwardParams& multiplie
   constexpr int G = Cell::kGates, kInner = Cell::kStates - 1;
   const int64_t H = p.H, P = p.P, T = p.steps.T, B = p.steps.B;
   const bool projected = p.weight_hr[0];
-  const int64_t extra = kInner + projected;
   for (int64_t d = 0; d < p.D; ++d)
     for (int64_t b = 0; b < B; ++b) {
-      std::vector<double> dh(static_cast<size_t>(P)), dc(static_cast<size_t>(H));
+      std::vector<double> dh(static_cast<size_t>(P)), dc(static_cast<size_t>(kInner * H));
       for (int64_t u = 0; u < P; ++u) dh[u] = p.grad_hy ? in(p.grad_hy)[(d * B + b) * P + u] : 0;
-      for (int64_t u = 0; u < H; ++u) dc[u] = p.grad_cy ? in(p.grad_cy)[(d * B + b) * H + u] : 0;
+      for (int64_t i = 0; i < kInner * H; ++i) dc[i] = p.grad_cy ? in(p.grad_cy)[((i / H * p.D + d) * B + b) * H + i % H] : 0;
       for (int64_t s = 0; s < T; ++s) {
         const int64_t t = d ? s : T - 1 - s, before = step_before(p, t, b, d);
-        if (!runs(p, t, b)) continue;
+        const bool begins = anew(p, t, b, d);
+        if (!runs(p, t, b)) {
+          clear_step(p, p.grad_pre, t, b, d, Cell::kPre * H);
+          clear_step(p, projected ? p.grad_proj : nullptr, t, b, d, P);
+          continue;
+        }
         for (int64_t u = 0; u < P; ++u) {
           if (p.grad_output) dh[u] += in(p.grad_output)[at(p, t, b, d, P) + u];
           if (projected) out(p.grad_proj)[at(p, t, b, d, P) + u] = dh[u];
@@ -123,31 +164,48 @@ void reference_backward(const BackwardParams& p, const BackwardParams& multiplie
           for (int k = 0; k < Cell::kSaved; ++k) saved[k] = in(p.saved)[at(p, t, b, d, Cell::kSaved * H) + k * H + u];
           if (!projected) {
             state[0] = before >= 0 ? in(p.output)[at(p, before, b, d, P) + u] : p.hx ? in(p.hx)[(d * B + b) * P + u] : 0;
+            if (begins) state[0] = 0;
             new_state[0] = in(p.output)[at(p, t, b, d, P) + u];
             grad_new[0] = dh[u];
           } else {
             const double* grad_proj = in(multiplied.grad_proj) + at(p, t, b, d, P);
             for (int64_t k = 0; k < P; ++k) grad_new[0] += in(multiplied.weight_hr[d])[k * H + u] * grad_proj[k];
           }
-          if constexpr (kInner > 0) {
-            state[1] = before >= 0 ? in(p.states)[at(p, before, b, d, extra * H) + u] : p.cx ? in(p.cx)[(d * B + b) * H + u] : 0;
-            new_state[1] = in(p.states)[at(p, t, b, d, extra * H) + u];
-            grad_new[1] = dc[u];
+          for (int k = 0; k < kInner; ++k) {
+            state[k + 1] = begins        ? 0
+                           : before >= 0 ? in(p.states)[at(p, before, b, d, p.stored * H) + k * H + u]
+                           : p.cx        ? in(p.cx)[((k * p.D + d) * B + b) * H + u]
+                                         : 0;
+            new_state[k + 1] = in(p.states)[at(p, t, b, d, p.stored * H) + k * H + u];
+            grad_new[k + 1] = dc[k * H + u];
+            if (p.grad_states) grad_new[k + 1] += in(p.grad_states)[at(p, t, b, d, p.stored * H) + k * H + u];
+          }
+          double past[Cell::kStates] = {};
+          if (p.zoneout) {
+            for (int k = 0; k < Cell::kStates; ++k) {
+              const double z = stays(p, t, b, d, Cell::kStates, k, u);
+              new_state[k] = in(p.states)[at(p, t, b, d, p.stored * H) + (kInner + k) * H + u];
+              past[k] = z * grad_new[k];
+              grad_new[k] *= 1 - z;
+            }
           }
           Cell::backward(saved, state, new_state, grad_new, grad_pre, grad_state);
+          for (int k = 0; k < Cell::kStates; ++k) grad_state[k] += past[k];
           for (int k = 0; k < Cell::kPre; ++k) out(p.grad_pre)[at(p, t, b, d, Cell::kPre * H) + k * H + u] = grad_pre[k];
-          if (!projected) dh_before[u] += grad_state[0];
-          if constexpr (kInner > 0) dc[u] = grad_state[1];
+          if (!projected && !begins) dh_before[u] += grad_state[0];
+          for (int k = 0; k < kInner; ++k) dc[k * H + u] = begins ? 0 : grad_state[k + 1];
           for (int g = 0; g < G; ++g) {
             const double grad_gate = in(multiplied.grad_pre)[at(p, t, b, d, Cell::kPre * H) + Cell::h_pre(g) * H + u];
-            for (int64_t k = 0; k < P; ++k) dh_before[k] += grad_gate * in(multiplied.weight_hh[d])[(g * H + u) * P + k];
+            for (int64_t k = 0; k < P && !begins; ++k) {
+              const double mask = p.hidden_mask ? in(p.hidden_mask)[(d * B + b) * P + k] : 1;
+              dh_before[k] += grad_gate * in(multiplied.weight_hh[d])[(g * H + u) * P + k] * mask;
+            }
           }
         }
         dh = dh_before;
       }
       for (int64_t u = 0; u < P && p.grad_hx; ++u) out(p.grad_hx)[(d * B + b) * P + u] = dh[u];
-      if constexpr (kInner > 0)
-        for (int64_t u = 0; u < H && p.grad_cx; ++u) out(p.grad_cx)[(d * B + b) * H + u] = dc[u];
+      for (int64_t i = 0; i < kInner * H && p.grad_cx; ++i) out(p.grad_cx)[((i / H * p.D + d) * B + b) * H + i % H] = dc[i];
     }
 }
 
@@ -164,8 +222,8 @@ void reference_grad_weights(const GradWeightsParams& p) {
       for (int64_t b = 0; b < B; ++b) {
         if (!runs(p, t, b)) continue;
         const double* x = in(p.input) + at(p, t, b, {p.input_step, p.input_row});
-        const int64_t before = step_before(p, t, b, d);
-        const double* h = before >= 0 ? in(p.output) + at(p, before, b, d, P) : p.hx ? in(p.hx) + (d * B + b) * P : nullptr;
+        std::vector<double> masked;
+        const double* h = hidden_before(p, p.output, p.hx, t, b, d, masked);
         const double* grad_pre = in(p.grad_pre) + at(p, t, b, d, Cell::kPre * H);
         for (int g = 0; g < Cell::kGates; ++g)
           for (int64_t u = 0; u < H; ++u) {
