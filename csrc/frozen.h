@@ -35,47 +35,44 @@ struct FrozenHeader {
 constexpr int64_t kFrozenHeaderBytes = 128;  // zeros behind the header, so that blocks begin with a cache line
 static_assert(sizeof(FrozenHeader) <= kFrozenHeaderBytes, "the header has its place");
 
-// The code of one instruction set must not be linked into another's.
-#define FUSEDRNN_IN_PLACE inline __attribute__((always_inline))
-
 // Where things lie, for a cell of `gates` gates and `pre` pre-activations.
 struct FrozenLayout {
   FrozenFormat format;
   int64_t gates, pre, layers, D, I, H, P;
   bool projected;
 
-  FUSEDRNN_IN_PLACE FrozenLayout(const FrozenHeader& header, int gates, int pre)
+  FUSEDRNN_ANYWHERE FrozenLayout(const FrozenHeader& header, int gates, int pre)
       : format(header.format), gates(gates), pre(pre), layers(header.layers), D(header.directions), I(header.I), H(header.H),
         P(header.P ? header.P : header.H), projected(header.P > 0) {}
 
-  FUSEDRNN_IN_PLACE static int64_t up(int64_t count, int64_t size) { return (count + size - 1) / size; }
+  FUSEDRNN_ANYWHERE static int64_t up(int64_t count, int64_t size) { return (count + size - 1) / size; }
   // Inputs a line.
-  FUSEDRNN_IN_PLACE int64_t group() const {
+  FUSEDRNN_ANYWHERE int64_t group() const {
     return format == FrozenFormat::kInt8 ? 4 : format == FrozenFormat::kBFloat16 ? 2 : 1;
   }
-  FUSEDRNN_IN_PLACE int64_t groups(int64_t depth) const { return up(depth, group()); }
+  FUSEDRNN_ANYWHERE int64_t groups(int64_t depth) const { return up(depth, group()); }
   // 16 floats are a line, too.
-  FUSEDRNN_IN_PLACE int64_t scales(int64_t gates) const { return format == FrozenFormat::kInt8 ? gates * kLineBytes : 0; }
-  FUSEDRNN_IN_PLACE int64_t depth(int64_t layer) const { return layer ? D * P : I; }
-  FUSEDRNN_IN_PLACE int64_t blocks() const { return up(H, kFrozenUnits); }
-  FUSEDRNN_IN_PLACE int64_t columns() const { return projected ? up(P, kFrozenUnits) : 0; }
+  FUSEDRNN_ANYWHERE int64_t scales(int64_t gates) const { return format == FrozenFormat::kInt8 ? gates * kLineBytes : 0; }
+  FUSEDRNN_ANYWHERE int64_t depth(int64_t layer) const { return layer ? D * P : I; }
+  FUSEDRNN_ANYWHERE int64_t blocks() const { return up(H, kFrozenUnits); }
+  FUSEDRNN_ANYWHERE int64_t columns() const { return projected ? up(P, kFrozenUnits) : 0; }
 
   // Bytes from the beginning of a block.
-  FUSEDRNN_IN_PLACE int64_t ih_scales() const { return pre * kLineBytes; }
-  FUSEDRNN_IN_PLACE int64_t hh_scales() const { return ih_scales() + scales(gates); }
-  FUSEDRNN_IN_PLACE int64_t ih() const { return hh_scales() + scales(gates); }
-  FUSEDRNN_IN_PLACE int64_t hh(int64_t layer) const { return ih() + groups(depth(layer)) * gates * kLineBytes; }
-  FUSEDRNN_IN_PLACE int64_t block_bytes(int64_t layer) const { return hh(layer) + groups(P) * gates * kLineBytes; }
-  FUSEDRNN_IN_PLACE int64_t column_bytes() const { return scales(1) + groups(H) * kLineBytes; }
+  FUSEDRNN_ANYWHERE int64_t ih_scales() const { return pre * kLineBytes; }
+  FUSEDRNN_ANYWHERE int64_t hh_scales() const { return ih_scales() + scales(gates); }
+  FUSEDRNN_ANYWHERE int64_t ih() const { return hh_scales() + scales(gates); }
+  FUSEDRNN_ANYWHERE int64_t hh(int64_t layer) const { return ih() + groups(depth(layer)) * gates * kLineBytes; }
+  FUSEDRNN_ANYWHERE int64_t block_bytes(int64_t layer) const { return hh(layer) + groups(P) * gates * kLineBytes; }
+  FUSEDRNN_ANYWHERE int64_t column_bytes() const { return scales(1) + groups(H) * kLineBytes; }
 
-  FUSEDRNN_IN_PLACE int64_t direction_bytes(int64_t layer) const {
+  FUSEDRNN_ANYWHERE int64_t direction_bytes(int64_t layer) const {
     return blocks() * block_bytes(layer) + columns() * column_bytes();
   }
   // Bytes from the end of the header to a direction's first block.
-  FUSEDRNN_IN_PLACE int64_t direction(int64_t layer, int64_t d) const {
+  FUSEDRNN_ANYWHERE int64_t direction(int64_t layer, int64_t d) const {
     return (layer ? D * direction_bytes(0) + (layer - 1) * D * direction_bytes(1) : 0) + d * direction_bytes(layer);
   }
-  FUSEDRNN_IN_PLACE int64_t bytes() const { return direction(layers, 0); }  // of all layers
+  FUSEDRNN_ANYWHERE int64_t bytes() const { return direction(layers, 0); }  // of all layers
 };
 
 // One call: a stack of layers over a sequence.

@@ -29,9 +29,10 @@ py::dict traits_of() {
     h_pre.push_back(Cell::h_pre(gate));
   }
   using namespace py::literals;
-  const int gates = Cell::kGates, pre = Cell::kPre, states = Cell::kStates, saved = Cell::kSaved;
-  return py::dict("gates"_a = gates, "pre"_a = pre, "states"_a = states, "saved"_a = saved, "x_pre"_a = x_pre,
-                  "h_pre"_a = h_pre);
+  const int gates = Cell::kGates, pre = Cell::kPre, states = Cell::kStates, saved = Cell::kSaved, unit = Cell::kUnit;
+  const bool chooses = Cell::kChooses, multiplies = Cell::kMultiplies;
+  return py::dict("gates"_a = gates, "pre"_a = pre, "states"_a = states, "saved"_a = saved, "unit"_a = unit,
+                  "chooses"_a = chooses, "multiplies"_a = multiplies, "x_pre"_a = x_pre, "h_pre"_a = h_pre);
 }
 
 py::dict cell_traits() {
@@ -82,7 +83,7 @@ std::string cpu_isa() { return fusedrnn::isa_name(fusedrnn::selected_isa()); }
 
 PYBIND11_MODULE(_C, m) {
   m.def("build_record", &build_record, "dict: version, compiler, flags, torch and instruction sets of this build");
-  m.def("cell_traits", &cell_traits, "{cell: {gates, pre, states, saved, x_pre: [gates], h_pre: [gates]}}");
+  m.def("cell_traits", &cell_traits, "{cell: {gates, pre, states, saved, unit, chooses, multiplies, x_pre: [gates], h_pre: [gates]}}");
   m.def("cpu_isas", &cpu_isas, "instruction sets that were built and that this processor has, the best last");
   m.def("cuda_plan", &cuda_plan, py::arg("cell"), py::arg("dtype"), py::kw_only(), py::arg("T"), py::arg("B"), py::arg("H"), py::arg("P"),
         py::arg("D"), py::arg("multiprocessors"), py::arg("shared_bytes"), py::arg("major") = 9, py::arg("tf32") = false, py::arg("kernel") = "",

@@ -12,6 +12,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
 #include <numeric>
 #include <optional>
@@ -30,6 +31,9 @@ namespace fusedrnn {
 // sequence outputs are zero, and its last states are those of its own last step. batch_sizes are on the CPU, lengths where the engine
 // looks at them. reset: (T, B) or (rows,), true where a sequence of its own begins, from states of zeros. zoneout and hidden_mask: as
 // in params.h, zoneout (T, B, D, S, H), (rows, D, S, H), or (D, S, H) for all rows alike.
+// cell: its name, and behind a colon what is chosen of one that has a choice, such as "lstm_general:hard_sigmoid,tanh,relu,3.5": the
+// functions of gates, candidate and output, and the limit of the inner state, 0 for none. weight_hr: (P, H) of projections; or of a
+// cell whose units have numbers of their own these, (kUnit, H), null for zeros; where the cell has no product they are weight_hh.
 // save: 0, or 1 to have the states, and 2 to have what recurrence_backward needs besides; what is not wanted is empty. cx and cy are
 // (D, B, H), (S - 1, D, B, H) of a cell of more than two states, and empty of one with one. grad_weights holds, for each
 // direction, the gradients of weight_ih, weight_hh, bias_ih, bias_hh and weight_hr. What is not needed is empty. allow_tf32:
@@ -53,7 +57,10 @@ using MaybeTensors = std::optional<Tensors>;
 using Sizes = std::vector<int64_t>;
 
 struct CellTraits {
-  int id = -1, gates = 0, pre = 0, states = 0, saved = 0;
+  int id = -1, gates = 0, pre = 0, states = 0, saved = 0, unit = 0;
+  bool chooses = false, multiplies = true;
+  Choice choice;
+  int grads() const { return pre + unit; }
 };
 
 inline std::string cell_names() {
@@ -62,13 +69,39 @@ inline std::string cell_names() {
   return names;
 }
 
-inline CellTraits find_cell(const char* op, const std::string& name) {
+// The choice that `words` tells, as the schemas say.
+inline Choice choice_of(const char* op, const std::string& words) {
+  static const std::vector<std::string> names{"sigmoid", "hard_sigmoid", "hard_sigmoid_of_fifths", "tanh", "relu", "identity"};  // as Function
+  std::vector<std::string> parts{""};
+  for (char c : words) c == ',' ? parts.push_back("") : void(parts.back() += c);
+  STD_TORCH_CHECK(parts.size() == 4, op, ": a cell's choice must be 'gate,candidate,output,clip', got '", words, "'");
+  Function functions[3];
+  for (size_t i = 0; i < 3; ++i) {
+    const size_t found = size_t(std::find(names.begin(), names.end(), parts[i]) - names.begin());
+    const bool fits = i == 0 ? found < 3 : found >= 3 && found < names.size();
+    STD_TORCH_CHECK(fits, op, i == 0 ? ": the function of gates must be sigmoid, hard_sigmoid or hard_sigmoid_of_fifths"
+                                     : ": the function of candidate and output must be tanh, relu or identity", ", got '", parts[i], "'");
+    functions[i] = Function(found);
+  }
+  char* end = nullptr;
+  const double clip = std::strtod(parts[3].c_str(), &end);
+  STD_TORCH_CHECK(!parts[3].empty() && *end == 0 && clip >= 0, op, ": the limit must be a number not below 0, got '", parts[3], "'");
+  return {functions[0], functions[1], functions[2], clip};
+}
+
+inline CellTraits find_cell(const char* op, const std::string& text) {
+  const size_t colon = text.find(':');
+  const std::string name = text.substr(0, colon);
   CellTraits traits;
   for_each_cell([&](int id, auto cell) {
     using Cell = decltype(cell);
-    if (name == Cell::kName) traits = {id, Cell::kGates, Cell::kPre, Cell::kStates, Cell::kSaved};
+    if (name == Cell::kName)
+      traits = {id, Cell::kGates, Cell::kPre, Cell::kStates, Cell::kSaved, Cell::kUnit, Cell::kChooses, Cell::kMultiplies, {}};
   });
   STD_TORCH_CHECK(traits.id >= 0, op, ": cell must be one of ", cell_names(), ", got '", name, "'");
+  if (colon == std::string::npos) return traits;
+  STD_TORCH_CHECK(traits.chooses, op, ": the cell ", name, " has no choice, got '", text, "'");
+  traits.choice = choice_of(op, text.substr(colon + 1));
   return traits;
 }
 
@@ -118,15 +151,18 @@ struct Call {
     STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::BFloat16 ||
                         type == ScalarType::Half,
                     op, ": weight_hh must be float32, float64, bfloat16 or float16, got ", name_of(type));
-    STD_TORCH_CHECK(first.dim() == 2 && first.numel() > 0 && first.size(0) % cell.gates == 0, op,
-                    ": weight_hh must be (G*H, P) with G = ", cell.gates, " gates, got ", text(sizes_of(first)));
-    H = first.size(0) / cell.gates;
+    const int gates = cell.multiplies ? cell.gates : cell.unit;  // rows of weight_hh to a unit, or to all units
+    STD_TORCH_CHECK(first.dim() == 2 && first.numel() > 0 && first.size(0) % gates == 0, op,
+                    ": weight_hh must be (G*H, P) with G = ", gates, " gates, got ", text(sizes_of(first)));
     P = first.size(1);
-    projected = !weight_hr.empty();
-    STD_TORCH_CHECK(!projected || cell.states > 1, op, ": only the lstm takes projections (weight_hr)");
-    STD_TORCH_CHECK(projected || P == H, op, ": weight_hh must be (G*H, H) = ", text({cell.gates * H, H}), ", got ",
+    H = cell.multiplies ? first.size(0) / gates : P;
+    projected = !weight_hr.empty() && cell.unit == 0;
+    STD_TORCH_CHECK(!projected || cell.states == 2, op, ": only the lstm takes projections (weight_hr)");
+    STD_TORCH_CHECK(cell.multiplies || (weight_hr.empty() && first.size(0) == gates), op, ": weight_hh must be (", gates,
+                    ", H), without weight_hr, got ", text(sizes_of(first)));
+    STD_TORCH_CHECK(projected || P == H, op, ": weight_hh must be (G*H, H) = ", text({gates * H, H}), ", got ",
                     text(sizes_of(first)));
-    STD_TORCH_CHECK(!projected || int64_t(weight_hr.size()) == D, op, ": weight_hr must hold ", D, " tensors, got ",
+    STD_TORCH_CHECK(weight_hr.empty() || int64_t(weight_hr.size()) == D, op, ": weight_hr must hold ", D, " tensors, got ",
                     weight_hr.size());
   }
 
@@ -250,6 +286,7 @@ struct Call {
       steps_.reset = static_cast<const uint8_t*>(held.back().data_ptr());
     }
     p.cell = cell.id;
+    p.choice = cell.choice;
     p.dtype = dtype();
     p.steps = steps_;
     p.H = H;
@@ -257,12 +294,16 @@ struct Call {
     p.D = D;
     p.threads = int(torch::stable::get_num_threads());
     for (int64_t d = 0; d < D; ++d) {
-      p.weight_hh[d] = data("weight_hh", weight_hh[d], {cell.gates * H, P});
-      p.weight_hr[d] = projected ? data("weight_hr", weight_hr[d], {P, H}) : nullptr;
+      const void* weights = data("weight_hh", weight_hh[d], weight_hh_sizes());
+      const void* others = weight_hr.empty() ? nullptr : data("weight_hr", weight_hr[d], weight_hr_sizes());
+      p.weight_hh[d] = cell.multiplies ? weights : nullptr;
+      p.weight_hr[d] = projected ? others : nullptr;
+      p.unit[d] = projected ? nullptr : cell.multiplies ? others : weights;
     }
     p.hx = data("hx", hx, {D, B, P});
     STD_TORCH_CHECK(!cx || cell.states > 1, op, ": cx is for cells of more than one state, such as the lstm");
     p.cx = data("cx", cx, inner_sizes());
+    STD_TORCH_CHECK(cell.multiplies || !carry.hidden_mask, op, ": no hidden_mask where the cell has no product");
     STD_TORCH_CHECK(!projected || (!carry.zoneout && !carry.hidden_mask), op, ": no zoneout and hidden_mask with projections");
     zones_out = bool(carry.zoneout);
     p.stored = stored();
@@ -274,6 +315,8 @@ struct Call {
     }
     p.hidden_mask = data("hidden_mask", carry.hidden_mask, {D, B, H});
   }
+  Sizes weight_hh_sizes() const { return {(cell.multiplies ? cell.gates * H : cell.unit), P}; }
+  Sizes weight_hr_sizes() const { return {cell.unit ? cell.unit : P, H}; }
   Sizes inner_sizes() const { return cell.states == 2 ? Sizes{D, B, H} : Sizes{cell.states - 1, D, B, H}; }
 
   Sizes sequence_sizes(const Sizes& last) const {
@@ -402,7 +445,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> recurrence_backward(
   call.set_steps("output", output, ragged, hx, Engine::kLengthsOnHost);
   STD_TORCH_CHECK(call.cell.states > 1 || (!grad_cy && !need_grad_cx && !grad_states), call.op,
                   ": grad_cy, grad_states and need_grad_cx are for cells of more than one state, such as the lstm");
-  STD_TORCH_CHECK(call.projected || !need_grad_weight_hr, call.op, ": need_grad_weight_hr is for projections alone");
+  STD_TORCH_CHECK(!weight_hr.empty() || !need_grad_weight_hr, call.op, ": need_grad_weight_hr needs weight_hr");
   STD_TORCH_CHECK(input || !need_grad_weight_ih, call.op, ": need_grad_weight_ih needs the input");
 
   GradWeightsParams w{};
@@ -423,7 +466,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> recurrence_backward(
   const Tensor& like = call.first;
   const Needs needs{need_grad_hx, need_grad_cx, need_grad_weight_ih, need_grad_weight_hh, need_grad_bias, need_grad_weight_hr};
   Engine engine(call, allow_tf32);
-  Tensor grad_pre = allocate(like, call.sequence_sizes({D, call.cell.pre, H}));
+  Tensor grad_pre = allocate(like, call.sequence_sizes({D, call.cell.grads(), H}));
   Tensor grad_hx = allocate(like, need_grad_hx ? Sizes{D, call.B, P} : Sizes{0});
   Tensor grad_cx = allocate(like, need_grad_cx ? call.inner_sizes() : Sizes{0});
   MaybeTensor grad_proj;

@@ -38,10 +38,13 @@ class OnCpu {
     };
     for (int64_t d = 0; d < call_.D; ++d) {
       p.grad_weight_ih[d] = wanted(needs.grad_weight_ih, {rows, p.I});
-      p.grad_weight_hh[d] = wanted(needs.grad_weight_hh, {rows, call_.P});
+      void* weights = wanted(needs.grad_weight_hh, call_.weight_hh_sizes());
       p.grad_bias_ih[d] = wanted(needs.grad_bias, {rows});
       p.grad_bias_hh[d] = wanted(needs.grad_bias, {rows});
-      p.grad_weight_hr[d] = wanted(needs.grad_weight_hr, {call_.P, call_.H});
+      void* others = wanted(needs.grad_weight_hr, call_.weight_hr_sizes());
+      p.grad_weight_hh[d] = call_.cell.multiplies ? weights : nullptr;
+      p.grad_weight_hr[d] = call_.projected ? others : nullptr;
+      p.grad_unit[d] = call_.projected ? nullptr : call_.cell.multiplies ? others : weights;
     }
     if (needs.any_weight()) run_in_workspace(call_.first, p, engine_.grad_weights_workspace, engine_.grad_weights);
     return grads;

@@ -3,10 +3,13 @@
 #pragma once
 #include <cstdint>
 
+#include "cells/cell.h"
+
+// What engines call. Always inline: the code of one instruction set must not be linked into another's.
 #if defined(__CUDACC__)
 #define FUSEDRNN_ANYWHERE __host__ __device__ __forceinline__
 #else
-#define FUSEDRNN_ANYWHERE inline
+#define FUSEDRNN_ANYWHERE inline __attribute__((always_inline))
 #endif
 
 namespace fusedrnn {
@@ -25,28 +28,28 @@ struct Steps {
   const int64_t* order = nullptr;    // (B), the row of the batch that is row b of the steps; null: b
   const int64_t* lengths = nullptr;  // (B), on a device that is not the host; null: as batch_sizes has it
   const uint8_t* reset = nullptr;    // (rows), 1 where a sequence of its own begins, from states of zeros; null: none does
-  int64_t rows(int64_t t) const { return batch_sizes ? batch_sizes[t] : B; }
-  int64_t row_offset(int64_t t) const { return offsets ? offsets[t] : t * B; }
-  int64_t row_count() const { return offsets ? offsets[T - 1] + batch_sizes[T - 1] : T * B; }
-  int64_t place(int64_t b) const { return order ? order[b] : b; }
-  int64_t row(int64_t t, int64_t b) const { return row_offset(t) + place(b); }
-  int64_t given_row(int64_t d, int64_t b) const { return d * B + place(b); }  // of the caller's states (D, B, ...)
+  FUSEDRNN_ANYWHERE int64_t rows(int64_t t) const { return batch_sizes ? batch_sizes[t] : B; }
+  FUSEDRNN_ANYWHERE int64_t row_offset(int64_t t) const { return offsets ? offsets[t] : t * B; }
+  FUSEDRNN_ANYWHERE int64_t row_count() const { return offsets ? offsets[T - 1] + batch_sizes[T - 1] : T * B; }
+  FUSEDRNN_ANYWHERE int64_t place(int64_t b) const { return order ? order[b] : b; }
+  FUSEDRNN_ANYWHERE int64_t row(int64_t t, int64_t b) const { return row_offset(t) + place(b); }
+  FUSEDRNN_ANYWHERE int64_t given_row(int64_t d, int64_t b) const { return d * B + place(b); }  // of the caller's states (D, B, ...)
   // Where row b of step t lies in a sequence of rows that are `row` elements apart, and `step` from step to step if padded.
-  int64_t position(int64_t t, int64_t b, int64_t step, int64_t row) const {
+  FUSEDRNN_ANYWHERE int64_t position(int64_t t, int64_t b, int64_t step, int64_t row) const {
     return offsets ? (offsets[t] + b) * row : t * step + place(b) * row;
   }
   // Where the state is that row b of step t began with in direction d: that row of the step before, or -1 at its first step.
-  int64_t row_before(int64_t t, int64_t b, int64_t d) const {
+  FUSEDRNN_ANYWHERE int64_t row_before(int64_t t, int64_t b, int64_t d) const {
     const int64_t before = d ? t + 1 : t - 1;
     return before < 0 || before >= T || b >= rows(before) ? -1 : row(before, b);
   }
   // Whether row b begins step t of direction d from zeros. Direction 1 comes from step t + 1, and passes where that begins anew.
-  bool begins(int64_t t, int64_t b, int64_t d) const {
+  FUSEDRNN_ANYWHERE bool begins(int64_t t, int64_t b, int64_t d) const {
     if (!reset) return false;
     return d == 0 ? reset[row(t, b)] : t + 1 < T && b < rows(t + 1) && reset[row(t + 1, b)];
   }
   // Whether it begins the step that follows there from zeros, so that nobody needs the states after step t.
-  bool ends(int64_t t, int64_t b, int64_t d) const {
+  FUSEDRNN_ANYWHERE bool ends(int64_t t, int64_t b, int64_t d) const {
     const int64_t next = d ? t - 1 : t + 1;
     return reset && next >= 0 && next < T && b < rows(next) && begins(next, b, d);
   }
@@ -56,12 +59,14 @@ struct Steps {
 // Every tensor is dense in the stated order, but for gates_x, whose rows may lie anywhere.
 struct LayerParams {
   int cell;  // id in cells/cells.h
+  Choice choice;
   Dtype dtype;
   Steps steps;
   int64_t H, P, D;
   int threads;                               // at most so many threads
-  const void* weight_hh[kMaxDirections];     // (G*H, P)
+  const void* weight_hh[kMaxDirections];     // (G*H, P), null where the cell has none
   const void* weight_hr[kMaxDirections];     // (P, H), null: no projection, P == H
+  const void* unit[kMaxDirections];          // (kUnit, H), numbers that each unit has of its own, null: zeros
   const void* hx;                            // (D, B, P), null: zeros
   const void* cx;                            // (D, B, H) for each of the states 1.., one after the other; null: zeros
   // How much of each state stays what it was, from 0 to 1: (rows, D, S, H), or of all rows alike (D, S, H); null: nothing. Zoneout.
@@ -98,7 +103,7 @@ struct BackwardParams : LayerParams {
   const void* grad_hy;                       // (D, B, P), null: zeros
   const void* grad_cy;                       // as cx, null: zeros
   const void* grad_states;                   // (rows, D, K, H), of the states 1.. after each step; null: zeros
-  void* grad_pre;                            // (rows, D, kPre, H)
+  void* grad_pre;                            // (rows, D, kPre + kUnit, H)
   void* grad_hx;                             // (D, B, P), null: not wanted
   void* grad_cx;                             // as cx, null: not wanted
   void* grad_proj;                           // (rows, D, P): gradient of the projected state, all its uses; null: no projection
@@ -118,6 +123,7 @@ struct GradWeightsParams : LayerParams {
   void* grad_bias_ih[kMaxDirections];        // (G*H)
   void* grad_bias_hh[kMaxDirections];        // (G*H)
   void* grad_weight_hr[kMaxDirections];      // (P, H)
+  void* grad_unit[kMaxDirections];           // (kUnit, H)
 };
 
 }  // namespace fusedrnn

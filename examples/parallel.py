@@ -9,6 +9,7 @@ each batch; gloo, or NCCL where each has a GPU of its own, averages the gradient
 
 import argparse
 import datetime
+import gc
 import logging
 import os
 import sys
@@ -99,6 +100,7 @@ def join_group(rank: int, world: int, args, **rendezvous) -> str:
     try:
         return work(rank, world, args, device)
     finally:
+        gc.collect()  # of the models that are in circles: they hold the group, whose threads must end before Python does
         dist.destroy_process_group()
 
 

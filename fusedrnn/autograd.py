@@ -26,10 +26,10 @@ def layer(cell: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, weight
     """Runs one recurrent layer, forward and, with two directions, in reverse beside it.
 
     Args:
-        cell: "rnn_tanh", "rnn_relu", "lstm" or "gru".
+        cell: as `fusedrnn.reference.step_of` takes it, such as "lstm".
         input: (T, B, I); (B, T, I) if `batch_first`; or (rows, I), the data of a PackedSequence.
         hx: (D, B, P) initial hidden states, or None for zeros (not with packed data).
-        cx: (D, B, H) initial cell states of the lstm, or None for zeros.
+        cx: (D, B, H) initial cell states of the lstm, (S - 1, D, B, H) of a cell of S > 2 states, or None for zeros.
         weights: for each of the D directions (weight_ih, weight_hh, bias_ih, bias_hh, weight_hr), None where there is none.
         ragged: int64, batch_sizes (T,) of packed data, on the CPU, or the lengths (B,) of padded sequences, on the CPU or, on CUDA, where
             the input is; None: all have T steps.
@@ -39,8 +39,8 @@ def layer(cell: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, weight
         return_states: whether the last result is wanted.
 
     Returns:
-        output `(T, B, D*P)` in this order of memory, also if `batch_first`, or `(rows, D*P)`; hy (D, B, P); cy (D, B, H),
-        None for cells without one; and likewise c after each step, (T, B, D, 1, H) or (rows, D, 1, H).
+        output `(T, B, D*P)` in this order of memory, also if `batch_first`, or `(rows, D*P)`; hy (D, B, P); cy as cx, None for
+        cells without one; and likewise c after each step, (T, B, D, 1, H) or (rows, D, 1, H), with S - 1 in the place of 1.
 
     Raises:
         RuntimeError: fusedrnn.onnx.export is at work, and ONNX has not what is asked for.
@@ -56,8 +56,9 @@ def layer(cell: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, weight
         if _are_functorch_transforms_active():  # torch.compile cannot tell there which gradients are wanted, and gives zeros
             return reference.layer(cell, input, hx, cx, weights, ragged, batch_first, carry)
         if onnx.is_recording():
-            if carry is not NO_CARRY or return_states:
-                raise RuntimeError("fusedrnn.onnx.export: ONNX has no resets, no zoneout and no states of every step")
+            if carry is not NO_CARRY or return_states or cell not in onnx.NODES:
+                raise RuntimeError("fusedrnn.onnx.export: ONNX has no resets, no zoneout and no states of every step, and is not "
+                                   f"written for the cell {cell}")
             return *onnx.layer(cell, input, hx, cx, weights, ragged, batch_first), None
         if is_exporting() or not _needs_grad(tensors):  # an exported program is to be run, and not to be trained
             save = SAVE_STATES if return_states else SAVE_NOTHING
@@ -263,11 +264,11 @@ class TransformedLayer(Layer):
             return _one_by_one(size, in_dims, TransformedLayer.apply, cell, ragged, batch_first, *tensors)
         packed = tensors[0].dim() - (dims[0] is not None) == 2
         at = 0 if packed else 1  # of the batch in what has rows of the sequence
-        ins = (0 if packed or batch_first else 1, 1, 1)
+        ins = (0 if packed or batch_first else 1, 1, _inner_at(cell))
         folded = [_fold(*each, size) for each in zip(tensors, dims, ins)]
         ragged = _fold_ragged(ragged, in_dims[1], packed, size)
         results = TransformedLayer.apply(cell, ragged, batch_first, *folded, *tensors[3:])
-        outs = (at, 1, 1 if cell == "lstm" else None, at, at)
+        outs = (at, 1, _inner_at(cell), at, at)
         return _unfold_all(results, outs, size)
 
 
@@ -360,13 +361,20 @@ class LayerGradients(torch.autograd.Function):
         packed = tensors[first].dim() - (dims[first] is not None) == 2
         at = 0 if packed else 1
         input_at = 0 if packed or batch_first else 1
-        places = (at, 1, 1, at, None, None, None, None, at, at, at, input_at, 1, 1)
+        inner_at = _inner_at(cell)
+        places = (at, 1, inner_at, at, None, None, None, None, at, at, at, input_at, 1, inner_at)
         folded = [tensor if place is None else _fold(tensor, dim, place, size)
                   for tensor, dim, place in zip(tensors, dims, places)]
         folded[4] = _fold_ragged(tensors[4], dims[4], packed, size)
         results = LayerGradients.apply(cell, batch_first, chosen, *folded, *tensors[end:])
-        outs = [place for i, place in enumerate((input_at, 1, 1)) if i in chosen]
+        outs = [place for i, place in enumerate((input_at, 1, inner_at)) if i in chosen]
         return _unfold_all(results, outs, size)
+
+
+def _inner_at(cell):
+    """Where the batch is in a cell's initial inner states; None if it has none."""
+    states = TRAITS[cell]["states"]
+    return None if states == 1 else 1 if states == 2 else 2
 
 
 def _fold(tensor, dim, at, size):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, _VF
 
 from . import autograd, select
+from .ops import TRAITS
 from .reference import NO_CARRY, Carry, Weights
 from .shared import signature_of
 
@@ -92,8 +93,8 @@ class Options(NamedTuple):
 
 PLAIN = Options()
 """Nothing of that."""
-States = list[tuple[Tensor, Tensor | None]]
-"""For each layer h after each step `(T, B, D*P)` and, of an lstm, c `(T, B, D*H)`."""
+States = list[tuple[Tensor, ...]]
+"""For each layer h after each step `(T, B, D*P)` and, of an lstm, c `(T, B, D*H)`, and so on."""
 
 
 def stack(cell: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, params: Sequence[Tensor | None],
@@ -105,11 +106,11 @@ def stack(cell: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, params
         cell: the engine's name of it, a key of `fusedrnn.reference.CELLS`.
         input, params, has_biases, num_layers, dropout, train, bidirectional, batch_first: as in `lstm`.
         ragged: batch_sizes, as in `lstm`, or the lengths (B,) of padded sequences, where the input is; None: all have T steps.
-        hx, cx: initial states `(L*D, B, P)` and `(L*D, B, H)`, or None for zeros.
+        hx, cx: initial states `(L*D, B, P)` and `(L*D, B, H)`, with more than two `(S-1, L*D, B, H)`, or None for zeros.
         options: what torch has not; resets, recompute and return_states are for padded input.
 
     Returns:
-        output, hy and cy as in `lstm`; cy is None but for "lstm"; and, if options.return_states, the states of every step.
+        output, hy and cy as in `lstm`; cy is None for cells of one state; and, if options.return_states, the states of every step.
 
     Raises:
         ValueError, RuntimeError: as in `lstm`.
@@ -123,7 +124,7 @@ def stack(cell: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, params
         return output.transpose(0, 1) if batch_first else output, hy, cy, None
     absent = (None,) * num_layers
     each_hx = absent if hx is None else hx.split(num_directions)
-    each_cx = absent if cx is None else cx.split(num_directions)
+    each_cx = absent if cx is None else cx.split(num_directions, -3)
     output, hys, cys, states = input, [], [], []
     for k, weights in enumerate(layers):
         if k > 0 and dropout and train:
@@ -137,9 +138,9 @@ def stack(cell: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, params
                                                options.recompute, options.return_states)
         hys.append(hy)
         cys.append(cy)
-        states.append((output, None if inner is None else inner.flatten(-3)))
+        states.append((output, *(() if inner is None else (state.flatten(-2) for state in inner.unbind(-2)))))
     hy = torch.cat(hys)
-    cy = torch.cat(cys) if cell == "lstm" else None  # type: ignore[arg-type]
+    cy = None if cys[0] is None else torch.cat(cys, -3)  # type: ignore[arg-type]
     return output.transpose(0, 1) if batch_first else output, hy, cy, states if options.return_states else None
 
 
@@ -170,14 +171,14 @@ def zero_states(cell: str, input: Tensor, batch: int, layers: list[list[Weights]
         layers: as `group_weights` returns them.
 
     Returns:
-        hx `(L*D, B, P)`, and cx `(L*D, B, H)` for "lstm", otherwise None.
+        hx `(L*D, B, P)`, and cx as `stack` takes it.
     """
     _, weight_hh, _, _, weight_hr = layers[0][0]
     P = weight_hh.size(1)
     H = P if weight_hr is None else weight_hr.size(1)
     directions = len(layers) * len(layers[0])
-    hx = input.new_zeros(directions, batch, P)
-    return hx, input.new_zeros(directions, batch, H) if cell == "lstm" else None
+    hx, inner = input.new_zeros(directions, batch, P), TRAITS[cell]["states"] - 1
+    return hx, input.new_zeros(*(inner,) * (inner > 1), directions, batch, H) if inner else None
 
 
 def _run(cell: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, params: Sequence[Tensor], has_biases: bool,

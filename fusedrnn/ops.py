@@ -13,8 +13,19 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import _C
 
-#: For each cell: gates, pre (pre-activations per unit), states, saved, and the maps x_pre and h_pre from gate to pre-activation.
-TRAITS = _C.cell_traits()
+
+class _Traits(dict):
+    def __missing__(self, cell):
+        name, _, choice = cell.partition(":")
+        if choice and name in self:  # of which there are as many as there are limits
+            return self[name]
+        raise RuntimeError(f"fusedrnn: cell must be one of {', '.join(self)}, got {cell!r}")
+
+
+#: For each cell: gates, pre (pre-activations per unit), states, saved, unit (numbers that each unit has of its own), chooses,
+#: multiplies, and the maps x_pre and h_pre from gate to pre-activation; csrc/cells/cell.h says what these are. A cell that chooses
+#: is asked for by its name, a colon, and what `fusedrnn.reference.choice` makes of the choice.
+TRAITS = _Traits(_C.cell_traits())
 
 #: (cell, gates_x, weight_hh, bias_hh, weight_hr, hx, cx, ragged, reset, zoneout, hidden_mask, save, allow_tf32)
 #: -> (output, hy, cy, saved, states). save: one of the following.
@@ -40,6 +51,10 @@ def _batch_size(sequence, hx):
     return torch.library.get_ctx().new_dynamic_size() if hx is None else hx.shape[1]
 
 
+def _hidden(traits, weight_hh):
+    return weight_hh.shape[0] // traits["gates"] if traits["multiplies"] else weight_hh.shape[1]
+
+
 def _inner(traits):
     """What leads the shape of a cell's inner states where it has several."""
     return (traits["states"] - 1,) if traits["states"] > 2 else ()
@@ -48,9 +63,10 @@ def _inner(traits):
 @torch.library.register_fake("fusedrnn::recurrence_forward")
 def _(cell, gates_x, weight_hh, bias_hh, weight_hr, hx, cx, ragged, reset, zoneout, hidden_mask, save, allow_tf32):
     traits, directions, like = TRAITS[cell], len(weight_hh), weight_hh[0]
-    hidden, width = like.shape[0] // traits["gates"], like.shape[1]
+    hidden, width = _hidden(traits, like), like.shape[1]
     rows, batch = gates_x[0].shape[:-1], _batch_size(gates_x[0], hx)
-    extra = traits["states"] - 1 + bool(weight_hr) + (0 if zoneout is None else traits["states"])
+    projected = bool(weight_hr) and not traits["unit"]
+    extra = traits["states"] - 1 + projected + (0 if zoneout is None else traits["states"])
     return (
         like.new_empty(*rows, directions * width),
         like.new_empty(directions, batch, width),
@@ -65,21 +81,22 @@ def _(cell, input, weight_hh, weight_hr, hx, cx, output, saved, states, ragged, 
       grad_cy, grad_states, need_grad_hx, need_grad_cx, need_grad_weight_ih, need_grad_weight_hh, need_grad_bias,
       need_grad_weight_hr, allow_tf32):
     traits, directions, like = TRAITS[cell], len(weight_hh), weight_hh[0]
-    hidden, width = like.shape[0] // traits["gates"], like.shape[1]
+    hidden, width = _hidden(traits, like), like.shape[1]
+    gates = traits["gates"] * hidden
     rows, batch = output.shape[:-1], _batch_size(output, hx)
     grad_weights = [
         like.new_empty(*shape) if need else like.new_empty(0)
         for _ in range(directions)
         for need, shape in (
-            (need_grad_weight_ih, (like.shape[0], 0 if input is None else input.shape[-1])),
+            (need_grad_weight_ih, (gates, 0 if input is None else input.shape[-1])),
             (need_grad_weight_hh, like.shape),
-            (need_grad_bias, like.shape[:1]),
-            (need_grad_bias, like.shape[:1]),
-            (need_grad_weight_hr, (width, hidden)),
+            (need_grad_bias, (gates,)),
+            (need_grad_bias, (gates,)),
+            (need_grad_weight_hr, (traits["unit"] or width, hidden)),
         )
     ]
     return (
-        like.new_empty(*rows, directions, traits["pre"], hidden),
+        like.new_empty(*rows, directions, traits["pre"] + traits["unit"], hidden),
         like.new_empty(directions, batch, width) if need_grad_hx else like.new_empty(0),
         like.new_empty(*_inner(traits), directions, batch, hidden) if need_grad_cx else like.new_empty(0),
         grad_weights,

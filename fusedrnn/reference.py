@@ -7,6 +7,7 @@ Shapes: T steps, B sequences, I inputs, H hidden units, P = proj_size or H, G ga
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -81,8 +82,169 @@ def gru(gates_x: Tensor, gates_h: Tensor, states: tuple[Tensor, ...]) -> tuple[T
     return ((1 - z) * n + z * h,)
 
 
-Step = Callable[[Tensor, Tensor, tuple[Tensor, ...]], tuple[Tensor, ...]]
-CELLS: dict[str, Step] = {"rnn_tanh": rnn_tanh, "rnn_relu": rnn_relu, "lstm": lstm, "gru": gru}
+FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "sigmoid": torch.sigmoid, "hard_sigmoid": lambda x: (x / 6 + 0.5).clamp(0, 1), "tanh": torch.tanh,
+    "hard_sigmoid_of_fifths": lambda x: (0.2 * x + 0.5).clamp(0, 1), "relu": torch.relu, "identity": lambda x: x,
+}  # fmt: skip
+GATE_FUNCTIONS = ("sigmoid", "hard_sigmoid", "hard_sigmoid_of_fifths")
+"""Functions of gates. A hard sigmoid's slope is a sixth, as in torch and Keras 3, or a fifth, as in ONNX and Keras before."""
+VALUE_FUNCTIONS = ("tanh", "relu", "identity")
+"""Functions of candidates and outputs."""
+
+
+class Choice(NamedTuple):
+    """What is chosen of a cell that has a choice."""
+
+    gate: str = "sigmoid"
+    candidate: str = "tanh"
+    output: str = "tanh"
+    clip: float = 0.0
+    """How far the cell state may go from zero; 0: anywhere."""
+
+    def of(self, cell: str) -> str:
+        """The cell with this choice, as the operators and `step_of` take it.
+
+        Args:
+            cell: "lstm_general", "lstm_coupled", "gru_general" or "indrnn".
+
+        Returns:
+            its name with the choice behind it.
+        """
+        return f"{cell}:{self.gate},{self.candidate},{self.output},{self.clip!r}"
+
+
+def lstm_general(gates_x: Tensor, gates_h: Tensor, states: tuple[Tensor, ...], unit: Tensor | None,
+                 choice: Choice) -> tuple[Tensor, ...]:
+    """The LSTM with functions to choose, peepholes and a limit c may not pass. Gers, Schraudolph, Schmidhuber, "Learning precise
+    timing with LSTM recurrent networks" (2002); the limit: Sak, Senior, Beaufays, arXiv:1402.1128 (2014).
+
+    Args:
+        gates_x, gates_h, states: as in `lstm`.
+        unit: (3, H), the peepholes from c to i and f, and from c' to o; None: there are none.
+        choice: of all four.
+
+    Returns:
+        (h', c').
+    """
+    _, c = states
+    i, f, g, o = (gates_x + gates_h).chunk(4, -1)
+    p_i, p_f, p_o = (0, 0, 0) if unit is None else unit
+    gate = FUNCTIONS[choice.gate]
+    c = _clip(gate(f + p_f * c) * c + gate(i + p_i * c) * FUNCTIONS[choice.candidate](g), choice)
+    return gate(o + p_o * c) * FUNCTIONS[choice.output](c), c
+
+
+def lstm_coupled(gates_x: Tensor, gates_h: Tensor, states: tuple[Tensor, ...], unit: Tensor | None,
+                 choice: Choice) -> tuple[Tensor, ...]:
+    """`lstm_general` whose forget gate is 1 - i: coupled gates, arXiv:1503.04069 (2015).
+
+    Args:
+        gates_x, gates_h: as in `rnn_tanh`; G is 3, in the order i, g, o.
+        states, choice: as in `lstm_general`.
+        unit: (2, H), the peepholes to i and o; None: there are none.
+
+    Returns:
+        (h', c').
+    """
+    _, c = states
+    i, g, o = (gates_x + gates_h).chunk(3, -1)
+    p_i, p_o = (0, 0) if unit is None else unit
+    gate = FUNCTIONS[choice.gate]
+    i = gate(i + p_i * c)
+    c = _clip((1 - i) * c + i * FUNCTIONS[choice.candidate](g), choice)
+    return gate(o + p_o * c) * FUNCTIONS[choice.output](c), c
+
+
+def _clip(c: Tensor, choice: Choice) -> Tensor:
+    return c.clamp(-choice.clip, choice.clip) if choice.clip else c
+
+
+def gru_general(gates_x: Tensor, gates_h: Tensor, states: tuple[Tensor, ...], unit: None, choice: Choice) -> tuple[Tensor, ...]:
+    """`gru` with the functions of its gates and of n to choose.
+
+    Args:
+        gates_x, gates_h, states: as in `gru`.
+        unit: None.
+        choice: of gate and candidate.
+
+    Returns:
+        (h',).
+    """
+    (h,) = states
+    r_x, z_x, n_x = gates_x.chunk(3, -1)
+    r_h, z_h, n_h = gates_h.chunk(3, -1)
+    gate = FUNCTIONS[choice.gate]
+    r, z = gate(r_x + r_h), gate(z_x + z_h)
+    n = FUNCTIONS[choice.candidate](n_x + r * n_h)
+    return ((1 - z) * n + z * h,)
+
+
+def indrnn(gates_x: Tensor, gates_h: Tensor | None, states: tuple[Tensor, ...], unit: Tensor, choice: Choice) -> tuple[Tensor, ...]:
+    """h' = f(gates_x + b_hh + u h): each unit remembers itself alone. Li and others, arXiv:1803.04831 (2018).
+
+    Args:
+        gates_x: as in `rnn_tanh`.
+        gates_h: b_hh, None for zeros.
+        states: (h,), (B, H).
+        unit: (1, H), u.
+        choice: of the output.
+
+    Returns:
+        (h',).
+    """
+    (h,) = states
+    return (FUNCTIONS[choice.output](gates_x + (0 if gates_h is None else gates_h) + unit[0] * h),)
+
+
+def slstm(gates_x: Tensor, gates_h: Tensor, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """h' = o c' / n' with an exponential input gate, scaled down by exp(m). Beck and others, "xLSTM", arXiv:2405.04517 (2024), with
+    the sigmoid as its forget gate.
+
+    Args:
+        gates_x, gates_h: as in `rnn_tanh`; G is 4, in the order i, f, g, o.
+        states: (h, c, n, m), each (B, H); all zeros at the start of a sequence.
+
+    Returns:
+        (h', c', n', m').
+    """
+    _, c, n, m = states
+    i, f, g, o = (gates_x + gates_h).chunk(4, -1)
+    past = torch.nn.functional.logsigmoid(f) + m
+    scale = torch.where(n == 0, i, torch.maximum(past, i))
+    forget, write = torch.where(n == 0, 0, torch.exp(past - scale)), torch.exp(i - scale)
+    c, n = forget * c + write * torch.tanh(g), forget * n + write
+    return torch.sigmoid(o) * (c / n), c, n, scale
+
+
+Step = Callable[..., tuple[Tensor, ...]]
+CELLS: dict[str, Step] = {
+    "rnn_tanh": rnn_tanh, "rnn_relu": rnn_relu, "lstm": lstm, "gru": gru, "lstm_general": lstm_general,
+    "lstm_coupled": lstm_coupled, "gru_general": gru_general, "indrnn": indrnn, "slstm": slstm,
+}  # fmt: skip
+INNER = {"lstm": 1, "lstm_general": 1, "lstm_coupled": 1, "slstm": 3}
+"""How many states a cell has besides h, if any."""
+OWN_NUMBERS = {"lstm_general", "lstm_coupled", "indrnn"}
+"""Cells whose units have numbers of their own: in the place of weight_hr, or, of "indrnn", which has no product, of weight_hh."""
+CHOOSES = OWN_NUMBERS | {"gru_general"}
+"""Cells that have a `Choice`."""
+
+
+def step_of(cell: str, weights: Weights) -> Step:
+    """A cell's step without arguments of its own.
+
+    Args:
+        cell: a key of `CELLS`, or of one that has a choice also `Choice.of`.
+        weights: of the direction.
+
+    Returns:
+        (gates_x, gates_h, states) -> the states after the step.
+    """
+    name, _, words = cell.partition(":")
+    if name not in CHOOSES:
+        return CELLS[name]
+    gate, candidate, output, clip = words.split(",") if words else Choice()
+    unit = weights[1] if name == "indrnn" else weights[4] if name in OWN_NUMBERS else None
+    return partial(CELLS[name], unit=unit, choice=Choice(gate, candidate, output, float(clip)))
 
 
 class Carry(NamedTuple):
@@ -99,15 +261,15 @@ class Carry(NamedTuple):
 NO_CARRY = Carry()
 
 
-def scan(step: Step, inputs: list[Tensor], states: tuple[Tensor, ...], weights: Weights, reverse: bool,
+def scan(cell: str, inputs: list[Tensor], states: tuple[Tensor, ...], weights: Weights, reverse: bool,
          lengths: Tensor | None = None, reset: list[Tensor] | None = None, zoneout: list[Tensor] | None = None,
          hidden_mask: Tensor | None = None) -> tuple[list[tuple[Tensor, ...]], tuple[Tensor, ...]]:
     """Carry the states through one direction of one layer.
 
     Args:
-        step: a cell's, of `CELLS`.
+        cell: as in `step_of`.
         inputs: one (b, I) tensor a step. b never grows: of B sequences sorted by length, the first b still run.
-        states: before the first step, (h (B, P),) or (h (B, P), c (B, H)).
+        states: before the first step, (h (B, P),) or (h (B, P), c (B, H)), and so on.
         weights: of this direction, as `Weights` says.
         reverse: from the last step to the first.
         lengths: (B,), the steps that each sequence has, if not all of them; every x is (B, I) then.
@@ -118,6 +280,10 @@ def scan(step: Step, inputs: list[Tensor], states: tuple[Tensor, ...], weights: 
         the states after each step, (b, P) or (b, H) each, in the order of `inputs`; and those after the last step taken.
     """
     weight_ih, weight_hh, bias_ih, bias_hh, weight_hr = weights
+    name = cell.partition(":")[0]
+    step = step_of(cell, weights)
+    if name in OWN_NUMBERS:
+        weight_hr = None
     outputs = []
     for t in reversed(range(len(inputs))) if reverse else range(len(inputs)):
         x = inputs[t]
@@ -129,7 +295,8 @@ def scan(step: Step, inputs: list[Tensor], states: tuple[Tensor, ...], weights: 
             kept = len(anew)
             running = tuple(torch.cat([torch.where(anew.unsqueeze(-1), 0, state[:kept]), state[kept:]]) for state in running)
         h = running[0] if hidden_mask is None else running[0] * hidden_mask[: len(x)]
-        new = step(linear(x, weight_ih, bias_ih), linear(h, weight_hh, bias_hh), running)
+        gates_h = bias_hh if name == "indrnn" else linear(h, weight_hh, bias_hh)
+        new = step(linear(x, weight_ih, bias_ih), gates_h, running)
         if zoneout is not None:  # Krueger and others, arXiv:1606.01305 (2016)
             new = tuple(z * before + (1 - z) * now for z, before, now in zip(zoneout[t].unbind(-2), running, new))
         if weight_hr is not None:  # Sak, Senior, Beaufays, arXiv:1402.1128 (2014)
@@ -151,17 +318,17 @@ def layer(cell: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, weight
     """One layer with all its directions: what `autograd.layer` computes, step by step.
 
     Args:
-        cell: a key of `CELLS`.
+        cell: as in `step_of`.
         input: (T, B, I); (B, T, I) if batch_first; or the data (N, I) of a PackedSequence.
-        hx, cx: (D, B, P) and (D, B, H), or None for zeros. cx for "lstm" only.
+        hx, cx: (D, B, P) and (D, B, H), or None for zeros. cx only for cells of `INNER`, and (3, D, B, H) for "slstm".
         weights: one tuple a direction; direction 1 runs in reverse.
         ragged: batch_sizes (T,) of a PackedSequence, or the lengths (B,) of padded sequences; None: all have T steps.
         batch_first: see input.
         carry: (T, B) and so on also if batch_first.
 
     Returns:
-        output `(T, B, D*P)` or `(N, D*P)`; hy (D, B, P); cy (D, B, H), None but for "lstm"; and likewise c after each step,
-        (T, B, D, 1, H) or (N, D, 1, H).
+        output `(T, B, D*P)` or `(N, D*P)`; hy (D, B, P); cy (D, B, H), as cx, or None; and likewise the inner states after each
+        step, (T, B, D, 1, H) or (N, D, 1, H), with 3 in the place of 1 for "slstm".
 
     >>> m = torch.nn.GRU(3, 5)
     >>> output, hy, _, _ = layer("gru", torch.randn(7, 2, 3), None, None, [(*m.parameters(), None)])
@@ -179,6 +346,7 @@ def layer(cell: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, weight
         inputs = list((input.transpose(0, 1) if batch_first else input).unbind(0))
     batch = len(inputs[0])
     outputs, inner, last = [], [], []
+    count = INNER.get(cell.partition(":")[0], 0)
     join = torch.cat if packed else torch.stack
 
     def steps_of(rows: Tensor) -> list[Tensor]:
@@ -190,17 +358,21 @@ def layer(cell: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, weight
         P = weight_hh.size(1)
         H = P if weight_hr is None else weight_hr.size(1)
         states = (input.new_zeros(batch, P) if hx is None else hx[d],)
-        if cell == "lstm":
-            states += (input.new_zeros(batch, H) if cx is None else cx[d],)
+        for k in range(count):
+            states += (input.new_zeros(batch, H) if cx is None else cx[d] if count == 1 else cx[k, d],)
         zoneout = None
         if carry.zoneout is not None:
             alike = carry.zoneout.dim() == 3
             zoneout = [carry.zoneout[d]] * len(inputs) if alike else steps_of(carry.zoneout.select(-3, d))
         mask = None if carry.hidden_mask is None else carry.hidden_mask[d]
-        each, states = scan(CELLS[cell], inputs, states, direction, d == 1, lengths, reset, zoneout, mask)
+        each, states = scan(cell, inputs, states, direction, d == 1, lengths, reset, zoneout, mask)
         output, *others = (join(state) for state in zip(*each))
         outputs.append(output)
         inner += others
         last.append(states)
     hy, *cy = (torch.stack(state) for state in zip(*last))
-    return torch.cat(outputs, -1), hy, cy[0] if cy else None, torch.stack(inner, -2).unsqueeze(-2) if cy else None
+    output = torch.cat(outputs, -1)
+    if not cy:
+        return output, hy, None, None
+    every = torch.stack(inner, -2).unflatten(-2, (len(weights), count))
+    return output, hy, cy[0] if count == 1 else torch.stack(cy), every

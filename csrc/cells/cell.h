@@ -13,6 +13,13 @@
 //   forward      (pre, state) -> (new_state, saved)
 //   backward     (saved, state, new_state, grad_new_state) -> (grad_pre, grad_state), where grad_state holds only what
 //                flows past the pre-activations; the engine adds the product of grad_pre and weight_hh
+// and, where they are not as PlainCell has them,
+//   kUnit        numbers that each unit has of its own, at all steps the same, such as peepholes
+//   kChooses     whether a call chooses among functions (Choice)
+//   kMultiplies  whether there is a weight_hh that multiplies the hidden state
+//   kNormaliser  the state that others are divided by, and that is never negative, if not 0
+// A cell with one of the first two takes `given`, which has both, as the first argument of forward and backward, and leaves the
+// gradients of its own numbers behind those of the pre-activations.
 #pragma once
 #include <cmath>
 
@@ -27,6 +34,35 @@ namespace fusedrnn {
 // C++ has no arrays of length zero: a cell that saves nothing is handed one unused slot.
 FUSEDRNN_CELL constexpr int slots(int count) { return count > 0 ? count : 1; }
 
+struct PlainCell {
+  static constexpr int kUnit = 0, kNormaliser = 0;
+  static constexpr bool kChooses = false, kMultiplies = true;
+};
+
+// The functions that a call may choose. Each follows from its value what its slope is.
+enum class Function : int { kSigmoid, kHardSigmoid, kHardSigmoidOfFifths, kTanh, kRelu, kIdentity };
+
+// What a call chooses of a cell that has a choice: the function of the gates, that of what they let in, that of what goes out; and how
+// far an inner state may go from zero, if not 0.
+struct Choice {
+  Function gate = Function::kSigmoid, candidate = Function::kTanh, output = Function::kTanh;
+  double clip = 0;
+};
+
+template <class T, int kUnit>
+struct Given {
+  Choice choice;
+  T unit[kUnit > 0 ? kUnit : 1];
+};
+
+// How many gradients a cell's backward gives for a unit: of pre-activations, then of its own numbers.
+template <class Cell>
+constexpr int kGrads = Cell::kPre + Cell::kUnit;
+
+// Whether a cell asks of an engine no more than torch's cells do.
+template <class Cell>
+constexpr bool is_of_torch = Cell::kUnit == 0 && !Cell::kChooses && Cell::kMultiplies && Cell::kStates <= 2;
+
 // The scalar forms. exp overflows to infinity and 1 / infinity is 0, so both ends saturate without a NaN.
 FUSEDRNN_CELL float sigmoid(float x) { return 1.0f / (1.0f + ::expf(-x)); }
 FUSEDRNN_CELL double sigmoid(double x) { return 1.0 / (1.0 + ::exp(-x)); }
@@ -39,9 +75,74 @@ FUSEDRNN_CELL double relu(double x) { return x < 0.0 ? 0.0 : x; }
 FUSEDRNN_CELL float relu_grad(float y, float grad) { return y <= 0.0f ? 0.0f : grad; }
 FUSEDRNN_CELL double relu_grad(double y, double grad) { return y <= 0.0 ? 0.0 : grad; }
 
+FUSEDRNN_CELL float clamp(float x, float low, float high) { return x < low ? low : x > high ? high : x; }
+FUSEDRNN_CELL double clamp(double x, double low, double high) { return x < low ? low : x > high ? high : x; }
+// grad where low < y < high, else 0.
+FUSEDRNN_CELL float clamp_grad(float y, float low, float high, float grad) { return y <= low || y >= high ? 0.0f : grad; }
+FUSEDRNN_CELL double clamp_grad(double y, double low, double high, double grad) { return y <= low || y >= high ? 0.0 : grad; }
+
+// Of the normalised cell. exp_of_negative: of what is not above 0. greater_of gives a NaN if one of them is.
+FUSEDRNN_CELL float log_sigmoid(float x) { return (x < 0.0f ? x : 0.0f) - ::log1pf(::expf(-::fabsf(x))); }
+FUSEDRNN_CELL double log_sigmoid(double x) { return (x < 0.0 ? x : 0.0) - ::log1p(::exp(-::fabs(x))); }
+FUSEDRNN_CELL float exp_of_negative(float x) { return ::expf(x); }
+FUSEDRNN_CELL double exp_of_negative(double x) { return ::exp(x); }
+FUSEDRNN_CELL float greater_of(float a, float b) { return a != a || a > b ? a : b; }
+FUSEDRNN_CELL double greater_of(double a, double b) { return a != a || a > b ? a : b; }
+FUSEDRNN_CELL float where_zero(float x, float yes, float no) { return x == 0.0f ? yes : no; }
+FUSEDRNN_CELL double where_zero(double x, double yes, double no) { return x == 0.0 ? yes : no; }
+FUSEDRNN_CELL float where_one(float x, float yes, float no) { return x == 1.0f ? yes : no; }
+FUSEDRNN_CELL double where_one(double x, double yes, double no) { return x == 1.0 ? yes : no; }
+
+// A hard sigmoid's slope: a sixth as in torch and Keras 3, a fifth as in ONNX and Keras before.
+FUSEDRNN_CELL constexpr double hard_slope(Function function) { return function == Function::kHardSigmoid ? 1.0 / 6 : 0.2; }
+
+// Of a gate, and its gradient from its value y.
+template <class T>
+FUSEDRNN_CELL T gate_of(const Choice& choice, const T& x) {
+  if (choice.gate == Function::kSigmoid) return sigmoid(x);
+  return clamp(x * T(hard_slope(choice.gate)) + T(0.5), T(0), T(1));
+}
+template <class T>
+FUSEDRNN_CELL T gate_grad(const Choice& choice, const T& y, const T& grad) {
+  if (choice.gate == Function::kSigmoid) return grad * y * (T(1) - y);
+  return clamp_grad(y, T(0), T(1), grad * T(hard_slope(choice.gate)));
+}
+
+// Of a candidate or an output, and its gradient from its value y.
+template <class T>
+FUSEDRNN_CELL T value_of(Function function, const T& x) {
+  return function == Function::kTanh ? tanh(x) : function == Function::kRelu ? relu(x) : x;
+}
+template <class T>
+FUSEDRNN_CELL T value_grad(Function function, const T& y, const T& grad) {
+  return function == Function::kTanh ? grad * (T(1) - y * y) : function == Function::kRelu ? relu_grad(y, grad) : grad;
+}
+
+// Of an inner state that may not go further than choice.clip.
+template <class T>
+FUSEDRNN_CELL T clip_of(const Choice& choice, const T& x) {
+  return choice.clip > 0 ? clamp(x, T(-choice.clip), T(choice.clip)) : x;
+}
+template <class T>
+FUSEDRNN_CELL T clip_grad(const Choice& choice, const T& y, const T& grad) {
+  return choice.clip > 0 ? clamp_grad(y, T(-choice.clip), T(choice.clip), grad) : grad;
+}
+
 // Zoneout, Krueger and others, arXiv:1606.01305 (2016): of a state, the part z stays what it was. Either all of it or nothing while
 // training, and then exactly; and otherwise the probability of that.
 template <class T>
 FUSEDRNN_CELL T zoneout(const T& z, const T& state, const T& fresh) { return z * state + (T(1) - z) * fresh; }
+
+// A cell's two functions as an engine calls them, with what is given to those that take it.
+template <class Cell, class T, class... Arguments>
+FUSEDRNN_CELL void cell_forward(const Given<T, Cell::kUnit>& given, Arguments&... arguments) {
+  if constexpr (Cell::kUnit > 0 || Cell::kChooses) Cell::forward(given, arguments...);
+  else Cell::forward(arguments...);
+}
+template <class Cell, class T, class... Arguments>
+FUSEDRNN_CELL void cell_backward(const Given<T, Cell::kUnit>& given, Arguments&... arguments) {
+  if constexpr (Cell::kUnit > 0 || Cell::kChooses) Cell::backward(given, arguments...);
+  else Cell::backward(arguments...);
+}
 
 }  // namespace fusedrnn

@@ -1,8 +1,12 @@
 // The list of cells: the one place that names them all. A cell's place in it is its id inside the library.
 #pragma once
 #include "gru.h"
+#include "gru_general.h"
+#include "indrnn.h"
 #include "lstm.h"
+#include "lstm_general.h"
 #include "rnn.h"
+#include "slstm.h"
 
 namespace fusedrnn {
 
@@ -13,6 +17,11 @@ inline void for_each_cell(Fn&& fn) {
   fn(1, RnnReluCell{});
   fn(2, LstmCell{});
   fn(3, GruCell{});
+  fn(4, GeneralLstmCell<false>{});
+  fn(5, GeneralLstmCell<true>{});
+  fn(6, GeneralGruCell{});
+  fn(7, IndRnnCell{});
+  fn(8, SlstmCell{});
 }
 
 }  // namespace fusedrnn

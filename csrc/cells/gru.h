@@ -7,7 +7,7 @@
 
 namespace fusedrnn {
 
-struct GruCell {
+struct GruCell : PlainCell {
   static constexpr const char* kName = "gru";
   enum Pre { R, Z, NX, NH };
   static constexpr int kGates = 3, kPre = 4, kStates = 1, kSaved = 4;

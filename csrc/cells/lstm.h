@@ -6,7 +6,7 @@
 
 namespace fusedrnn {
 
-struct LstmCell {
+struct LstmCell : PlainCell {
   static constexpr const char* kName = "lstm";
   enum Gate { I, F, G, O };
   static constexpr int kGates = 4, kPre = 4, kStates = 2, kSaved = 4;

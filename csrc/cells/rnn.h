@@ -5,7 +5,7 @@
 
 namespace fusedrnn {
 
-struct RnnTanhCell {
+struct RnnTanhCell : PlainCell {
   static constexpr const char* kName = "rnn_tanh";
   static constexpr int kGates = 1, kPre = 1, kStates = 1, kSaved = 0;
   FUSEDRNN_CELL static constexpr int x_pre(int) { return 0; }
@@ -24,7 +24,7 @@ struct RnnTanhCell {
   }
 };
 
-struct RnnReluCell {
+struct RnnReluCell : PlainCell {
   static constexpr const char* kName = "rnn_relu";
   static constexpr int kGates = 1, kPre = 1, kStates = 1, kSaved = 0;
   FUSEDRNN_CELL static constexpr int x_pre(int) { return 0; }

@@ -31,7 +31,7 @@ struct BackwardPass {
       : p(p), projected(p.weight_hr[0]), pre_row(padded_row<F>(Cell::kGates * p.H, kLanes)),
         h_row(padded_row<F>(p.P, kUnits)), unit_row(padded_row<F>(p.H, kUnits)), crew(arena, p.threads) {
     // One product in the whole call: a step needs none, but the gradient of hx does. Packing then goes through a scratch.
-    const bool packs = p.steps.T > 1;
+    const bool packs = Cell::kMultiplies && p.steps.T > 1;
     const int64_t depth = Cell::kGates * p.H;
     F* scratch = arena.take<F>(packs ? 0 : p.threads * (depth > p.P ? depth : p.P) * kWidth);
     for (int64_t d = 0; d < p.D; ++d) {
@@ -50,7 +50,7 @@ struct BackwardPass {
   }
 
   Division divide_among(int threads) const {
-    const int64_t products = p.P * Cell::kGates * p.H + (projected ? p.P * p.H : 0);
+    const int64_t products = Cell::kMultiplies ? p.P * Cell::kGates * p.H + (projected ? p.P * p.H : 0) : 0;
     const int64_t blocks = blocks_of(p.P, kUnits);
     return divide(threads, p.D, p.steps.B, blocks, products * int64_t(sizeof(F)), 2 * p.steps.B * products);
   }
@@ -113,7 +113,7 @@ struct BackwardPass {
         F* dpre_new = pass.dpre[(s + 1) & 1];
         const int64_t visited = count > before ? count : before;
         const int64_t row_stride = rows.slices;
-        const bool needs_product = s < T || p.grad_hx;
+        const bool needs_product = Cell::kMultiplies && (s < T || p.grad_hx);
         for_groups(columns, visited, [&](const Range& group) {
           visit(needs_product ? recurrent : Weights{}, group, p.P, dpre, row_stride * pass.pre_row, pass.pre_row, before, count,
                 visited, [&](int64_t r, int64_t u, int n, auto sum) __attribute__((always_inline)) {
@@ -209,7 +209,7 @@ struct BackwardPass {
     FUSEDRNN_INLINE void cell(int64_t t, int64_t r, int64_t u, int n, Rows<F, kRows> new_dh, F* dpre_new) const {
       using Value = Rows<F, kRows>;
       Value saved[slots(Cell::kSaved)], state[Cell::kStates], new_state[Cell::kStates], grad_new[Cell::kStates];
-      Value grad_pre[Cell::kPre], grad_state[Cell::kStates];
+      Value grad_pre[kGrads<Cell>], grad_state[Cell::kStates];
       bool begins[kRows];
       grad_new[0] = new_dh;
 #pragma GCC unroll 2
@@ -256,16 +256,16 @@ struct BackwardPass {
         }
       }
 
-      Cell::backward(saved, state, new_state, grad_new, grad_pre, grad_state);
+      cell_backward<Cell>(given_to<Cell, S, F, kRows>(p, d, u, n), saved, state, new_state, grad_new, grad_pre, grad_state);
 
       if (p.zoneout)
         for (int k = 0; k < Cell::kStates; ++k) grad_state[k] = rounded(grad_state[k]) + past[k];
 #pragma GCC unroll 2
       for (int i = 0; i < kRows; ++i) {
         const int64_t b = rows.batch_row(r + i), state_row = d * p.steps.B + b, row = p.steps.row(t, b);
-        S* grad_pre_row = static_cast<S*>(p.grad_pre) + (row * p.D + d) * Cell::kPre * p.H + u;
-#pragma GCC unroll 4
-        for (int k = 0; k < Cell::kPre; ++k) store(grad_pre_row + k * p.H, grad_pre[k].row[i], n);
+        S* grad_pre_row = static_cast<S*>(p.grad_pre) + (row * p.D + d) * kGrads<Cell> * p.H + u;
+#pragma GCC unroll 8
+        for (int k = 0; k < kGrads<Cell>; ++k) store(grad_pre_row + k * p.H, grad_pre[k].row[i], n);
         F* dpre_row = dpre_new + state_row * pass.pre_row + u;
 #pragma GCC unroll 4
         for (int g = 0; g < Cell::kGates; ++g)

@@ -34,7 +34,7 @@ struct ForwardPass {
 
   ForwardPass(const ForwardParams& p, Arena& arena)
       : p(p), projected(p.weight_hr[0]), h_row(padded_row<F>(p.P, 2 * kLanes)), unit_row(padded_row<F>(p.H, 2 * kLanes)), crew(arena, p.threads) {
-    const bool packs = p.steps.T > 1 && p.steps.row_count() > kFewRows;
+    const bool packs = Cell::kMultiplies && p.steps.T > 1 && p.steps.row_count() > kFewRows;
     for (int64_t d = 0; d < p.D; ++d) {
       recurrent[d] = {static_cast<const S*>(p.weight_hh[d]), p.H, p.P, nullptr};
       projection[d] = {static_cast<const S*>(p.weight_hr[d]), projected ? p.P : 0, p.H, nullptr};
@@ -53,7 +53,7 @@ struct ForwardPass {
   }
 
   Division divide_among(int threads) const {
-    const int64_t products = p.P * Cell::kGates * p.H + (projected ? p.P * p.H : 0);
+    const int64_t products = Cell::kMultiplies ? p.P * Cell::kGates * p.H + (projected ? p.P * p.H : 0) : 0;
     return divide(threads, p.D, p.steps.B, recurrent[0].blocks(), products * int64_t(sizeof(F)),
                   2 * p.steps.B * products);
   }
@@ -149,7 +149,7 @@ struct ForwardPass {
           const F* bias = pass.bias[d] + block * kWidth;
           for (int64_t m = 0; m < chunk; ++m)
             for (int i = 0; i < kWidth; i += kLanes) store(block_sums + m * kWidth + i, load(bias + i));
-          if (multiplies)
+          if (Cell::kMultiplies && multiplies)
             pass.recurrent[d].multiply(block, h + state_row(begin) * pass.h_row, h_stride, chunk, block_sums);
         }
         block_sums = sums;
@@ -189,7 +189,7 @@ struct ForwardPass {
         for (int k = 0; k < kInner; ++k) state[k + 1].row[i] = load(pass.inner[k] + state_row * pass.unit_row + u);
       }
 
-      Cell::forward(pre, state, new_state, saved);
+      cell_forward<Cell>(given_to<Cell, S, F, kRows>(p, d, u, n), pre, state, new_state, saved);
       if (p.zoneout) keep(t, r, u, n, state, new_state);
 
 #pragma GCC unroll 2

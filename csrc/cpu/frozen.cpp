@@ -58,6 +58,9 @@ std::tuple<Tensor, Tensor, Tensor> frozen_forward(
     Tensor packed, Tensor input, MaybeTensor hx, MaybeTensor cx, std::string cell_name, int64_t num_layers,
     bool bidirectional, int64_t hidden_size, int64_t proj_size, bool batch_first, bool one_step) {
   const CellTraits cell = find_cell(kOp, cell_name);
+  bool takes = false;
+  for_each_cell([&](int id, auto type) { takes = takes || (id == cell.id && is_of_torch<decltype(type)>); });
+  STD_TORCH_CHECK(takes, kOp, ": there are no packed weights of the cell ", cell_name);
   const int64_t D = bidirectional ? 2 : 1;
   const FrozenHeader header = checked_header(packed, cell_name, num_layers, D, hidden_size, proj_size);
   STD_TORCH_CHECK(proj_size == 0 || cell.states > 1, kOp, ": only the lstm takes projections (proj_size)");

@@ -12,14 +12,16 @@ int64_t with_pass(const FrozenParams& p, void* workspace, const Fn& fn) {
   Arena arena{static_cast<char*>(workspace)};
   for_each_cell([&](int id, auto cell) {
     using Cell = decltype(cell);
-    if (id != p.cell) return;
-    switch (p.layout.format) {
-      case FrozenFormat::kFloat32:
-        return fn(FrozenPass<Cell, Float32Lines>(p, arena));
-      case FrozenFormat::kBFloat16:
-        return fn(FrozenPass<Cell, BFloat16Lines>(p, arena));
-      case FrozenFormat::kInt8:
-        return fn(FrozenPass<Cell, Int8Lines>(p, arena));
+    if constexpr (is_of_torch<Cell>) {
+      if (id != p.cell) return;
+      switch (p.layout.format) {
+        case FrozenFormat::kFloat32:
+          return fn(FrozenPass<Cell, Float32Lines>(p, arena));
+        case FrozenFormat::kBFloat16:
+          return fn(FrozenPass<Cell, BFloat16Lines>(p, arena));
+        case FrozenFormat::kInt8:
+          return fn(FrozenPass<Cell, Int8Lines>(p, arena));
+      }
     }
   });
   return arena.used;

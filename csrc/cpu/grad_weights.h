@@ -54,7 +54,7 @@ struct GradWeightsPass {
       : p(p), rows(p.steps.row_count()), part(part_of(p.steps.B, rows)) {
     for (int64_t d = 0; d < p.D; ++d) {
       add(Product::kInput, d, Cell::kGates * p.H, p.I, p.grad_weight_ih[d]);
-      add(Product::kRecurrent, d, Cell::kGates * p.H, p.P, p.grad_weight_hh[d]);
+      if (Cell::kMultiplies) add(Product::kRecurrent, d, Cell::kGates * p.H, p.P, p.grad_weight_hh[d]);
       add(Product::kProjection, d, p.P, p.H, p.grad_weight_hr[d]);
     }
     constexpr int64_t kThreadProducts = 100000;  // a thread that sleeps takes about as long to wake
@@ -92,7 +92,9 @@ struct GradWeightsPass {
     const int64_t sums = product.in_place() ? panels : tiles * panels;
     most_sums = most_sums > sums ? most_sums : sums;
   }
-  int64_t sum_blocks() const { return p.grad_bias_ih[0] ? blocks_of(Cell::kPre * p.H, kSumColumns) : 0; }
+  int64_t sum_blocks() const {
+    return p.grad_bias_ih[0] || p.grad_unit[0] ? blocks_of(kGrads<Cell> * p.H, kSumColumns) : 0;
+  }
 
   // Whoever is free takes the next piece: who computes a piece changes nothing in it.
   void run() const {
@@ -184,7 +186,7 @@ struct GradWeightsPass {
     const S* gates_row(int64_t t, int64_t b) const {
       const int64_t row = p.steps.row(t, b) * p.D + product.d;
       return product.kind == Product::kProjection ? static_cast<const S*>(p.grad_proj) + row * p.P
-                                                  : static_cast<const S*>(p.grad_pre) + row * Cell::kPre * p.H;
+                                                  : static_cast<const S*>(p.grad_pre) + row * kGrads<Cell> * p.H;
     }
     const S* fed_row(int64_t t, int64_t b) const {
       const int64_t d = product.d, row = p.steps.row(t, b);
@@ -252,9 +254,9 @@ struct GradWeightsPass {
     }
   };
 
-  // The gradients of biases in kSumColumns columns of grad_pre.
+  // The gradients of biases, and of the units' own numbers, in kSumColumns columns of grad_pre.
   void sum(int64_t d, int64_t block) const {
-    const int64_t begin = block * kSumColumns, width = Cell::kPre * p.H;
+    const int64_t begin = block * kSumColumns, width = kGrads<Cell> * p.H;
     const int64_t count = width - begin < kSumColumns ? width - begin : kSumColumns;
     const S* from = static_cast<const S*>(p.grad_pre) + d * width + begin;
     F total[kSumColumns] = {}, sum[kSumColumns];
@@ -265,12 +267,16 @@ struct GradWeightsPass {
       add_to(total, sum, count);
     }
     for (int64_t i = 0; i < kSumColumns; i += kLanes) store(rounded + i, load(total + i));
-    for (int g = 0; g < Cell::kGates; ++g)
+    for (int g = 0; g < Cell::kGates && p.grad_bias_ih[d]; ++g)
       for (int64_t i = 0; i < count; ++i) {
         const int64_t pre = (begin + i) / p.H, u = (begin + i) % p.H;
         if (Cell::x_pre(g) == pre) static_cast<S*>(p.grad_bias_ih[d])[g * p.H + u] = rounded[i];
         if (Cell::h_pre(g) == pre) static_cast<S*>(p.grad_bias_hh[d])[g * p.H + u] = rounded[i];
       }
+    for (int64_t i = 0; i < count && p.grad_unit[d]; ++i) {
+      const int64_t at = begin + i - Cell::kPre * p.H;
+      if (at >= 0) static_cast<S*>(p.grad_unit[d])[at] = rounded[i];
+    }
   }
   template <class From>
   static void add_to(F* sums, const From* from, int64_t count) {

@@ -283,6 +283,41 @@ FUSEDRNN_INLINE Vec<F> relu(Vec<F> x) { return where((x.raw < Vec<F>(F(0)).raw),
 template <class F>
 FUSEDRNN_INLINE Vec<F> relu_grad(Vec<F> y, Vec<F> grad) { return where((y.raw <= Vec<F>(F(0)).raw), Vec<F>(F(0)), grad); }
 
+template <class F>
+FUSEDRNN_INLINE Vec<F> clamp(Vec<F> x, Vec<F> low, Vec<F> high) {
+  return where((x.raw < low.raw), low, where((x.raw > high.raw), high, x));
+}
+template <class F>
+FUSEDRNN_INLINE Vec<F> clamp_grad(Vec<F> y, Vec<F> low, Vec<F> high, Vec<F> grad) {
+  return where((y.raw <= low.raw) | (y.raw >= high.raw), Vec<F>(F(0)), grad);
+}
+template <class F>
+FUSEDRNN_INLINE Vec<F> greater_of(Vec<F> a, Vec<F> b) { return where((a.raw != a.raw) | (a.raw > b.raw), a, b); }
+template <class F>
+FUSEDRNN_INLINE Vec<F> where_zero(Vec<F> x, Vec<F> yes, Vec<F> no) { return where((x.raw == Vec<F>(F(0)).raw), yes, no); }
+template <class F>
+FUSEDRNN_INLINE Vec<F> where_one(Vec<F> x, Vec<F> yes, Vec<F> no) { return where((x.raw == Vec<F>(F(1)).raw), yes, no); }
+
+template <class F>
+FUSEDRNN_INLINE Vec<F> exp_of_negative(Vec<F> x) {
+  Vec<F> expm1_r, power;
+  split_exp(at_least(x, -Format<F>::kExpRange), expm1_r, power);
+  return power * expm1_r + power;
+}
+
+// min(x, 0) - log(1 + e) with e = exp(-|x|); the logarithm by the series of 2 artanh(s) with s = e / (2 + e), at most a third.
+template <class F>
+FUSEDRNN_INLINE Vec<F> log_sigmoid(Vec<F> x) {
+  using V = Vec<F>;
+  constexpr int kTerms = sizeof(F) == sizeof(float) ? 8 : 17;
+  const V e = exp_of_negative(where((x.raw < V(F(0)).raw), x, V(-x.raw)));
+  const V s = e / (V(F(2)) + e), square = s * s;
+  V sum(F(1) / F(2 * kTerms - 1));
+#pragma GCC unroll 16
+  for (int k = kTerms - 2; k >= 0; --k) sum = sum * square + V(F(1) / F(2 * k + 1));
+  return where((x.raw < V(F(0)).raw), x, V(F(0))) - (s + s) * sum;
+}
+
 // The same lanes of kRows rows at once: the chain of one row's cell is longer than what a processor looks ahead, so two or
 // more rows are interleaved to keep it busy.
 template <class F, int kRows>
@@ -314,6 +349,24 @@ FUSEDRNN_ROWWISE_BINARY(relu_grad, relu_grad)
 FUSEDRNN_ROWWISE_UNARY(sigmoid)
 FUSEDRNN_ROWWISE_UNARY(tanh)
 FUSEDRNN_ROWWISE_UNARY(relu)
+FUSEDRNN_ROWWISE_UNARY(log_sigmoid)
+FUSEDRNN_ROWWISE_UNARY(exp_of_negative)
+FUSEDRNN_ROWWISE_BINARY(greater_of, greater_of)
+#define FUSEDRNN_ROWWISE_TERNARY(name)                                                            \
+  template <class F, int kRows>                                                                   \
+  FUSEDRNN_INLINE Rows<F, kRows> name(Rows<F, kRows> a, Rows<F, kRows> b, Rows<F, kRows> c) {     \
+    for (int i = 0; i < kRows; ++i) a.row[i] = name(a.row[i], b.row[i], c.row[i]);                \
+    return a;                                                                                     \
+  }
+FUSEDRNN_ROWWISE_TERNARY(clamp)
+FUSEDRNN_ROWWISE_TERNARY(where_zero)
+FUSEDRNN_ROWWISE_TERNARY(where_one)
+#undef FUSEDRNN_ROWWISE_TERNARY
+template <class F, int kRows>
+FUSEDRNN_INLINE Rows<F, kRows> clamp_grad(Rows<F, kRows> y, Rows<F, kRows> low, Rows<F, kRows> high, Rows<F, kRows> grad) {
+  for (int i = 0; i < kRows; ++i) grad.row[i] = clamp_grad(y.row[i], low.row[i], high.row[i], grad.row[i]);
+  return grad;
+}
 #undef FUSEDRNN_ROWWISE_BINARY
 #undef FUSEDRNN_ROWWISE_UNARY
 

@@ -2,6 +2,7 @@
 // that pays, and multiplied block by block.
 #pragma once
 #include "../arena.h"
+#include "../params.h"
 #include "product.h"
 #include "team.h"
 
@@ -176,6 +177,18 @@ struct Crew {
     });
   }
 };
+
+// What a cell is given of n units from u on in direction d, in some rows at once.
+template <class Cell, class S, class F, int kRows>
+FUSEDRNN_INLINE Given<Rows<F, kRows>, Cell::kUnit> given_to(const LayerParams& p, int64_t d, int64_t u, int n) {
+  Given<Rows<F, kRows>, Cell::kUnit> given;
+  if constexpr (Cell::kChooses) given.choice = p.choice;
+  for (int k = 0; k < Cell::kUnit; ++k) {
+    const Vec<F> number = p.unit[d] ? load(static_cast<const S*>(p.unit[d]) + k * p.H + u, n) : Vec<F>(F(0));
+    for (int i = 0; i < kRows; ++i) given.unit[k].row[i] = number;
+  }
+  return given;
+}
 
 }  // namespace FUSEDRNN_ISA
 }  // namespace fusedrnn
