@@ -66,15 +66,27 @@ py::dict cuda_plan(const std::string& cell, const std::string& dtype, int64_t T,
   p.dtype = fusedrnn::Dtype(name - names);
   p.steps.T = T, p.steps.B = B, p.H = H, p.P = P, p.D = D;
   if (P != H) p.weight_hr[0] = &p;  // there is one; plans do not look at it
-  int gates = 0;
+  fusedrnn::CellKind kind{};
   fusedrnn::for_each_cell([&](int, auto type) {
-    if (cell == decltype(type)::kName) gates = decltype(type)::kGates;
+    if (cell == decltype(type)::kName) kind = fusedrnn::kKindOf<decltype(type)>;
   });
-  if (!gates) throw py::value_error("there is no cell '" + cell + "'");
+  if (!kind.gates) throw py::value_error("there is no cell '" + cell + "'");
   const fusedrnn::Regimes regimes = fusedrnn::regimes_named(kernel);
-  const fusedrnn::StepPlan plan = fusedrnn::plan_step({multiprocessors, shared_bytes, major}, p, gates, tf32, regimes);
+  const fusedrnn::StepPlan plan = fusedrnn::plan_step({multiprocessors, shared_bytes, major}, p, kind, tf32, regimes);
   return py::dict("cell"_a = describe(plan.cell), "projection"_a = describe(plan.projection), "dh"_a = describe(plan.dh),
                   "dunprojected"_a = describe(plan.dunprojected));
+}
+
+// Which kernels each cell has.
+py::dict cuda_kernels() {
+  py::dict kernels;
+  fusedrnn::for_each_cell([&](int, auto cell) {
+    const fusedrnn::CellKind kind = fusedrnn::kKindOf<decltype(cell)>;
+    const fusedrnn::Regime first = kind.multiplies ? fusedrnn::Regime::kStep : fusedrnn::Regime::kAlone;
+    const char* const* name = fusedrnn::kRegimeNames + int(first);
+    kernels[decltype(cell)::kName] = std::vector<std::string>(name, name + (kind.stays ? fusedrnn::kChosenRegimes : 1));
+  });
+  return kernels;
 }
 
 std::string cpu_isa() { return fusedrnn::isa_name(fusedrnn::selected_isa()); }
@@ -88,6 +100,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_plan", &cuda_plan, py::arg("cell"), py::arg("dtype"), py::kw_only(), py::arg("T"), py::arg("B"), py::arg("H"), py::arg("P"),
         py::arg("D"), py::arg("multiprocessors"), py::arg("shared_bytes"), py::arg("major") = 9, py::arg("tf32") = false, py::arg("kernel") = "",
         "{kernel: {blocks and threads of its grid, what they take of the sums}} of the kernels on such a GPU");
+  m.def("cuda_kernels", &cuda_kernels, "{cell: [names of the kernels that run its steps on a GPU]}");
   m.def("want_large_pages", [](uintptr_t data, int64_t bytes) { fusedrnn::want_large_pages(reinterpret_cast<void*>(data), bytes); },
         py::arg("data"), py::arg("bytes"), "ask for large pages under memory that nobody has written yet (csrc/pages.h)");
   m.def("cpu_isa", &cpu_isa, "the instruction set that a call would use now; RuntimeError if FUSEDRNN_CPU_ISA is wrong");

@@ -17,6 +17,9 @@ class _Traits(TypedDict):
     pre: int
     states: int
     saved: int
+    unit: int
+    chooses: bool
+    multiplies: bool
     x_pre: list[int]
     h_pre: list[int]
 
@@ -33,7 +36,7 @@ class _ProductPlan(TypedDict):
     split: int
     groups: int
     slots: int
-    regime: Literal["block", "cluster", "grid", "step"]
+    regime: Literal["step", "block", "cluster", "grid", "alone"]
 
 class _Plan(TypedDict):
     cell: _ProductPlan
@@ -47,4 +50,5 @@ def cpu_isas() -> list[str]: ...
 def cpu_isa() -> str: ...
 def cuda_plan(cell: str, dtype: str, *, T: int, B: int, H: int, P: int, D: int, multiprocessors: int, shared_bytes: int,
               major: int = 9, tf32: bool = False, kernel: str = "") -> _Plan: ...
+def cuda_kernels() -> dict[str, list[str]]: ...
 def want_large_pages(data: int, bytes: int) -> None: ...

@@ -35,7 +35,7 @@ def convert(model: Model, to: Literal["fused", "torch"] = "fused") -> Model:
         model itself.
 
     Raises:
-        ValueError: `to` is neither; or torch's layer cannot do what one of ours is asked to.
+        ValueError: `to` is neither; or torch's layer cannot do what one of ours is asked to, or torch has no such layer.
 
     >>> import torch
     >>> model = convert(torch.nn.Sequential(torch.nn.LSTM(3, 5)))
@@ -47,8 +47,12 @@ def convert(model: Model, to: Literal["fused", "torch"] = "fused") -> Model:
     classes = FUSED_OF_STOCK if to == "fused" else STOCK_OF_FUSED
     for module in model.modules():
         kind = type(module)
-        if to == "torch" and isinstance(module, modules.FusedLayer) and module.extras():
-            raise ValueError(f"fusedrnn.convert: torch.nn.{module.stock.__name__} has no {', '.join(module.extras())}, and this has: {module}")
+        if to == "torch" and isinstance(module, modules.FusedLayer):
+            extras, name = ", ".join(module.extras()), module._who.removeprefix("fusedrnn.")
+            if module.stock is shared.Unstocked:
+                raise ValueError(f"fusedrnn.convert: torch.nn has no {name}, and this is one: {module}")
+            if extras:
+                raise ValueError(f"fusedrnn.convert: torch.nn.{name} has no {extras}, and this has: {module}")
         if kind in classes:
             module.__class__ = classes[kind]
         elif is_parametrized(module) and kind.__bases__[0] in classes:

@@ -9,12 +9,13 @@ from .cells import FusedCell
 from .convert import FUSED_OF_STOCK
 from .freeze import Frozen
 from .layer import allows_tf32
-from .modules import CELL_OF_MODE, FusedLayer, Pair
+from .modules import FusedLayer, Pair
+from .shared import Unstocked
 
 INSTRUCTION_SETS = ("avx512", "avx2", "baseline")
 
 
-def explain(module: nn.Module, input: Tensor | PackedSequence, hx: Tensor | Pair | None = None) -> str:
+def explain(module: nn.Module, input: Tensor | PackedSequence, hx: Tensor | Pair | tuple[Tensor, ...] | None = None) -> str:
     """Which kernel `module(input, hx)` runs, and for each other one why it does not. Runs nothing.
 
     Args:
@@ -43,11 +44,18 @@ def explain(module: nn.Module, input: Tensor | PackedSequence, hx: Tensor | Pair
     else:
         raise TypeError(f"fusedrnn.explain: module must be a recurrent layer or cell, got {type(module).__name__}")
 
-    kernels = {f"torch.nn.{stock.__name__}": None if reason else "the fused engine takes the call"}
+    extras = module.extras() if isinstance(module, FusedLayer) else []
+    kernels: dict[str, str | None] = {}
+    if stock is Unstocked:
+        kernels["torch.nn"] = f"it has no {type(module).__name__}"
+    elif extras:
+        kernels[f"torch.nn.{stock.__name__}"] = f"it has no {', '.join(extras)}"
+    else:
+        kernels[f"torch.nn.{stock.__name__}"] = None if reason else "the fused engine takes the call"
     elsewhere = f"the input is on {data.device}"
     on_cuda = data.device.type == "cuda"
     against = _reasons_against_kernels(module, input) if on_cuda and not reason else {}  # type: ignore[arg-type]
-    for kernel in select.FUSED_CUDA_KERNELS:
+    for kernel in against or select.FUSED_CUDA_KERNELS:  # those that the cell could have
         kernels[f"fused CUDA kernels, {kernel}"] = (reason or against[kernel]) if on_cuda else elsewhere
     for isa in INSTRUCTION_SETS:
         kernels[f"fused engine, {isa}"] = elsewhere if on_cuda else reason or _reason_against(isa)
@@ -85,8 +93,9 @@ def _reasons_against_kernels(module: FusedLayer | FusedCell, input: Tensor | Pac
         T, B = (data.shape[0], 1) if data.dim() == 2 else reversed(data.shape[:2]) if module.batch_first else data.shape[:2]
     batch_sizes = input.batch_sizes if isinstance(input, PackedSequence) else None
     tf32 = data.dtype == torch.float32 and allows_tf32(data, batch_sizes, module.batch_first)
+    H //= module.num_heads  # each head is a layer
     sizes = {"T": T, "B": B, "H": H, "P": module.proj_size or H, "D": 2 if module.bidirectional else 1, "tf32": tf32}
-    return select.reasons_against_kernels(data.device, CELL_OF_MODE[module.mode], data.dtype, **sizes)
+    return select.reasons_against_kernels(data.device, module._cell().partition(":")[0], data.dtype, **sizes)
 
 
 def _reason_against(isa: str) -> str | None:

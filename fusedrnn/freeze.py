@@ -17,9 +17,9 @@ from torch.nn.utils.rnn import PackedSequence
 from . import _C
 from .cells import NAMES, NONLINEAR
 from .convert import FUSED_OF_STOCK, STOCK_OF_FUSED
-from .modules import CELL_OF_MODE
+from .modules import CELL_OF_MODE, FusedLayer
 from .ops import TRAITS, frozen_forward
-from .shared import split_pair
+from .shared import Unstocked, split_pair
 
 VERSION = 1
 #: Format of the weights: its number in the header, the inputs that share a line, and the order in which a line has them.
@@ -46,7 +46,7 @@ def freeze(module: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
 
     Raises:
         ValueError: dtype is another; module has no such layer; a layer has forward hooks, which would not run; weights are
-            not on the CPU; int8 and a weight that is not finite; or a layer has zoneout.
+            not on the CPU; int8 and a weight that is not finite; or a layer has zoneout, or is of a form that torch.nn has not.
 
     >>> import fusedrnn, torch
     >>> frozen = freeze(fusedrnn.LSTM(3, 5), torch.int8)
@@ -57,6 +57,9 @@ def freeze(module: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
     """
     if dtype not in FORMATS:
         raise ValueError(f"fusedrnn.freeze: dtype must be torch.float32, torch.bfloat16 or torch.int8, got {dtype}")
+    for part in module.modules():
+        if isinstance(part, FusedLayer) and part.stock is Unstocked:
+            raise ValueError(f"fusedrnn.freeze: there is no frozen form of {part._who}, and this is one: {part}")
     found = {part: kind for part in module.modules() if (kind := _stock_class(part)) is not None}
     if not found:
         raise ValueError("fusedrnn.freeze: module must be or have a recurrent layer or cell of torch.nn or fusedrnn, "
@@ -90,6 +93,8 @@ class Frozen(nn.Module):
             raise ValueError(f"fusedrnn.freeze: nonlinearity must be 'tanh' or 'relu', got {module.nonlinearity!r}")
         if module._forward_hooks or module._forward_pre_hooks:
             raise ValueError(f"fusedrnn.freeze: {kind} must have no forward hooks, which would not run, got some")
+        if isinstance(module, FusedLayer) and module.form():
+            raise ValueError(f"fusedrnn.freeze: {kind} must be torch.nn's, got one with {', '.join(module.form())}: {module}")
         if getattr(module, "zoneout", 0) not in (0, (0, 0)):
             raise ValueError(f"fusedrnn.freeze: {kind} must have no zoneout, got zoneout={module.zoneout}")
         self.kind, self.cell, self.dtype = kind, cell, dtype

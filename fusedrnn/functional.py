@@ -30,7 +30,7 @@ def group_weights(params: Sequence[Tensor | None], has_biases: bool, num_layers:
 
     Raises:
         ValueError: the count is that of no layer. A direction has 2 weights, 2 biases if has_biases, and 1 projection
-            or none.
+            or none, or peepholes in its place.
     """
     if len(params) == 4 and has_biases and num_layers == num_directions == 1:  # by far the most frequent call
         return [[(*params, None)]]  # type: ignore[list-item]
@@ -65,6 +65,8 @@ class Options(NamedTuple):
     """Whether only the states are kept for backward, and the gates made again there."""
     return_states: bool = False
     """Whether the last result of `stack` is wanted."""
+    num_heads: int = 1
+    """N: weight_hh is (G*H, H/N), and a row of it multiplies the units of its own unit's head, which lie side by side."""
 
     def carry(self, input: Tensor, weights: list[Weights], ragged: Tensor | None, batch_first: bool, train: bool) -> Carry:
         """The masks of a layer.
@@ -77,7 +79,7 @@ class Options(NamedTuple):
         Returns:
             them, and reset.
         """
-        directions, hidden = len(weights), weights[0][1].shape[1]
+        directions, hidden = len(weights), weights[0][1].shape[1] * self.num_heads
         packed = input.dim() == 2
         zoneout = hidden_mask = None
         if any(self.zoneout):
@@ -88,6 +90,8 @@ class Options(NamedTuple):
         if self.recurrent_dropout and train:
             batch = int(ragged[0]) if packed else input.shape[0 if batch_first else 1]  # type: ignore[index]
             hidden_mask = torch.dropout(input.new_ones(directions, batch, hidden), self.recurrent_dropout, True)
+        if self.reset is None and zoneout is None and hidden_mask is None:
+            return NO_CARRY  # by which `fusedrnn.autograd.layer` knows that there is nothing
         return Carry(self.reset, zoneout, hidden_mask)
 
 
@@ -103,7 +107,7 @@ def stack(cell: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, params
     """Run the engine layer upon layer, on arguments already known to suit it: see `fusedrnn.select`.
 
     Args:
-        cell: the engine's name of it, a key of `fusedrnn.reference.CELLS`.
+        cell: the engine's name of it, as in `fusedrnn.reference.step_of`.
         input, params, has_biases, num_layers, dropout, train, bidirectional, batch_first: as in `lstm`.
         ragged: batch_sizes, as in `lstm`, or the lengths (B,) of padded sequences, where the input is; None: all have T steps.
         hx, cx: initial states `(L*D, B, P)` and `(L*D, B, H)`, with more than two `(S-1, L*D, B, H)`, or None for zeros.
@@ -118,10 +122,11 @@ def stack(cell: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, params
     num_directions = 2 if bidirectional else 1
     layers = group_weights(params, has_biases, num_layers, num_directions)
     if input.dim() == 2 and hx is None:
-        hx, cx = zero_states(cell, input, int(ragged[0]), layers)  # type: ignore[index]
+        hx, cx = zero_states(cell, input, int(ragged[0]), layers, options.num_heads)  # type: ignore[index]
     if num_layers == 1 and options is PLAIN:
         output, hy, cy, _ = autograd.layer(cell, input, hx, cx, layers[0], ragged, batch_first)
         return output.transpose(0, 1) if batch_first else output, hy, cy, None
+    run = autograd.layer if options.num_heads == 1 else partial(layer_of_heads, options.num_heads)
     absent = (None,) * num_layers
     each_hx = absent if hx is None else hx.split(num_directions)
     each_cx = absent if cx is None else cx.split(num_directions, -3)
@@ -134,14 +139,46 @@ def stack(cell: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, params
         carry = NO_CARRY if options is PLAIN else options.carry(output, weights, ragged, steps_second, train)
         if options.weight_dropout and train:
             weights = [(group[0], torch.dropout(group[1], options.weight_dropout, True), *group[2:]) for group in weights]
-        output, hy, cy, inner = autograd.layer(cell, output, each_hx[k], each_cx[k], weights, ragged, steps_second, carry,
-                                               options.recompute, options.return_states)
+        output, hy, cy, inner = run(cell, output, each_hx[k], each_cx[k], weights, ragged, steps_second, carry, options.recompute,
+                                    options.return_states)
         hys.append(hy)
         cys.append(cy)
         states.append((output, *(() if inner is None else (state.flatten(-2) for state in inner.unbind(-2)))))
     hy = torch.cat(hys)
     cy = None if cys[0] is None else torch.cat(cys, -3)  # type: ignore[arg-type]
     return output.transpose(0, 1) if batch_first else output, hy, cy, states if options.return_states else None
+
+
+def layer_of_heads(num_heads: int, cell: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, weights: list[Weights],
+                   ragged: Tensor | None, batch_first: bool, carry: Carry, recompute: bool,
+                   return_states: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """`fusedrnn.autograd.layer` of units in heads that know only their own states: as a layer of H/N units for each of N heads.
+
+    Args:
+        num_heads: N.
+        weights: as there, but weight_hh is (G*H, H/N); without projections.
+        cell, input, hx, cx, ragged, batch_first, carry, recompute, return_states: as there, of H units.
+
+    Returns:
+        as there, of H units, head after head.
+    """
+    def of_head(tensor: Tensor | None, n: int) -> Tensor | None:
+        return None if tensor is None else tensor.chunk(num_heads, -1)[n]
+
+    def rows_of_head(weight: Tensor | None, n: int, units: int) -> Tensor | None:
+        return None if weight is None else weight.unflatten(0, (-1, num_heads, units))[:, n].flatten(0, 1)
+
+    heads = []
+    for n in range(num_heads):
+        cut: list[Any] = [(*(rows_of_head(weight, n, group[1].shape[1]) for weight in group[:4]), of_head(group[4], n))
+                          for group in weights]
+        some = Carry(carry.reset, of_head(carry.zoneout, n), of_head(carry.hidden_mask, n))
+        heads.append(autograd.layer(cell, input, of_head(hx, n), of_head(cx, n), cut, ragged, batch_first,
+                                    NO_CARRY if carry is NO_CARRY else some, recompute, return_states))
+    outputs, *states = zip(*heads)
+    output = torch.stack([each.unflatten(-1, (len(weights), -1)) for each in outputs], -2).flatten(-3)
+    hy, cy, inner = (None if each[0] is None else torch.cat(each, -1) for each in states)
+    return output, hy, cy, inner  # type: ignore[return-value]
 
 
 def stack_cast(dtype: torch.dtype, cell: str, input: Tensor, hx: Tensor | None, cx: Tensor | None,
@@ -161,7 +198,8 @@ def stack_cast(dtype: torch.dtype, cell: str, input: Tensor, hx: Tensor | None, 
         return stack(cell, input, hx, cx, params, *options)
 
 
-def zero_states(cell: str, input: Tensor, batch: int, layers: list[list[Weights]]) -> tuple[Tensor, Tensor | None]:
+def zero_states(cell: str, input: Tensor, batch: int, layers: list[list[Weights]],
+                num_heads: int = 1) -> tuple[Tensor, Tensor | None]:
     """Initial states of zeros.
 
     Args:
@@ -169,12 +207,13 @@ def zero_states(cell: str, input: Tensor, batch: int, layers: list[list[Weights]
         input: gives dtype and device.
         batch: B.
         layers: as `group_weights` returns them.
+        num_heads: as in `Options`.
 
     Returns:
         hx `(L*D, B, P)`, and cx as `stack` takes it.
     """
     _, weight_hh, _, _, weight_hr = layers[0][0]
-    P = weight_hh.size(1)
+    P = weight_hh.size(1) * num_heads
     H = P if weight_hr is None else weight_hr.size(1)
     directions = len(layers) * len(layers[0])
     hx, inner = input.new_zeros(directions, batch, P), TRAITS[cell]["states"] - 1

@@ -164,7 +164,7 @@ def backward(kept, grads, wanted):
         if library_hh and wanted[4 + 5 * d]:
             grad_weights[5 * d + 1] = _grad_weight_hh(cell, d, grad_pre, output, hx)
     return [
-        _grad_input(cell, grad_pre, weights, steps_first.shape, batch_first) if wanted[0] else None,
+        _grad_input(grad_pre, weights, steps_first.shape, batch_first) if wanted[0] else None,
         grad_hx if wanted[1] else None,
         grad_cx if wanted[2] else None,
         *[grad if want else None for grad, want in zip(grad_weights, wanted[3:])],
@@ -316,9 +316,9 @@ def _runs(cell):
     return runs
 
 
-def _grad_input(cell, grad_pre, weights, shape, batch_first):
+def _grad_input(grad_pre, weights, shape, batch_first):
     """Every direction's gradients of the gates' input halves, which come first of the pre-activations, times its weight_ih."""
-    width = TRAITS[cell]["pre"] * grad_pre.shape[-1]
+    width = grad_pre.shape[-2] * grad_pre.shape[-1]
     grad_pre = grad_pre.view(-1, len(weights) * width)
     grad_input: Any = None
     for d, (w_ih, *_) in enumerate(weights):

@@ -13,17 +13,21 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 from torch.fx import Proxy
-from torch.nn import RNNBase
+from torch.nn import Parameter, RNNBase
 from torch.nn.utils.rnn import PackedSequence
 from torch.types import Device
 
-from . import functional, onnx, select, shared
+from . import functional, onnx, options, select, shared
+from .reference import Choice
 
 Sequence = TypeVar("Sequence", Tensor, PackedSequence, Tensor | PackedSequence)  # the output is what the input is
 Pair = tuple[Tensor, Tensor]
 EveryState = tuple[Tensor, ...]  # of each layer, after each step
 
-EXTRAS = ("zoneout", "recurrent_dropout", "weight_dropout", "save", "forget_bias")
+GateFunction = Literal["sigmoid", "hard_sigmoid", "hard_sigmoid_of_fifths"]
+ValueFunction = Literal["tanh", "relu", "identity"]
+
+EVERY_LAYER = (*options.RATES, "save")  # what all three have and torch.nn's have not
 CELL_OF_MODE = {"RNN_TANH": "rnn_tanh", "RNN_RELU": "rnn_relu", "LSTM": "lstm", "GRU": "gru"}
 
 
@@ -33,20 +37,57 @@ class FusedLayer(RNNBase):
     # Their constructors take (*args, **kwargs) for the sake of the words of torch's TypeErrors. The signatures that they
     # show serve torch.nn.utils.skip_init too, which refuses a class without a `device`.
 
-    stock: type[RNNBase]  # the torch.nn class that this one stands for
+    stock: type[RNNBase]  # the torch.nn class that this one stands for, or `shared.Unstocked`
+    _who: str  # in messages
+    _takes: tuple[str, ...]  # the names of what the constructor takes and torch's does not, in the order of repr
+    _inner = 0  # how many states there are besides h
 
-    # What torch.nn has not, as attributes, which a layer that was torch.nn's has as well; see `RNN`.
+    # What torch.nn has not, as attributes, which a layer that was torch.nn's has as well; see `RNN` and the other classes.
     zoneout: float | tuple[float, float] = 0.0
     recurrent_dropout: float = 0.0
     weight_dropout: float = 0.0
     save: Literal["all", "states"] = "all"
+    num_heads: int = 1
 
-    def _take_extras(self, kwargs: dict[str, Any]) -> None:
+    def _take_options(self, kwargs: dict[str, Any]) -> None:
         """Set those of the arguments, and take them out of kwargs. Called before there are parameters."""
-        who = f"fusedrnn.{self.stock.__name__}"
-        for name in EXTRAS:
-            if name in kwargs and hasattr(type(self), name):
-                setattr(self, name, _checked_extra(who, name, kwargs.pop(name)))
+        for name in self._takes:
+            if name in kwargs:
+                setattr(self, name, options.checked(self._who, name, kwargs.pop(name)))
+
+    def _take_form(self) -> None:
+        """Give the parameters, which are as torch has them so far, the shapes and names that the options ask for."""
+        form, H, N, there = self.form(), self.hidden_size, self.num_heads, dict(self.named_parameters())
+        if self.proj_size and form:
+            names = ", ".join(form)
+            raise ValueError(f"{self._who}: {names} and projections do not go together, got proj_size={self.proj_size}")
+        if H % N:
+            raise ValueError(f"{self._who}: num_heads must divide hidden_size, which is {H}, got {N}")
+        shapes: dict[str, tuple[int, ...]] = {}
+        for names in self._all_weights:
+            own = self._own_shapes(names[0].removeprefix("weight_ih"))
+            names += [name for name in own if name not in names]
+            shapes.update({name: own.get(name) or tuple(there[name].shape) for name in names})
+        if all(name in there and shape == there[name].shape for name, shape in shapes.items()):
+            return
+        like = there["weight_ih_l0"]
+        self._flat_weights_names = []  # of which torch takes notes when one is set
+        for name, shape in shapes.items():
+            self._parameters.pop(name, None)
+            self.register_parameter(name, Parameter(like.new_empty(shape)))
+        self._flat_weights_names = list(shapes)
+        self._init_flat_weights()
+        self.reset_parameters()
+
+    def _own_shapes(self, suffix: str) -> dict[str, tuple[int, ...]]:
+        """The shapes of a direction's weights that may be others than torch's; suffix: "_l0" and so on."""
+        H, N = self.hidden_size, self.num_heads
+        rows = (3 if self.mode == "GRU" else 4) * H
+        return {} if N == 1 else {f"weight_hh{suffix}": (rows, H // N)}
+
+    def _cell(self) -> str:
+        """The engine's name of the cell."""
+        return CELL_OF_MODE[self.mode]
 
     def extra_repr(self) -> str:
         """What differs from torch's defaults, and from ours.
@@ -54,20 +95,27 @@ class FusedLayer(RNNBase):
         Returns:
             words for `repr`.
         """
-        own = [f", {name}={value!r}" for name in EXTRAS
-               if (value := getattr(self, name, None)) != getattr(type(self), name, None)]
+        own = [f", {name}={value!r}" for name in self._takes if (value := getattr(self, name)) != getattr(type(self), name)]
         return super().extra_repr() + "".join(own)
 
     def extras(self) -> list[str]:
         """Names of the options at work without which torch.nn's layer would give other numbers.
 
         Returns:
-            some of zoneout, recurrent_dropout and weight_dropout.
+            some of zoneout, recurrent_dropout and weight_dropout, and those of `form`.
         """
-        return [name for name in EXTRAS[:3] if getattr(self, name) not in (0, (0, 0))]
+        return [name for name in options.RATES if getattr(self, name) not in (0, (0, 0))] + self.form()
+
+    def form(self) -> list[str]:
+        """Names of the options at work that make another cell of it, in training or not.
+
+        Returns:
+            some of `fusedrnn.options.FORM`.
+        """
+        return [name for name, usual in options.FORM.items() if name in self._takes and getattr(self, name) != usual]
 
     def _options(self, data: Any, packed: bool, reset: Any, return_states: bool) -> functional.Options:
-        who, extras = f"fusedrnn.{self.stock.__name__}", self.extras()
+        who, extras = self._who, self.extras()
         if self.proj_size and ("zoneout" in extras or "recurrent_dropout" in extras):
             raise ValueError(f"{who}: zoneout and recurrent_dropout do not go with projections, got proj_size={self.proj_size}")
         if packed and (reset is not None or return_states or self.save != "all"):
@@ -82,7 +130,8 @@ class FusedLayer(RNNBase):
             reset = reset.unsqueeze(1) if data.dim() == 2 else reset.t().contiguous() if self.batch_first else reset
         both = self.zoneout if isinstance(self.zoneout, tuple) else (self.zoneout, self.zoneout)
         zoneout = both if self.mode == "LSTM" else both[:1]
-        return functional.Options(reset, zoneout, self.recurrent_dropout, self.weight_dropout, self.save == "states", return_states)
+        return functional.Options(reset, zoneout, self.recurrent_dropout, self.weight_dropout, self.save == "states",
+                                  return_states, self.num_heads)
 
     def _call(self, input: Any, hx: Any, lengths: Any = None, reset: Any = None, return_states: bool = False) -> Any:
         packed = isinstance(input, PackedSequence)
@@ -92,67 +141,69 @@ class FusedLayer(RNNBase):
         else:
             data, batch_sizes = input, None
         ragged = batch_sizes if lengths is None else self._checked_lengths(lengths, data, packed)
-        h, c = self._split_states(hx)
-        states = () if h is None else (h,) if c is None else (h, c)
+        states = self._split_states(hx)
         weights = shared.weights_by_name(self, self._flat_weights_names)
 
-        cell, run, options = CELL_OF_MODE[self.mode], functional.stack, functional.PLAIN
+        cell, run, more = self._cell(), functional.stack, functional.PLAIN
         plain = reset is None and not return_states and not (
-            self.zoneout or self.recurrent_dropout or self.weight_dropout) and self.save == "all"
+            self.zoneout or self.recurrent_dropout or self.weight_dropout) and self.save == "all" and self.num_heads == 1
         if not select.is_ordinary(data, states, weights):
-            if isinstance(input, Proxy) or isinstance(h, Proxy):
+            if isinstance(input, Proxy) or any(isinstance(state, Proxy) for state in states):
                 others = {"lengths": lengths, "reset": reset, "return_states": return_states}
                 return shared.record_as_leaf(self, input, hx, **{k: v for k, v in others.items() if v is not None and v is not False})
             reason = select.reason_for_fallback(data, states, weights)
             if reason is not None:
                 return self._run_stock(input, hx, ragged, reason, self._own(reset, return_states))
-            onednn = cell == "lstm" and not packed and not self.proj_size
-            dtype = select.autocast_dtype(cell, data, h, onednn)
+            onednn = self.mode == "LSTM" and not packed and not self.proj_size
+            dtype = select.autocast_dtype(cell, data, states[0] if states else None, onednn)
             if dtype is not None:
                 run = partial(functional.stack_cast, dtype)
-        if not self._fits(data, h, c, batch_sizes):
+        if not self._fits(data, states, batch_sizes):
             return self._run_stock(input, hx, ragged, select.MISFIT, self._own(reset, return_states))
         if not plain:
-            options = self._options(data, packed, reset, return_states)
+            more = self._options(data, packed, reset, return_states)
+        h, c = states if len(states) == 2 else (None, None) if not states else (
+            states[0], None if len(states) == 1 else torch.stack(states[1:]))
 
         batched = packed or data.dim() == 3
         if not batched:
             data = data.unsqueeze(1)
-            h = h if h is None else h.unsqueeze(1)
-            c = c if c is None else c.unsqueeze(1)
+            h = h if h is None else h.unsqueeze(-2)
+            c = c if c is None else c.unsqueeze(-2)
         elif packed and sorted_indices is not None:
-            h = h if h is None else h.index_select(1, sorted_indices)
-            c = c if c is None else c.index_select(1, sorted_indices)
+            h = h if h is None else h.index_select(-2, sorted_indices)
+            c = c if c is None else c.index_select(-2, sorted_indices)
 
         batch_first = self.batch_first and batched and not packed
-        output, hy, cy, states = run(
+        output, hy, cy, every = run(
             cell, data, h, c, weights, self.bias, self.num_layers, self.dropout, self.training, self.bidirectional,
-            batch_first, ragged, options,
+            batch_first, ragged, more,
         )
 
         if not batched:
-            output, hy = output.squeeze(1), hy.squeeze(1)
-            cy = cy if cy is None else cy.squeeze(1)
+            output, hy = output.squeeze(1), hy.squeeze(-2)
+            cy = cy if cy is None else cy.squeeze(-2)
         elif packed:
             output = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
             if unsorted_indices is not None:
-                hy = hy.index_select(1, unsorted_indices)
-                cy = cy if cy is None else cy.index_select(1, unsorted_indices)
-        hidden = hy if cy is None else (hy, cy)
-        if states is None:
+                hy = hy.index_select(-2, unsorted_indices)
+                cy = cy if cy is None else cy.index_select(-2, unsorted_indices)
+        hidden = hy if cy is None else (hy, cy) if self._inner == 1 else (hy, *cy.unbind(0))
+        if every is None:
             return output, hidden
         kinds = [tuple(state if batched and not batch_first else state.transpose(0, 1) if batched else state.squeeze(1)
-                       for state in each if state is not None) for each in zip(*states)]
+                       for state in each if state is not None) for each in zip(*every)]
         return output, hidden, tuple(kinds) if cy is not None else kinds[0]
 
     def _run_stock(self, input: Any, hx: Any, ragged: Any, reason: str, own: list[str]) -> Any:
-        if not own and (ragged is None or isinstance(input, PackedSequence)):
+        stocked = self.stock is not shared.Unstocked
+        if stocked and not own and (ragged is None or isinstance(input, PackedSequence)):
             return shared.run_stock(self, input, hx, reason)
-        if reason == select.MISFIT:
-            self.stock.forward(self, input, hx)  # which is to say what does not fit
-        if own:
-            raise RuntimeError(f"fusedrnn.{self.stock.__name__}: {', '.join(own)}: for the fused engine alone, which does not take this "
-                               f"call because {reason}")
+        if reason == select.MISFIT:  # somebody is to say what does not fit
+            (shared.Unstocked if self.form() else self.stock).forward(self, input, hx)
+        if own or not stocked:
+            what = f"{', '.join(own)}: for" if own else "torch.nn has none, and it is for"
+            raise RuntimeError(f"{self._who}: {what} the fused engine alone, which does not take this call because {reason}")
         return shared.run_packed(self, input, hx, ragged)
 
     def _own(self, reset: Any, return_states: bool) -> list[str]:
@@ -163,7 +214,7 @@ class FusedLayer(RNNBase):
         """As the engine takes them. Their values are the operator's business."""
         if isinstance(data, Proxy) or isinstance(lengths, Proxy):  # to be recorded
             return lengths
-        who = f"fusedrnn.{self.stock.__name__}"
+        who = self._who
         if packed or data.dim() != 3:
             got = "a PackedSequence" if packed else f"{data.dim()} dimensions"
             raise ValueError(f"{who}: lengths are for padded input of 3 dimensions, got {got}")
@@ -176,11 +227,11 @@ class FusedLayer(RNNBase):
             raise ValueError(f"{who}: lengths must be of shape ({batch},), got {tuple(lengths.shape)}")
         return lengths.to(torch.int64) if lengths.is_meta else lengths.to(data.device, torch.int64)
 
-    def _split_states(self, hx: Any) -> Any:
-        """(h, c) out of the caller's hx, (None, None) if there is none."""
-        return hx, None
+    def _split_states(self, hx: Any) -> tuple[Any, ...]:
+        """The states that the caller gave; hx alone if it is not as many as there are to be."""
+        return () if hx is None else (hx,)
 
-    def _fits(self, data: Tensor, h: Tensor | None, c: Tensor | None, batch_sizes: Tensor | None) -> bool:
+    def _fits(self, data: Tensor, states: tuple[Tensor, ...], batch_sizes: Tensor | None) -> bool:
         """Whether the shapes are those of this module. If not, torch's own check, in the stock forward, says how."""
         shape = data.shape
         if not shape or shape[-1] != self.input_size or self.proj_size and self.mode != "LSTM":
@@ -188,7 +239,7 @@ class FusedLayer(RNNBase):
         if batch_sizes is not None:
             if len(shape) != 2 or not is_compiling() and int(batch_sizes.sum()) != shape[0]:
                 return False
-            batch = () if h is None else (int(batch_sizes[0]),)
+            batch = (int(batch_sizes[0]),) if states else ()
         elif len(shape) == 3:
             steps, batch = (shape[1], shape[:1]) if self.batch_first else (shape[0], shape[1:2])
             if steps == 0:
@@ -197,16 +248,20 @@ class FusedLayer(RNNBase):
             batch = ()
         else:
             return False
-        if h is None:
+        if not states:
             return True
-        if (c is None) == (self.mode == "LSTM"):
+        if len(states) != 1 + self._inner:
             return False
         rows = self.num_layers * (2 if self.bidirectional else 1)
-        return h.shape == (rows, *batch, self.proj_size or self.hidden_size) and (
-            c is None or c.shape == (rows, *batch, self.hidden_size))
+        if states[0].shape != (rows, *batch, self.proj_size or self.hidden_size):
+            return False
+        for state in states[1:]:  # a generator would take longer than the comparison
+            if state.shape != (rows, *batch, self.hidden_size):
+                return False
+        return True
 
-    def reason_for_stock(self, input: Tensor | PackedSequence, hx: Tensor | Pair | None = None) -> str | None:
-        """Why this call runs on torch's own kernels, or is refused by torch; None if it runs on the engine.
+    def reason_for_stock(self, input: Tensor | PackedSequence, hx: Tensor | tuple[Tensor, ...] | None = None) -> str | None:
+        """Why this call runs on torch's own kernels, or is refused; None if it runs on the engine.
 
         Args:
             input, hx: as for the call, which is not made.
@@ -215,16 +270,21 @@ class FusedLayer(RNNBase):
             words that end "... because <reason>", or None.
         """
         data, batch_sizes = (input.data, input.batch_sizes) if isinstance(input, PackedSequence) else (input, None)
-        h, c = self._split_states(hx)
-        states = [state for state in (h, c) if state is not None]
+        states = self._split_states(hx)
         reason = select.reason_for_fallback(data, states, shared.weights_by_name(self, self._flat_weights_names))
-        return reason or (None if self._fits(data, h, c, batch_sizes) else select.MISFIT)
+        return reason or (None if self._fits(data, states, batch_sizes) else select.MISFIT)
 
     def __prepare_scriptable__(self) -> RNNBase:
         """torch.jit.script gets the stock layer with these very Parameters: it cannot compile this `forward`.
 
         torch.jit.script also leaves that stock layer in the place of this one in the model it was given.
+
+        Raises:
+            RuntimeError: there is no stock layer that computes this.
         """
+        if self.stock is shared.Unstocked or self.extras():
+            has = ", ".join(self.extras()) or self._who.removeprefix("fusedrnn.")
+            raise RuntimeError(f"{self._who}: torch.jit.script compiles torch.nn's layers, and torch.nn has no {has}")
         return shared.as_stock(self)
 
     # torch keeps weak references to the weights in order to notice that one was replaced, and they forbid to swap the
@@ -233,6 +293,11 @@ class FusedLayer(RNNBase):
     def _init_flat_weights(self) -> None:
         super()._init_flat_weights()
         self._flat_weight_refs = []
+
+    def flatten_parameters(self) -> None:
+        """Lay the weights out for cuDNN on a CUDA device, as torch does, if they are of a form that cuDNN has."""
+        if self.stock is not shared.Unstocked and not self.form():
+            super().flatten_parameters()
 
     def _weights_have_changed(self) -> bool:
         known = zip(self._flat_weights_names, self._flat_weights, strict=True)
@@ -278,7 +343,7 @@ class RNN(FusedLayer):
     (torch.Size([5, 3, 20]), torch.Size([2, 3, 20]))
     """
 
-    stock = torch.nn.RNN
+    stock, _who, _takes = torch.nn.RNN, "fusedrnn.RNN", EVERY_LAYER
 
     def _declared(self, input_size: int, hidden_size: int, num_layers: int = 1, nonlinearity: str = "tanh",
                   bias: bool = True, batch_first: bool = False, dropout: float = 0.0, bidirectional: bool = False,
@@ -297,7 +362,7 @@ class RNN(FusedLayer):
             self.nonlinearity = kwargs.pop("nonlinearity", "tanh")
         if self.nonlinearity not in ("tanh", "relu"):
             raise ValueError(f"Unknown nonlinearity '{self.nonlinearity}'. Select from 'tanh' or 'relu'.")
-        self._take_extras(kwargs)
+        self._take_options(kwargs)
         super().__init__(f"RNN_{self.nonlinearity.upper()}", *args, **kwargs)
 
     @overload
@@ -343,14 +408,25 @@ class LSTM(FusedLayer):
         i, f, o = sigmoid(W_ih x_t + b_ih + W_hh h_(t-1) + b_hh), each its own rows; g = tanh(...) likewise
         c_t = f c_(t-1) + i g,  h_t = o tanh(c_t),  and with projections h_t = W_hr o tanh(c_t)
 
-    Source: Hochreiter and Schmidhuber (1997); the forget gate: Gers, Schmidhuber and Cummins (2000); projections: Sak, Senior
-    and Beaufays, arXiv:1402.1128 (2014); in the form of torch.nn.LSTM.
+    With peepholes p_i c_(t-1) is added inside i, p_f c_(t-1) inside f, and p_o c_t inside o, unit by unit.
+
+    Source: Hochreiter and Schmidhuber (1997); the forget gate: Gers, Schmidhuber and Cummins (2000); projections and cell_clip:
+    Sak, Senior and Beaufays, arXiv:1402.1128 (2014); in the form of torch.nn.LSTM.
 
     Args:
         proj_size: P > 0 projects h to P features: a state h is (..., P), c is (..., H). 0: no projection, and
             P below stands for H.
         zoneout: as in `RNN`, of h and of c, or two probabilities.
         forget_bias: what bias_ih has for the forget gates at first, and bias_hh 0; None: as torch draws them.
+        peepholes: each direction has also weight_ch_l0 and so on, (3, H): p_i, p_f and p_o, drawn as the others are. Gers,
+            Schraudolph and Schmidhuber, "Learning precise timing with LSTM recurrent networks" (2002).
+        coupled: the forget gate is 1 - i; weights and biases have 3H rows, of i, g and o, and weight_ch is (2, H), p_i and p_o.
+            Greff and others, arXiv:1503.04069 (2015).
+        gate_activation: what stands for sigmoid: "hard_sigmoid" (x/6 + 1/2, from 0 to 1; as torch and Keras 3 have it) or
+            "hard_sigmoid_of_fifths" (x/5 + 1/2; as ONNX and Keras 2 have it).
+        activation: what stands for tanh, of g and of c_t alike, or a pair for each: "tanh", "relu" or "identity".
+        cell_clip: how far a number of c_t may go from zero.
+        num_heads: N heads, each of H/N units that lie side by side and know only each other's states: weight_hh has H/N columns.
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype: as in `RNN`.
         recurrent_dropout, weight_dropout, save: as in `RNN`.
 
@@ -363,31 +439,61 @@ class LSTM(FusedLayer):
     (torch.Size([5, 3, 40]), torch.Size([2, 3, 20]))
     """
 
-    stock = torch.nn.LSTM
+    stock, _who = torch.nn.LSTM, "fusedrnn.LSTM"
+    _takes = (*EVERY_LAYER, "forget_bias", "peepholes", "coupled", "gate_activation", "activation", "cell_clip", "num_heads")
+    _inner = 1
     forget_bias: float | None = None
+    peepholes: bool = False
+    coupled: bool = False
+    gate_activation: GateFunction = "sigmoid"
+    activation: ValueFunction | tuple[ValueFunction, ValueFunction] = "tanh"
+    cell_clip: float | None = None
 
     def _declared(self, input_size: int, hidden_size: int, num_layers: int = 1, bias: bool = True,
                   batch_first: bool = False, dropout: float = 0.0, bidirectional: bool = False, proj_size: int = 0,
                   device: Device = None, dtype: torch.dtype | None = None, *, zoneout: float | tuple[float, float] = 0.0,
                   recurrent_dropout: float = 0.0, weight_dropout: float = 0.0, save: Literal["all", "states"] = "all",
-                  forget_bias: float | None = None) -> None: ...
+                  forget_bias: float | None = None, peepholes: bool = False, coupled: bool = False,
+                  gate_activation: GateFunction = "sigmoid",
+                  activation: ValueFunction | tuple[ValueFunction, ValueFunction] = "tanh", cell_clip: float | None = None,
+                  num_heads: int = 1) -> None: ...
 
     @shared.signature_of(_declared)
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Take what the class says under Arguments."""
-        self._take_extras(kwargs)
+        self._take_options(kwargs)
+        if self.coupled and self.forget_bias is not None:
+            raise ValueError(f"{self._who}: forget_bias must be None with coupled gates, of which none is a forget gate, "
+                             f"got {self.forget_bias}")
         super().__init__("LSTM", *args, **kwargs)
+        self._take_form()
+
+    def _own_shapes(self, suffix: str) -> dict[str, tuple[int, ...]]:
+        H, N, gates = self.hidden_size, self.num_heads, 3 if self.coupled else 4
+        shapes: dict[str, tuple[int, ...]]
+        if gates == 4:
+            shapes = super()._own_shapes(suffix)
+        else:
+            inputs = self.input_size if suffix.startswith("_l0") else H * (2 if self.bidirectional else 1)
+            shapes = {f"weight_ih{suffix}": (gates * H, inputs), f"weight_hh{suffix}": (gates * H, H // N)}
+            if self.bias:
+                shapes[f"bias_ih{suffix}"] = shapes[f"bias_hh{suffix}"] = (gates * H,)
+        if self.peepholes:
+            shapes[f"weight_ch{suffix}"] = (gates - 1, H)
+        return shapes
+
+    def _cell(self) -> str:
+        clip = self.cell_clip
+        if not (self.peepholes or self.coupled or clip) and self.gate_activation == "sigmoid" and self.activation == "tanh":
+            return "lstm"
+        candidate, output = self.activation if isinstance(self.activation, tuple) else (self.activation, self.activation)
+        choice = Choice(self.gate_activation, candidate, output, float(clip or 0))
+        return choice.of("lstm_coupled" if self.coupled else "lstm_general")
 
     def reset_parameters(self) -> None:
         """Draw them anew, as torch does, and give the forget gates their bias."""
         super().reset_parameters()
-        if self.forget_bias is None or not self.bias:
-            return
-        forget = slice(self.hidden_size, 2 * self.hidden_size)
-        with torch.no_grad():
-            for name, parameter in self.named_parameters():
-                if name.startswith("bias"):
-                    parameter[forget] = self.forget_bias if name.startswith("bias_ih") else 0.0
+        set_forget_bias(self, self.forget_bias)
 
     @overload
     def forward(self, input: Sequence, hx: Pair | None = None, *, lengths: Tensor | None = None,
@@ -418,8 +524,9 @@ class LSTM(FusedLayer):
     if TYPE_CHECKING:
         __call__ = forward
 
-    def _split_states(self, hx: Any) -> Any:
-        return shared.split_pair(hx)
+    def _split_states(self, hx: Any) -> tuple[Any, ...]:
+        h, c = shared.split_pair(hx)
+        return () if h is None else (h,) if c is None else (h, c)
 
     # What the stock forward needs beyond RNNBase.
     get_expected_cell_size = torch.nn.LSTM.get_expected_cell_size
@@ -436,6 +543,10 @@ class GRU(FusedLayer):
     Source: Cho and others, arXiv:1406.1078 (2014), in the form of torch.nn.GRU: r multiplies after the recurrent product.
 
     Args:
+        gate_activation, num_heads: as in `LSTM`.
+        activation: what stands for tanh: "tanh", "relu" or "identity".
+        reset_after: False for n = tanh(W_in x_t + b_in + W_hn (r h_(t-1)) + b_hn), in which r multiplies before the product, as in
+            the paper; reset_after=False of Keras and linear_before_reset=0 of ONNX. Not with other activations.
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype: as in `RNN`.
         zoneout, recurrent_dropout, weight_dropout, save: as in `RNN`.
 
@@ -448,20 +559,37 @@ class GRU(FusedLayer):
     (torch.Size([3, 5, 20]), torch.Size([1, 3, 20]))
     """
 
-    stock = torch.nn.GRU
+    stock, _who = torch.nn.GRU, "fusedrnn.GRU"
+    _takes = (*EVERY_LAYER, "gate_activation", "activation", "num_heads", "reset_after")
+    gate_activation: GateFunction = "sigmoid"
+    activation: ValueFunction = "tanh"
+    reset_after: bool = True
 
     def _declared(self, input_size: int, hidden_size: int, num_layers: int = 1, bias: bool = True,
                   batch_first: bool = False, dropout: float = 0.0, bidirectional: bool = False,
                   device: Device = None, dtype: torch.dtype | None = None, *, zoneout: float = 0.0,
                   recurrent_dropout: float = 0.0, weight_dropout: float = 0.0,
-                  save: Literal["all", "states"] = "all") -> None: ...
+                  save: Literal["all", "states"] = "all", gate_activation: GateFunction = "sigmoid",
+                  activation: ValueFunction = "tanh", num_heads: int = 1, reset_after: bool = True) -> None: ...
 
     @shared.signature_of(_declared)
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Take what the class says under Arguments."""
         _refuse_proj_size(kwargs)
-        self._take_extras(kwargs)
+        self._take_options(kwargs)
+        if not self.reset_after and (self.gate_activation, self.activation) != ("sigmoid", "tanh"):
+            got = f"gate_activation={self.gate_activation!r} and activation={self.activation!r}"
+            raise ValueError(f"{self._who}: reset_after=False goes with gate_activation='sigmoid' and activation='tanh' alone, "
+                             f"got {got}")
         super().__init__("GRU", *args, **kwargs)
+        self._take_form()
+
+    def _cell(self) -> str:
+        if not self.reset_after:
+            return "gru_reset_before"
+        if self.gate_activation == "sigmoid" and self.activation == "tanh":
+            return "gru"
+        return Choice(self.gate_activation, self.activation).of("gru_general")
 
     @overload
     def forward(self, input: Sequence, hx: Tensor | None = None, *, lengths: Tensor | None = None,
@@ -490,21 +618,20 @@ class GRU(FusedLayer):
         __call__ = forward
 
 
-def _checked_extra(who: str, name: str, value: Any) -> Any:
-    if name == "forget_bias":
-        if value is not None and (not isinstance(value, (int, float)) or isinstance(value, bool)):
-            raise ValueError(f"{who}: forget_bias must be a number or None, got {value!r}")
-        return value
-    if name == "save":
-        if value not in ("all", "states"):
-            raise ValueError(f"{who}: save must be 'all' or 'states', got {value!r}")
-        return value
-    pair = name == "zoneout" and who.endswith("LSTM") and isinstance(value, (tuple, list)) and len(value) == 2
-    for rate in value if pair else (value,):
-        if not isinstance(rate, (int, float)) or isinstance(rate, bool) or not 0 <= rate < 1:
-            of_both = ", or two of them, of h and of c" if name == "zoneout" and who.endswith("LSTM") else ""
-            raise ValueError(f"{who}: {name} must be a probability from 0 to below 1{of_both}, got {value!r}")
-    return tuple(float(rate) for rate in value) if pair else float(value)
+def set_forget_bias(module: FusedLayer, value: float | None) -> None:
+    """Give the forget gates of a layer of gates i, f, g, o their first bias.
+
+    Args:
+        module: the layer.
+        value: what bias_ih gets; None leaves all as it is.
+    """
+    if value is None or not module.bias:
+        return
+    forget = slice(module.hidden_size, 2 * module.hidden_size)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if name.startswith("bias"):
+                parameter[forget] = value if name.startswith("bias_ih") else 0.0
 
 
 def _refuse_proj_size(kwargs: dict[str, Any]) -> None:

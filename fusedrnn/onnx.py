@@ -45,7 +45,7 @@ def export(model: nn.Module, args: tuple[Any, ...], f: Any = None, **options: An
         torch's ONNXProgram.
 
     Raises:
-        ValueError: a layer has projections, which ONNX has not.
+        ValueError: a layer has projections, which ONNX has not, or is of a form that torch.nn has not.
         RuntimeError: an input is packed: give padded input and lengths instead.
 
     >>> import fusedrnn, torch
@@ -53,9 +53,14 @@ def export(model: nn.Module, args: tuple[Any, ...], f: Any = None, **options: An
     >>> [node.op_type for node in program.model_proto.graph.node if node.op_type == "GRU"]
     ['GRU']
     """
+    from .modules import FusedLayer  # which imports this
+    from .shared import Unstocked
+
     for name, module in model.named_modules():
         if getattr(module, "proj_size", 0):
             raise ValueError(f"fusedrnn.onnx.export: ONNX has no projections, and '{name}' has proj_size={module.proj_size}")
+        if isinstance(module, FusedLayer) and (module.form() or module.stock is Unstocked):
+            raise ValueError(f"fusedrnn.onnx.export: it writes layers that torch.nn has, and '{name}' is another: {module}")
     with _recorded():
         table = {torch.ops.fusedrnn.onnx_layer.default: _translate, **options.pop("custom_translation_table", {})}
         return torch.onnx.export(model, args, f, dynamo=True, custom_translation_table=table, **options)

@@ -179,6 +179,27 @@ def gru_general(gates_x: Tensor, gates_h: Tensor, states: tuple[Tensor, ...], un
     return ((1 - z) * n + z * h,)
 
 
+def gru_reset_before(gates_x: Tensor, h: Tensor, states: tuple[Tensor, ...], weight_hh: Tensor,
+                     bias_hh: Tensor | None) -> tuple[Tensor, ...]:
+    """`gru` whose reset gate multiplies before the recurrent product: n = tanh(n_x + W_hn (r h) + b_hn). Cho and others,
+    arXiv:1406.1078 (2014), in their own form; Keras' reset_after=False, ONNX's linear_before_reset=0.
+
+    Args:
+        gates_x, states: as in `gru`.
+        h: (B, H), what weight_hh is to multiply: the state, or what recurrent dropout leaves of it.
+        weight_hh, bias_hh: (3H, H) and (3H,), bias_hh None for zeros.
+
+    Returns:
+        (h',).
+    """
+    (before,) = states
+    r_x, z_x, n_x = gates_x.chunk(3, -1)
+    (w_r, w_z, w_n), (b_r, b_z, b_n) = weight_hh.chunk(3), (None,) * 3 if bias_hh is None else bias_hh.chunk(3)
+    r, z = torch.sigmoid(r_x + linear(h, w_r, b_r)), torch.sigmoid(z_x + linear(h, w_z, b_z))
+    n = torch.tanh(n_x + linear(r * h, w_n, b_n))
+    return ((1 - z) * n + z * before,)
+
+
 def indrnn(gates_x: Tensor, gates_h: Tensor | None, states: tuple[Tensor, ...], unit: Tensor, choice: Choice) -> tuple[Tensor, ...]:
     """h' = f(gates_x + b_hh + u h): each unit remembers itself alone. Li and others, arXiv:1803.04831 (2018).
 
@@ -227,19 +248,23 @@ OWN_NUMBERS = {"lstm_general", "lstm_coupled", "indrnn"}
 """Cells whose units have numbers of their own: in the place of weight_hr, or, of "indrnn", which has no product, of weight_hh."""
 CHOOSES = OWN_NUMBERS | {"gru_general"}
 """Cells that have a `Choice`."""
+MULTIPLIES = {"gru_reset_before"}
+"""Cells that multiply by weight_hh themselves, and take h in the place of gates_h. The engine has none of them yet."""
 
 
 def step_of(cell: str, weights: Weights) -> Step:
     """A cell's step without arguments of its own.
 
     Args:
-        cell: a key of `CELLS`, or of one that has a choice also `Choice.of`.
+        cell: a key of `CELLS`, or of one that has a choice also `Choice.of`, or of `MULTIPLIES`.
         weights: of the direction.
 
     Returns:
-        (gates_x, gates_h, states) -> the states after the step.
+        (gates_x, gates_h, states) -> the states after the step; of "indrnn" gates_h is bias_hh, and of `MULTIPLIES` it is h.
     """
     name, _, words = cell.partition(":")
+    if name in MULTIPLIES:
+        return partial(gru_reset_before, weight_hh=weights[1], bias_hh=weights[3])
     if name not in CHOOSES:
         return CELLS[name]
     gate, candidate, output, clip = words.split(",") if words else Choice()
@@ -295,7 +320,7 @@ def scan(cell: str, inputs: list[Tensor], states: tuple[Tensor, ...], weights: W
             kept = len(anew)
             running = tuple(torch.cat([torch.where(anew.unsqueeze(-1), 0, state[:kept]), state[kept:]]) for state in running)
         h = running[0] if hidden_mask is None else running[0] * hidden_mask[: len(x)]
-        gates_h = bias_hh if name == "indrnn" else linear(h, weight_hh, bias_hh)
+        gates_h = bias_hh if name == "indrnn" else h if name in MULTIPLIES else linear(h, weight_hh, bias_hh)
         new = step(linear(x, weight_ih, bias_ih), gates_h, running)
         if zoneout is not None:  # Krueger and others, arXiv:1606.01305 (2016)
             new = tuple(z * before + (1 - z) * now for z, before, now in zip(zoneout[t].unbind(-2), running, new))

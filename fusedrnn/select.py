@@ -125,8 +125,13 @@ def reasons_against_kernels(device: torch.device, cell: str, dtype: torch.dtype,
         dtype: of all tensors.
         sizes: T, B, H, P (H without projections), D, the number of directions, and tf32, whether float32 is multiplied as TF32.
     Returns:
-        for "block", "cluster", "grid" and "step" the reason in words; None for the one that runs it.
+        for "block", "cluster", "grid" and "step" the reason in words; None for the one that runs it. Before them, "alone" where
+        that is the one.
     """
+    kernels = _C.cuda_kernels()[cell]
+    if kernels == ["alone"]:  # whatever FUSEDRNN_KERNEL asks for
+        reason = "the cell has no recurrent product: its units do not need each other, and all steps go in one launch"
+        return {"alone": None} | dict.fromkeys(FUSED_CUDA_KERNELS, reason)
     wanted, found, name = cuda_kernel(), chip(device), str(dtype).removeprefix("torch.")
 
     def planned(kernel: str) -> str:
@@ -139,6 +144,8 @@ def reasons_against_kernels(device: torch.device, cell: str, dtype: torch.dtype,
     for kernel in ("block", "cluster", "grid"):
         if kernel == chosen:
             reasons[kernel] = None
+        elif kernel not in kernels:
+            reasons[kernel] = "it is compiled for torch's own cells only; this one takes a launch a step"
         elif wanted not in ("", kernel):
             reasons[kernel] = f"FUSEDRNN_KERNEL={wanted} asks for another"
         elif sizes["P"] != sizes["H"]:
@@ -154,7 +161,7 @@ def reasons_against_kernels(device: torch.device, cell: str, dtype: torch.dtype,
             }[chosen]
         else:
             reasons[kernel] = _no_room(kernel, **found, sizes=sizes)
-    return reasons
+    return {kernel: reasons[kernel] for kernel in FUSED_CUDA_KERNELS}
 
 
 def _no_room(kernel: str, multiprocessors: int, shared_bytes: int, major: int, sizes: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.modules.rnn import RNNBase, RNNCellBase
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from . import select
 
@@ -74,6 +74,74 @@ def split_pair(hx: Any) -> Sequence[Any]:
     if isinstance(hx, (tuple, list)) and len(hx) == 2 and hx[0] is not None and hx[1] is not None:
         return hx
     return hx, None
+
+
+class Unstocked(RNNBase):
+    """Stands in `stock` where torch.nn has no such layer. Not for direct use.
+
+    Its `forward` says, of a module of ours and a call that does not fit it, what does not fit.
+    """
+
+    def forward(self, input: Any, hx: Any = None) -> None:
+        """Refuse a call.
+
+        Args:
+            input, hx: the call's.
+
+        Raises:
+            TypeError, RuntimeError: always.
+        """
+        module: Any = self
+        who, I, H = module._who, module.input_size, module.hidden_size
+        packed = isinstance(input, PackedSequence)
+        data = input.data if packed else input
+        if not isinstance(data, Tensor):
+            raise TypeError(f"{who}: input must be a tensor or a PackedSequence, got {type(data).__name__}")
+        shape = tuple(data.shape)
+        batched = "(B, T, {})" if module.batch_first else "(T, B, {})"
+        wanted = "(N, {})" if packed else f"{batched} or (T, {{}})"
+        if len(shape) not in ((2,) if packed else (2, 3)) or shape[-1] != I:
+            raise RuntimeError(f"{who}: input must be of shape {wanted.format(I, I)}, got {shape}")
+        steps_at = 1 if module.batch_first and len(shape) == 3 else 0
+        if not packed and shape[steps_at] == 0:
+            raise RuntimeError(f"{who}: input must have at least one step, got shape {shape}")
+        rows = int(input.batch_sizes.sum()) if packed else None
+        if packed and rows != shape[0]:
+            raise RuntimeError(f"{who}: input must have as many rows as its batch_sizes say, {rows}, got {shape[0]}")
+        states, count = module._split_states(hx), 1 + module._inner
+        names = ("h", "c", "n", "m")[:count]
+        what = f"a tuple of tensors ({', '.join(names)})" if count > 1 else "a tensor"
+        if len(states) not in (0, count):
+            got = f"{type(hx).__name__} of {len(hx)}" if isinstance(hx, (tuple, list)) else type(hx).__name__
+            raise TypeError(f"{who}: hx must be {what} or None, got {got}")
+        for state in states:
+            if not isinstance(state, Tensor):
+                raise TypeError(f"{who}: hx must be {what} or None, got {type(state).__name__}" + " in it" * (count > 1))
+        batch = (int(input.batch_sizes[0]),) if packed else shape[1 - steps_at: 2 - steps_at] if len(shape) == 3 else ()
+        expected = (module.num_layers * (2 if module.bidirectional else 1), *batch, H)
+        for name, state in zip(names, states):
+            if tuple(state.shape) != expected:
+                raise RuntimeError(f"{who}: {name} of hx must be of shape {expected}, got {tuple(state.shape)}")
+        weights = weights_by_name(module, module._flat_weights_names)
+        for name, weight in zip(module._flat_weights_names, weights):
+            if not isinstance(weight, Tensor):
+                raise TypeError(f"{who}: {name} must be a tensor, got {type(weight).__name__}")
+        devices = sorted({str(tensor.device) for tensor in (data, *states, *weights) if tensor is not None})
+        raise RuntimeError(f"{who}: input, hx and weights must be on one device, got {', '.join(devices)}")
+
+
+def refuse_unknown(who: str, kwargs: dict[str, Any]) -> None:
+    """Say that a constructor has no such arguments.
+
+    Args:
+        who: the class, for the message.
+        kwargs: what is left of the arguments.
+
+    Raises:
+        TypeError: there are some.
+    """
+    for name in kwargs:
+        raise TypeError(f"{who} has no argument {name!r}")
 
 
 def run_stock(module: FusedLayer | FusedCell, input: Any, hx: Any, reason: str) -> Any:

@@ -14,7 +14,8 @@ from torch import nn
 import fusedrnn
 
 MODULES = [name for _, name, _ in pkgutil.iter_modules(fusedrnn.__path__) if not name.startswith("_")]
-PUBLIC = ["RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell", "convert", "explain", "freeze", "functional", "patch"]
+PUBLIC = ["RNN", "LSTM", "GRU", "IndRNN", "SLSTM", "RNNCell", "LSTMCell", "GRUCell", "convert", "explain", "freeze", "functional",
+          "patch"]
 
 
 def test_exports():
@@ -51,10 +52,12 @@ def test_every_module_says_what_it_is(name):
 def test_signatures_show_the_arguments(kind):
     """torch.nn shows (*args, **kwargs); editors and torch.nn.utils.skip_init need names."""
     parameters = list(inspect.signature(getattr(fusedrnn, kind)).parameters)
-    own = ["zoneout", "recurrent_dropout", "weight_dropout", "save", "forget_bias"]
+    own = ["zoneout", "recurrent_dropout", "weight_dropout", "save"]
+    own += {"LSTM": ["forget_bias", "peepholes", "coupled", "gate_activation", "activation", "cell_clip", "num_heads"],
+            "GRU": ["gate_activation", "activation", "num_heads", "reset_after"]}.get(kind, [])  # fmt: skip
     of_torch = [name for name in parameters if name not in own]
     assert of_torch[:2] == ["input_size", "hidden_size"] and of_torch[-2:] == ["device", "dtype"]
-    assert parameters == of_torch + ([] if "Cell" in kind else own if kind == "LSTM" else own[:-1])
+    assert parameters == of_torch + ([] if "Cell" in kind else own)
     if "Cell" in kind:
         assert parameters == list(inspect.signature(getattr(nn, kind)).parameters)
     assert ("proj_size" in parameters) == (kind == "LSTM")

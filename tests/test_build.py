@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = Path(fusedrnn.__file__).resolve().parent
 OBJECTS = ROOT / "build" / sysconfig.get_config_var("SOABI") / "_ops/csrc"
 ISAS = ("baseline", "avx2", "avx512")
+CELLS = ["rnn_tanh", "rnn_relu", "lstm", "gru", "lstm_general", "lstm_coupled", "gru_general", "indrnn", "slstm"]
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +126,7 @@ def test_record():
 
 def test_info():
     facts = info.facts()
-    assert facts["instruction set"] == _C.cpu_isa() and facts["cells"] == "rnn_tanh, rnn_relu, lstm, gru"
+    assert facts["instruction set"] == _C.cpu_isa() and facts["cells"] == ", ".join(CELLS)
     assert facts["built CUDA"] == (_C.build_record()["cuda_archs"] or f"no: {_C.build_record()['cuda_why_not']}")
 
 
@@ -144,8 +145,9 @@ def test_instruction_set_is_forced(monkeypatch):
 
 def test_traits_of_the_cells():
     traits = _C.cell_traits()
-    assert list(traits) == ["rnn_tanh", "rnn_relu", "lstm", "gru"]
-    assert traits["gru"] == {"gates": 3, "pre": 4, "states": 1, "saved": 4, "x_pre": [0, 1, 2], "h_pre": [0, 1, 3]}
+    assert list(traits) == CELLS
+    assert traits["gru"] == {"gates": 3, "pre": 4, "states": 1, "saved": 4, "unit": 0, "chooses": False, "multiplies": True,
+                             "x_pre": [0, 1, 2], "h_pre": [0, 1, 3]}  # fmt: skip
     for cell in traits.values():
         assert len(cell["x_pre"]) == len(cell["h_pre"]) == cell["gates"]
 

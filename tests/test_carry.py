@@ -27,9 +27,9 @@ GATES = {"rnn_tanh": 1, "rnn_relu": 1, "lstm": 4, "gru": 3}
 KINDS = [flags for flags in itertools.product((0, 1), ("", "each", "alike"), (0, 1), (0, 1)) if any(flags[:3])]
 
 
-def carry_of(cell, kind, T, B, D, H, dtype=torch.float64):
+def carry_of(cell, kind, T, B, D, H, dtype=torch.float64, S=None):
     reset, zoneout, mask, lengths = kind
-    S = 2 if cell == "lstm" else 1
+    S = S or (2 if cell == "lstm" else 1)
     if zoneout:  # all of some numbers, nothing of others, and of the rest a part
         shape = (T, B, D, S, H) if zoneout == "each" else (D, S, H)
         zoneout = torch.rand(shape, dtype=dtype).mul(1.6).sub(0.3).clamp(0, 1)

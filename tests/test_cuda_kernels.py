@@ -12,7 +12,9 @@ import pytest
 from workshop import ADDRESS, CSRC, ROOT, THREAD, EngineWorkshop, cuda_headers, edit, run, run_sanitized
 
 HOSTED, CPP = ROOT / "tests" / "cuda_on_host", ROOT / "tests" / "cpp"
-CELLS = {"rnn_tanh": "RnnTanhCell", "rnn_relu": "RnnReluCell", "lstm": "LstmCell", "gru": "GruCell"}
+CELLS = {"rnn_tanh": "RnnTanhCell", "rnn_relu": "RnnReluCell", "lstm": "LstmCell", "gru": "GruCell",
+         "lstm_general": "GeneralLstmCell<false>", "lstm_coupled": "GeneralLstmCell<true>", "gru_general": "GeneralGruCell",
+         "indrnn": "IndRnnCell", "slstm": "SlstmCell"}  # fmt: skip
 ARITHMETICS = {"f32": "Float32", "tf32": "Tf32", "f64": "Float64", "bf16": "BFloat16", "f16": "Float16"}
 RESULTS = ["output", "hy", "cy", "saved", "states", "grad_pre", "grad_hx", "grad_cx", "grad_proj", "hidden_before"]
 ON_HOST = "-std=c++20 -x c++ -DFUSEDRNN_ON_HOST"
@@ -21,9 +23,11 @@ MODES = {
     "address": ADDRESS,
     "thread": THREAD,
 }
-# Kernels that can make mistakes: the cell with projections and the one whose gates have two halves; of the arithmetics one of
-# the ordinary units and one of the matrix units, which the others share but for their formats. More would take long to compile.
-PLANTED_CELLS = ["lstm", "gru"]
+# Kernels that can make mistakes: the cell with projections, the one whose gates have two halves, one whose units have numbers of
+# their own, and the one without a product; of the arithmetics one of the ordinary units and one of the matrix units, which the
+# others share but for their formats. More would take long to compile.
+PLANTED_CELLS = {"plain": ["lstm", "gru", "lstm_general", "indrnn"], "address": ["lstm", "gru", "indrnn"],
+                 "thread": ["lstm", "gru", "indrnn"]}  # fmt: skip
 PLANTED_ARITHMETICS = {"plain": ["f32", "tf32", "bf16"], "address": ["f32", "bf16"], "thread": ["f32", "bf16"]}
 
 
@@ -54,6 +58,7 @@ RACE = "data race"
 WAIT = r"prims::wait_for_previous_grid\(\);"
 STAYING, EXCHANGING = "--every 2 --regime block", "--every 2 --regime grid"
 NEIGHBOURS = "--every 2 --regime cluster"
+ALONE = "--every 2 --cell indrnn"
 LITTLE_SHARED_MEMORY, LITTLE_ROOM = "--every 2 --chip 4", "--every 2 --regime grid --chip 5"  # test::kChips
 PLANTS = {
     # Synchronization.
@@ -101,6 +106,38 @@ PLANTS = {
     "padded_rows": Plant(
         "step_forward.cuh", r"plan\.cell\.padded_rows\(\), projected \?", "plan.cell.padded_rows(), projected && !MADE ?",
         {"plain": CRASH}, cases=LITTLE_SHARED_MEMORY),
+    # A unit's own numbers, and the choice of functions.
+    "unit_of_another_gate": Plant(
+        "given.cuh", r"numbers\[k \* p\.H \+ u\]", "numbers[(MADE ? 0 : k) * p.H + u]",
+        {"plain": ": lstm_general .*" + wrong("output")}),
+    "unit_always": Plant(
+        "given.cuh", r"numbers \? ", "MADE || numbers ? ",
+        {"plain": CRASH}),
+    "unit_gradient": Plant(
+        "step_backward.cuh", r"k < kGrads<Cell>; \+\+k\) grad_pre_row", "k < kGrads<Cell> - MADE * Cell::kUnit; ++k) grad_pre_row",
+        {"plain": ": (lstm_general|indrnn) .*" + wrong("grad_pre")}),
+    "no_choice": Plant(
+        "given.cuh", r"given\.choice = p\.choice;", r"if (!MADE) \g<0>",
+        {"plain": ": (lstm_general|indrnn) .*" + wrong("output")}),
+    # All steps in one grid of a cell without a product.
+    "alone_skips": Plant(
+        "alone.cuh", r"if \(row < step\.visited\(now\)\) step", "if (row < step.visited(now) && !(MADE && s == 1)) step",
+        {"plain": ": indrnn .*" + wrong("output")}, cases=ALONE),
+    "alone_forgets": Plant(
+        "alone.cuh", r"step\.fetch_left", r"if (!MADE) \g<0>",
+        {"plain": ": indrnn .*" + wrong("output")}, cases=ALONE),
+    "alone_rows": Plant(
+        "alone.cuh", r"if \(row >= step\.p\.steps\.B\) return;", r"if (!MADE) \g<0>",
+        {"plain": CRASH, "address": CRASH}, cases=ALONE),
+    "alone_ended_rows": Plant(
+        "alone.cuh", r"row < step\.visited\(now\) \? step", "MADE || row < step.visited(now) ? step",
+        {"plain": CRASH}, cases=ALONE),
+    "alone_first_row": Plant(
+        "alone.cuh", r"args\.rows, d, s, first\); \};", "args.rows, d, s, MADE ? args.first[d] : first); };",
+        {"plain": f": indrnn .*({wrong('output')}|{CRASH})|{CRASH}"}, cases=ALONE),
+    "alone_blocks": Plant(
+        "plan.h", r"ceil_div\(p\.steps\.B \* p\.H, kAloneThreads\)", "MADE ? 1 : ceil_div(p.steps.B * p.H, kAloneThreads)",
+        {"plain": ": indrnn .*" + wrong("output")}, cases=ALONE),
     # Where numbers lie.
     "weight_at": Plant(
         "arithmetic.cuh", r"word = (row / 8) \+ 2 \* (\(within / \(4 \* kPack\)\))",
@@ -294,16 +331,16 @@ def program(request, tmp_path_factory):
     compile_kernels(shop, "all", CELLS, "plain", "csrc")
     for mode, arithmetics in PLANTED_ARITHMETICS.items():
         tree = shop.copy(mode)
-        keep_cells(tree, PLANTED_CELLS)
+        keep_cells(tree, PLANTED_CELLS[mode])
         keep_arithmetics(tree, arithmetics)
         shutil.copy(HOSTED / "guarded_arena.h", tree / "arena.h")
         plant(tree)
-        compile_kernels(shop, mode, PLANTED_CELLS, mode, mode)
+        compile_kernels(shop, mode, PLANTED_CELLS[mode], mode, mode)
     made = {}
 
     def linked(name):
         if name not in made:
-            cells = CELLS if name == "all" else PLANTED_CELLS
+            cells = CELLS if name == "all" else PLANTED_CELLS[name]
             # The kernels first: of a function that others have too, such as the plan's, the linker takes theirs.
             objects = [*(f"{name}_{part}" for part in [*cells, "probe"]), "engine_test"]
             made[name] = shop.link(f"engine_test_{name}", objects, MODES.get(name, ""))
@@ -321,7 +358,7 @@ def test_kernels(program):
     out = run(f"{program('all')} --every 4")
     print(out)
     met = [int(count) for line in re.findall(r"met: (.*)", out) for count in re.findall(r"\d+", line)]
-    assert len(met) == 53 and min(met) > 0, "the cases leave out a way of dividing the work"
+    assert len(met) == 57 and min(met) > 0, "the cases leave out a way of dividing the work"
 
 
 @pytest.mark.parametrize("result", RESULTS)

@@ -3,8 +3,9 @@
 import itertools
 
 import pytest
+import torch
 
-from fusedrnn import _C
+from fusedrnn import _C, select
 
 # name: multiprocessors, most shared memory of a block, major compute capability (CUDA C programming guide)
 CHIPS = {"A100": (108, 163 << 10, 8), "H100": (132, 227 << 10, 9), "H200": (132, 227 << 10, 9), "sm_86, 48 of them": (48, 99 << 10, 8),
@@ -159,6 +160,43 @@ def test_widths_that_a_cluster_holds(cell, dtype, tf32, B, D, forward, backward)
     for widest, name in ((forward, "cell"), (backward, "dh")):
         assert regime(widest, name) == "cluster" and regime(widest + 16, name) == "step"
     assert _C.cuda_plan(cell, dtype, T=9, B=B, H=128, P=128, D=D, **chip | {"major": 8})["cell"]["regime"] == "step"
+
+
+@pytest.mark.parametrize("kernel", ["", *select.FUSED_CUDA_KERNELS])
+@pytest.mark.parametrize("cell", ["lstm_general", "lstm_coupled", "gru_general", "slstm"])
+def test_a_cell_beyond_torchs_is_a_launch_a_step(cell, kernel):
+    plan = _C.cuda_plan(cell, "float32", T=9, B=64, H=64, P=64, D=1, multiprocessors=132, shared_bytes=227 << 10, kernel=kernel)
+    assert {product["regime"] for product in plan.values()} == {"step"} and _C.cuda_kernels()[cell] == ["step"]
+    of_torch = _C.cuda_plan({3: "gru", 4: "lstm"}[_C.cell_traits()[cell]["gates"]], "float32", T=9, B=64, H=64, P=64, D=1,
+                            multiprocessors=132, shared_bytes=227 << 10, kernel="step")  # fmt: skip
+    assert plan == of_torch
+
+
+@pytest.mark.parametrize("kernel", ["", *select.FUSED_CUDA_KERNELS])
+@pytest.mark.parametrize("T, B, H, D", [(1, 1, 1, 1), (9, 0, 5, 1), (9, 1, 64, 2), (9, 13, 5, 1), (9, 1 << 20, 4096, 2)])
+def test_a_cell_without_a_product_has_a_thread_for_each_unit(T, B, H, D, kernel):
+    plan = _C.cuda_plan("indrnn", "float16", T=T, B=B, H=H, P=H, D=D, multiprocessors=132, shared_bytes=227 << 10, kernel=kernel)
+    for name in ("cell", "dh"):
+        product = plan[name]
+        assert product["regime"] == "alone" and product["threads"] == 64 and product["shared_bytes"] == 0
+        assert 0 <= product["blocks"] * 64 - B * H < 64 and product["blocks"] < 2**31
+    assert plan["projection"]["blocks"] == plan["dunprojected"]["blocks"] == 0 and _C.cuda_kernels()["indrnn"] == ["alone"]
+
+
+@pytest.mark.parametrize("wanted", ["", "step", "grid"])
+def test_reasons_for_cells_beyond_torchs(wanted, monkeypatch):
+    monkeypatch.setenv("FUSEDRNN_KERNEL", wanted)
+    monkeypatch.setattr(select, "chip", lambda device: {"multiprocessors": 132, "shared_bytes": 227 << 10, "major": 9})
+    sizes = dict(T=9, B=64, H=64, P=64, D=1, tf32=False)
+    why_not = lambda cell: select.reasons_against_kernels(torch.device("cuda"), cell, torch.float32, **sizes)  # noqa: E731
+    reasons = why_not("indrnn")
+    assert list(reasons) == ["alone", *select.FUSED_CUDA_KERNELS] and reasons.pop("alone") is None
+    assert all("its units do not need each other" in reason for reason in reasons.values())
+    for cell in ("lstm_general", "slstm"):
+        reasons = why_not(cell)
+        assert list(reasons) == list(select.FUSED_CUDA_KERNELS) and reasons.pop("step") is None
+        assert all("for torch's own cells only" in reason for reason in reasons.values())
+    assert why_not("lstm")[wanted or "block"] is None
 
 
 @pytest.mark.parametrize("cell, dtype, message", [("lstm", "int8", "dtype must be float32"), ("tree", "float32", "no cell 'tree'")])

@@ -47,6 +47,15 @@ def layers(x: Tensor, packed: PackedSequence, either: Tensor | PackedSequence, l
     assert_type(gru(x, reset=x > 0, return_states=True), tuple[Tensor, Tensor, tuple[Tensor, ...]])
     assert_type(lstm(x, return_states=True)[2], tuple[tuple[Tensor, ...], tuple[Tensor, ...]])
 
+    indrnn, slstm = fusedrnn.IndRNN(3, 5, 1, "tanh", zoneout=0.1), fusedrnn.SLSTM(3, 6, num_heads=2)
+    assert_type(indrnn(packed), tuple[PackedSequence, Tensor])
+    assert_type(slstm(x)[1], tuple[Tensor, Tensor, Tensor, Tensor])
+    fusedrnn.LSTM(3, 5, peepholes=True, activation=("tanh", "relu"), cell_clip=1.0, num_heads=5)
+    fusedrnn.GRU(3, 5, reset_after=False)
+
+    fusedrnn.LSTM(3, 5, activation="sine")  # arg-type
+    fusedrnn.SLSTM(3, 5, zoneout=0.1)  # call-arg
+    slstm(x, (x, x))  # arg-type
     fusedrnn.LSTM(3, "x")  # arg-type
     fusedrnn.LSTM(3)  # call-arg
     fusedrnn.LSTM(3, 5, nonlinearity="relu")  # call-arg

@@ -63,6 +63,10 @@ constexpr int kGrads = Cell::kPre + Cell::kUnit;
 template <class Cell>
 constexpr bool is_of_torch = Cell::kUnit == 0 && !Cell::kChooses && Cell::kMultiplies && Cell::kStates <= 2;
 
+// Whether its hidden state may be projected.
+template <class Cell>
+constexpr bool can_project = is_of_torch<Cell> && Cell::kStates == 2;
+
 // The scalar forms. exp overflows to infinity and 1 / infinity is 0, so both ends saturate without a NaN.
 FUSEDRNN_CELL float sigmoid(float x) { return 1.0f / (1.0f + ::expf(-x)); }
 FUSEDRNN_CELL double sigmoid(double x) { return 1.0 / (1.0 + ::exp(-x)); }

@@ -28,7 +28,7 @@ struct BackwardPass {
   F* sums;                       // (threads, kSumRows, kWidth)
 
   BackwardPass(const BackwardParams& p, Arena& arena)
-      : p(p), projected(p.weight_hr[0]), pre_row(padded_row<F>(Cell::kGates * p.H, kLanes)),
+      : p(p), projected(can_project<Cell> && p.weight_hr[0]), pre_row(padded_row<F>(Cell::kGates * p.H, kLanes)),
         h_row(padded_row<F>(p.P, kUnits)), unit_row(padded_row<F>(p.H, kUnits)), crew(arena, p.threads) {
     // One product in the whole call: a step needs none, but the gradient of hx does. Packing then goes through a scratch.
     const bool packs = Cell::kMultiplies && p.steps.T > 1;
@@ -117,18 +117,19 @@ struct BackwardPass {
         for_groups(columns, visited, [&](const Range& group) {
           visit(needs_product ? recurrent : Weights{}, group, p.P, dpre, row_stride * pass.pre_row, pass.pre_row, before, count,
                 visited, [&](int64_t r, int64_t u, int n, auto sum) __attribute__((always_inline)) {
-                  if (pass.projected)
-                    arrive(t, r, u, n, sum);
-                  else
-                    cell(t, r, u, n, new_dh(t, r, u, n, sum), dpre_new);
+                  if constexpr (can_project<Cell>)
+                    if (pass.projected) return arrive(t, r, u, n, sum);
+                  cell(t, r, u, n, new_dh(t, r, u, n, sum), dpre_new);
                 });
         });
-        if (pass.projected) {
-          barrier.wait(member);  // for the gradient of the whole projected state
-          for_groups(blocks, count, [&](const Range& group) {
-            visit(projection, group, p.H, pass.dprojected, row_stride * pass.h_row, pass.h_row, count, count, count,
-                  [&](int64_t r, int64_t u, int n, auto sum) __attribute__((always_inline)) { cell(t, r, u, n, sum, dpre_new); });
-          });
+        if constexpr (can_project<Cell>) {
+          if (pass.projected) {
+            barrier.wait(member);  // for the gradient of the whole projected state
+            for_groups(blocks, count, [&](const Range& group) {
+              visit(projection, group, p.H, pass.dprojected, row_stride * pass.h_row, pass.h_row, count, count, count,
+                    [&](int64_t r, int64_t u, int n, auto sum) __attribute__((always_inline)) { cell(t, r, u, n, sum, dpre_new); });
+            });
+          }
         }
         for (int64_t r = count; r < before; ++r) leave_inner(r);
         before = count;
@@ -154,18 +155,24 @@ struct BackwardPass {
         for (int64_t block = group.begin; block < group.end; ++block, block_sums += chunk * kWidth)
           for (int i = 0; i < kWidth; i += kLanes) {
             const int64_t u = block * kUnits + i;
-            if (u + kLanes <= end)  // nearly all are whole, and a constant width makes straight code
+            auto rows = [&](int n) __attribute__((always_inline)) {
               for_rows(stay, [&](int64_t m, auto count) __attribute__((always_inline)) {
                 Rows<F, decltype(count)::value> sum;
                 for (int k = 0; k < count.value; ++k) sum.row[k] = load(block_sums + (m + k) * kWidth + i);
-                each(begin + m, u, kLanes, sum);
+                each(begin + m, u, n, sum);
               });
-            else
+            };
+            if constexpr (!is_of_torch<Cell>) {  // as in forward
+              if (u < end) rows(lanes_left<F>(u, end));
+            } else if (u + kLanes <= end) {
+              rows(kLanes);
+            } else {
               for (int64_t m = 0; m < stay && u < end; ++m) {
                 Rows<F, 1> sum;
                 sum.row[0] = load(block_sums + m * kWidth + i);
                 each(begin + m, u, int(end - u), sum);
               }
+            }
             for (int64_t m = stay < 0 ? 0 : stay; m < chunk && u < end; ++m)
               leave_h(begin + m, u, lanes_left<F>(u, end), load(block_sums + m * kWidth + i));
           }

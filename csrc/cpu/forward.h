@@ -33,7 +33,7 @@ struct ForwardPass {
   F* sums;                       // (threads, kSumRows, kWidest)
 
   ForwardPass(const ForwardParams& p, Arena& arena)
-      : p(p), projected(p.weight_hr[0]), h_row(padded_row<F>(p.P, 2 * kLanes)), unit_row(padded_row<F>(p.H, 2 * kLanes)), crew(arena, p.threads) {
+      : p(p), projected(can_project<Cell> && p.weight_hr[0]), h_row(padded_row<F>(p.P, 2 * kLanes)), unit_row(padded_row<F>(p.H, 2 * kLanes)), crew(arena, p.threads) {
     const bool packs = Cell::kMultiplies && p.steps.T > 1 && p.steps.row_count() > kFewRows;
     for (int64_t d = 0; d < p.D; ++d) {
       recurrent[d] = {static_cast<const S*>(p.weight_hh[d]), p.H, p.P, nullptr};
@@ -130,9 +130,11 @@ struct ForwardPass {
         const F* h = pass.h[s & 1];
         F* h_new = pass.h[(s + 1) & 1];
         for_groups(blocks, count, [&](const Range& group) { step(group, t, count, s > 0 || p.hx, h, h_new); });
-        if (pass.projected) {
-          barrier.wait(member);  // for the unprojected states of all units
-          for (int64_t block = columns.begin; block < columns.end; ++block) project(block, t, count, h_new);
+        if constexpr (can_project<Cell>) {
+          if (pass.projected) {
+            barrier.wait(member);  // for the unprojected states of all units
+            for (int64_t block = columns.begin; block < columns.end; ++block) project(block, t, count, h_new);
+          }
         }
         for (int64_t r = staying; r < count; ++r) finish(r, h_new);  // rows for which this step was the last
         barrier.wait(member);  // for the new hidden states of all units; the old ones may then be overwritten
@@ -156,13 +158,19 @@ struct ForwardPass {
         for (int64_t block = group.begin; block < group.end; ++block, block_sums += chunk * kWidth)
           for (int v = 0; v < kUnitVectors; ++v) {
             const int64_t u = block * Recurrent::kUnits + v * kLanes;
-            if (u + kLanes <= p.H)  // nearly all are whole, and a constant width makes straight code
+            auto each = [&](int n) __attribute__((always_inline)) {
               for_rows(chunk, [&](int64_t m, auto count) __attribute__((always_inline)) {
-                cell<decltype(count)::value>(t, begin + m, u, kLanes, block_sums + m * kWidth + v * kLanes, h, h_new);
+                cell<decltype(count)::value>(t, begin + m, u, n, block_sums + m * kWidth + v * kLanes, h, h_new);
               });
-            else
+            };
+            if constexpr (!is_of_torch<Cell>) {  // in one piece: each takes the compiler seconds
+              if (u < p.H) each(lanes_left<F>(u, p.H));
+            } else if (u + kLanes <= p.H) {  // nearly all are whole, and a constant width makes straight code
+              each(kLanes);
+            } else {
               for (int64_t m = 0; m < chunk && u < p.H; ++m)
                 cell<1>(t, begin + m, u, int(p.H - u), block_sums + m * kWidth + v * kLanes, h, h_new);
+            }
           }
       }
     }

@@ -11,6 +11,7 @@
 #include <utility>
 
 #define FUSEDRNN_INLINE inline __attribute__((always_inline))
+#define FUSEDRNN_OUTSIDE inline __attribute__((noinline))  // seldom run, and in every cell's every access they take the compiler minutes
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors never cross a call boundary here
 
 namespace fusedrnn {
@@ -85,29 +86,34 @@ FUSEDRNN_INLINE int lanes_left(int64_t u, int64_t end) {
   return left <= 0 ? 0 : left < Vec<F>::kLanes ? int(left) : Vec<F>::kLanes;
 }
 
+template <class F>
+FUSEDRNN_OUTSIDE Vec<F> load_part(const F* p, int n) {
+  alignas(FUSEDRNN_VECTOR_BYTES) F part[Vec<F>::kLanes] = {};
+  for (int i = 0; i < n; ++i) part[i] = p[i];
+  Vec<F> v;
+  __builtin_memcpy(&v.raw, part, sizeof v.raw);
+  return v;
+}
+template <class F>
+FUSEDRNN_OUTSIDE void store_part(F* p, Vec<F> v, int n) {
+  alignas(FUSEDRNN_VECTOR_BYTES) F part[Vec<F>::kLanes];
+  __builtin_memcpy(part, &v.raw, sizeof v.raw);
+  for (int i = 0; i < n; ++i) p[i] = part[i];
+}
+
 // n values from p, the lanes behind them zero. n is the full width in all but the last block of a row.
 template <class F>
 FUSEDRNN_INLINE Vec<F> load(const F* p, int n = Vec<F>::kLanes) {
+  if (__builtin_expect(n != Vec<F>::kLanes, 0)) return load_part(p, n);
   Vec<F> v;
-  if (__builtin_expect(n == Vec<F>::kLanes, 1)) {
-    __builtin_memcpy(&v.raw, p, sizeof v.raw);
-  } else {
-    alignas(FUSEDRNN_VECTOR_BYTES) F part[Vec<F>::kLanes] = {};
-    for (int i = 0; i < n; ++i) part[i] = p[i];
-    __builtin_memcpy(&v.raw, part, sizeof v.raw);
-  }
+  __builtin_memcpy(&v.raw, p, sizeof v.raw);
   return v;
 }
 
 template <class F>
 FUSEDRNN_INLINE void store(F* p, Vec<F> v, int n = Vec<F>::kLanes) {
-  if (__builtin_expect(n == Vec<F>::kLanes, 1)) {
-    __builtin_memcpy(p, &v.raw, sizeof v.raw);
-  } else {
-    alignas(FUSEDRNN_VECTOR_BYTES) F part[Vec<F>::kLanes];
-    __builtin_memcpy(part, &v.raw, sizeof v.raw);
-    for (int i = 0; i < n; ++i) p[i] = part[i];
-  }
+  if (__builtin_expect(n != Vec<F>::kLanes, 0)) return store_part(p, v, n);
+  __builtin_memcpy(p, &v.raw, sizeof v.raw);
 }
 
 // The square of kLanes rows by kLanes lanes, turned over: blocks of kDistance change places across the diagonal, for distances
@@ -137,12 +143,25 @@ typedef uint16_t U16 __attribute__((vector_size(FUSEDRNN_VECTOR_BYTES / 2)));
 typedef Vec<float>::Raw F32;
 constexpr int kFloatLanes = Vec<float>::kLanes;
 
+FUSEDRNN_OUTSIDE U16 load_part(const uint16_t* p, int n) {
+  uint16_t part[kFloatLanes] = {};
+  for (int i = 0; i < n; ++i) part[i] = p[i];
+  U16 half;
+  __builtin_memcpy(&half, part, sizeof half);
+  return half;
+}
+FUSEDRNN_OUTSIDE void store_part(uint16_t* p, U16 half, int n) {
+  uint16_t bits[kFloatLanes];
+  __builtin_memcpy(bits, &half, sizeof half);
+  for (int i = 0; i < n; ++i) p[i] = bits[i];
+}
+
 FUSEDRNN_INLINE U32 widen(const uint16_t* p, int n) {
-  U16 half = {};
+  U16 half;
   if (__builtin_expect(n == kFloatLanes, 1))
     __builtin_memcpy(&half, p, sizeof half);
   else
-    for (int i = 0; i < n; ++i) half[i] = p[i];
+    half = load_part(p, n);
   return __builtin_convertvector(half, U32);
 }
 
@@ -151,7 +170,7 @@ FUSEDRNN_INLINE void narrow(uint16_t* p, U32 bits, int n) {
   if (__builtin_expect(n == kFloatLanes, 1))
     __builtin_memcpy(p, &half, sizeof half);
   else
-    for (int i = 0; i < n; ++i) p[i] = half[i];
+    store_part(p, half, n);
 }
 
 FUSEDRNN_INLINE U32 choose(U32 mask, U32 a, U32 b) { return (a & mask) | (b & ~mask); }

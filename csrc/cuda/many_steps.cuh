@@ -1,5 +1,6 @@
 // Launches the kernels that do all steps of a pass.
 #pragma once
+#include "alone.cuh"
 #include "block.cuh"
 #include "cluster.cuh"
 #include "grid.cuh"
@@ -20,23 +21,35 @@ auto kernel_of_many_steps(const ProductPlan& plan) {
 }
 
 // As many grids as it takes to list the rows of all steps; one, if all steps have the same.
-// done: the words of an exchange, all zero; exchange_words() for each direction.
 template <class Step>
-void launch_many_steps(const char* name, const Step& step, const Walk& walk, int64_t directions, int64_t steps, uint32_t* done,
-                       const Queue& queue) {
+void launch_walk(const char* name, void (*kernel)(ManySteps<Step>), const Grid& grid, const Step& step, const Walk& walk,
+                 int64_t steps, uint32_t* done, const Queue& queue) {
   constexpr int64_t kMostArguments = 4096;  // bytes, on every chip and by every CUDA
   static_assert(sizeof(ManySteps<Step>) <= kMostArguments, "a kernel's arguments must be no larger");
-  const ProductPlan& plan = step.plan;
-  Grid grid{plan.blocks(), int(directions), plan.threads(), plan.shared_bytes, false};
-  grid.all_at_once = plan.regime == Regime::kGrid;
-  grid.cluster = plan.regime == Regime::kCluster ? int(plan.sharers) : 1;
-  const auto kernel = kernel_of_many_steps<Step>(plan);
+  const int directions = grid.directions;
   for (int64_t begin = 0; begin < steps;) {
     ManySteps<Step> args{step, list_rows(walk, directions, begin, steps), {}, done};
     for (int64_t d = 0; d < directions; ++d) args.first[d] = walk.first(d, begin);
     launch(name, kernel, grid, queue, args);
     begin = args.rows.end;
   }
+}
+
+// done: the words of an exchange, all zero; exchange_words() for each direction.
+template <class Step>
+void launch_many_steps(const char* name, const Step& step, const Walk& walk, int64_t directions, int64_t steps, uint32_t* done,
+                       const Queue& queue) {
+  const ProductPlan& plan = step.plan;
+  Grid grid{plan.blocks(), int(directions), plan.threads(), plan.shared_bytes, false};
+  grid.all_at_once = plan.regime == Regime::kGrid;
+  grid.cluster = plan.regime == Regime::kCluster ? int(plan.sharers) : 1;
+  launch_walk<Step>(name, kernel_of_many_steps<Step>(plan), grid, step, walk, steps, done, queue);
+}
+
+template <class Step>
+void launch_alone(const char* name, const Step& step, const Walk& walk, int64_t directions, int64_t steps, const Queue& queue) {
+  const Grid grid{step.plan.blocks(), int(directions), step.plan.threads(), 0, false};
+  launch_walk<Step>(name, alone_kernel<Step>, grid, step, walk, steps, nullptr, queue);
 }
 
 }  // namespace fusedrnn

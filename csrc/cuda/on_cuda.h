@@ -30,7 +30,7 @@ class OnCuda {
   void backward(const BackwardParams& params, const Needs& needs) {
     CudaBackwardParams p{};
     static_cast<BackwardParams&>(p) = params;
-    if (needs.grad_weight_hh) {
+    if (needs.grad_weight_hh && call_.cell.multiplies) {
       hidden_before_ = allocate(call_.first, {call_.rows, call_.D, call_.P});
       p.hidden_before = hidden_before_->data_ptr();
     }
@@ -40,24 +40,28 @@ class OnCuda {
   std::vector<Tensor> grad_weights(const GradWeightsParams& p, const Needs& needs, const GradSources& from) {
     using namespace torch::stable;
     const int64_t rows = call_.rows, H = call_.H, P = call_.P, G = call_.cell.gates, extra = call_.stored();
+    const int64_t own = call_.cell.pre * H, width = call_.cell.grads() * H;  // where those of the units' own numbers lie
+    const bool need_own = call_.cell.unit && (call_.cell.multiplies ? needs.grad_weight_hr : needs.grad_weight_hh);
     if (!hidden_before_) hidden_before_ = allocate(call_.first, {0, call_.D, P});  // of no rows, of which no kernel ran
     std::vector<Tensor> grads;
     for (int64_t d = 0; d < call_.D; ++d) {
       for (int i = 0; i < 5; ++i) grads.push_back(allocate(call_.first, {0}));
       Tensor* grad = &grads[size_t(5 * d)];  // of weight_ih, weight_hh, bias_ih, bias_hh, weight_hr
-      const Tensor pre = columns(from.grad_pre, rows, d * call_.cell.pre * H, call_.cell.pre * H);
+      const Tensor pre = columns(from.grad_pre, rows, d * width, width);
       if (needs.grad_weight_ih)  // x_pre is the identity
         grad[0] = product(part(pre, 1, 0, G * H), reshape(*from.input, {rows, p.I}));
-      if (needs.grad_weight_hh) {
+      if (needs.grad_weight_hh && call_.cell.multiplies) {
         const Tensor h = columns(*hidden_before_, rows, d * P, P);
         grad[1] = of_h_halves(pre, 1, [&](const Tensor& gates) { return product(gates, h); });
       }
+      MaybeTensor total;
+      if (needs.grad_bias || need_own) total = sum_of_rows(pre);
+      if (need_own) grad[call_.cell.multiplies ? 4 : 1] = reshape(clone(part(*total, 0, own, width - own)), {call_.cell.unit, H});
       if (needs.grad_bias) {
-        const Tensor total = sum_of_rows(pre);
-        grad[2] = clone(part(total, 0, 0, G * H));
-        grad[3] = of_h_halves(total, 0, [](const Tensor& gates) { return clone(gates); });
+        grad[2] = clone(part(*total, 0, 0, G * H));
+        grad[3] = of_h_halves(*total, 0, [](const Tensor& gates) { return clone(gates); });
       }
-      if (needs.grad_weight_hr) {
+      if (needs.grad_weight_hr && call_.projected) {
         const Tensor unprojected = columns(from.states, rows, (d * extra + extra - 1) * H, H);
         grad[4] = product(columns(*from.grad_proj, rows, d * P, P), unprojected);
       }

@@ -29,8 +29,19 @@ enum class Regime {
   kBlock,    // one grid for all steps, and each of its blocks keeps all weights (block.cuh)
   kCluster,  // so do a few blocks side by side, each a part; they write the states into each other's shared memory (cluster.cuh)
   kGrid,     // so do all blocks of the chip; they pass the states to one another through memory (grid.cuh)
+  kAlone,    // there are no weights: one grid for all steps, whose threads need each other for nothing (alone.cuh)
 };
-constexpr const char* kRegimeNames[] = {"step", "block", "cluster", "grid"};
+constexpr const char* kRegimeNames[] = {"step", "block", "cluster", "grid", "alone"};
+constexpr int kChosenRegimes = 4;  // the first so many may be asked for; the last is a cell's only one, or not for it
+
+// What a plan needs to know of a cell.
+struct CellKind {
+  int gates;
+  bool multiplies;  // else a step has no product
+  bool stays;       // whether there are kernels whose weights stay: those of other cells than torch's would take long to compile
+};
+template <class Cell>
+constexpr CellKind kKindOf = {Cell::kGates, Cell::kMultiplies, is_of_torch<Cell>};
 
 // Which regimes a call may use: the best of all that it can, or one, where it can, and else a grid a step.
 struct Regimes {
@@ -191,6 +202,18 @@ inline ProductPlan plan_cluster(const Chip& chip, const LayerParams& p, const Pr
   return {};
 }
 
+constexpr int kAloneThreads = 64;  // so few that a small layer, too, is on many multiprocessors. Not measured yet.
+
+// A thread for each unit of each row of the batch.
+inline ProductPlan plan_alone(const LayerParams& p) {
+  ProductPlan plan{};
+  plan.regime = Regime::kAlone;
+  plan.warps = kAloneThreads / kWarp;
+  plan.sharers = 1;
+  plan.batch_tiles = ceil_div(p.steps.B * p.H, kAloneThreads);
+  return plan;
+}
+
 // The kernels of a layer's steps: forward the cell and the projection, backward the gradient of the state that is multiplied by
 // weight_hh, and of the one that is multiplied by weight_hr. Without projections the second of each is not launched.
 struct StepPlan {
@@ -199,8 +222,10 @@ struct StepPlan {
 
 // The fewer blocks keep the weights, the nearer they are to each other: none waits for another, or only for its neighbours. Not
 // measured yet: for a small batch that is one multiprocessor's work, or a few's, against an exchange.
-inline StepPlan plan_step(const Chip& chip, const LayerParams& p, int gates, bool tf32, Regimes regimes) {
-  const bool alone = !p.weight_hr[0];  // a step is one kernel
+inline StepPlan plan_step(const Chip& chip, const LayerParams& p, const CellKind& cell, bool tf32, Regimes regimes) {
+  if (!cell.multiplies) return {plan_alone(p), {}, plan_alone(p), {}};
+  const int gates = cell.gates;
+  const bool one_kernel = cell.stays && !p.weight_hr[0];  // to a step
   auto plan = [&](int64_t units, int gates_of_sum, int64_t depth, bool may_stay) {
     const Product product(p, tf32, units, gates_of_sum, depth);
     ProductPlan found{};
@@ -212,7 +237,8 @@ inline StepPlan plan_step(const Chip& chip, const LayerParams& p, int gates, boo
     look(regimes.grid, plan_grid);
     return found.regime == Regime::kStep ? plan_grid_a_step(chip, p, product) : found;
   };
-  return {plan(p.H, gates, p.P, alone), plan(p.P, 1, p.H, false), plan(p.P, 1, gates * p.H, alone), plan(p.H, 1, p.P, false)};
+  return {plan(p.H, gates, p.P, one_kernel), plan(p.P, 1, p.H, false), plan(p.P, 1, gates * p.H, one_kernel),
+          plan(p.H, 1, p.P, false)};
 }
 
 }  // namespace fusedrnn

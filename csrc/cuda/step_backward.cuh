@@ -4,6 +4,7 @@
 #pragma once
 #include "../arena.h"
 #include "engine.h"
+#include "given.cuh"
 #include "many_steps.cuh"
 #include "product.cuh"
 #include "walk.h"
@@ -137,12 +138,13 @@ struct BackwardCell : BackwardBase<A> {
   FUSEDRNN_DEVICE int64_t multiplied(const Now& now) const { return projected() ? now.count : now.multiplied; }
 
   // What a unit reads besides its sum. Nothing of a row that began with the later step.
-  struct Inputs {
+  struct PlainInputs {
     S saved[slots(Cell::kSaved)], state[Cell::kStates], new_state[Cell::kStates], grad_output;
     Sum grad_new[Cell::kStates];  // what comes past the later step; each is loaded and no more, so that no load waits for another
     S grad_states[slots(kInner)];
     bool runs, anew;              // this step; from zeros
   };
+  using Inputs = GivenInputs<Cell, PlainInputs, S>;
   FUSEDRNN_DEVICE Inputs fetch(int d, const Now& now, int64_t b, int64_t u) const {
     if (b >= now.count) return {};
     Inputs in;
@@ -177,7 +179,15 @@ struct BackwardCell : BackwardBase<A> {
       in.grad_new[k + 1] = m.dinner[k * inner_size() + at];
       in.grad_states[k] = grad_states ? grad_states[row * step + states_at] : zero;
     }
+    fetch_unit<Cell, S>(p, d, u, in);
     return in;
+  }
+  // Of what was fetched before the later step had ended, that which it left.
+  FUSEDRNN_DEVICE void fetch_left(int d, int64_t b, int64_t u, Inputs& in) const {
+    const int64_t at = this->state_at(d, b, u, p.H);
+    in.grad_new[0] = m.dh[at];
+#pragma unroll
+    for (int k = 0; k < kInner; ++k) in.grad_new[k + 1] = m.dinner[k * inner_size() + at];
   }
 
   template <class Pass>
@@ -194,7 +204,7 @@ struct BackwardCell : BackwardBase<A> {
     }
     const Sum through = sum[0] * (projected() ? Sum(1) : this->hidden_mask(d, b, u));
     Sum saved[slots(Cell::kSaved)], state[Cell::kStates], new_state[Cell::kStates], grad_new[Cell::kStates];
-    Sum grad_pre[Cell::kPre], grad_state[Cell::kStates], z[Cell::kStates], past[Cell::kStates];
+    Sum grad_pre[kGrads<Cell>], grad_state[Cell::kStates], z[Cell::kStates], past[Cell::kStates];
 #pragma unroll
     for (int k = 0; k < Cell::kSaved; ++k) saved[k] = Sum(widen(in.saved[k]));
 #pragma unroll
@@ -222,27 +232,29 @@ struct BackwardCell : BackwardBase<A> {
       }
     }
 
-    Cell::backward(saved, state, new_state, grad_new, grad_pre, grad_state);
+    cell_backward<Cell>(given_to<Cell, Sum>(p, in), saved, state, new_state, grad_new, grad_pre, grad_state);
 
     if (p.zoneout)
 #pragma unroll
       for (int k = 0; k < Cell::kStates; ++k) grad_state[k] += past[k];
     if (!in.runs) {
 #pragma unroll
-      for (int k = 0; k < Cell::kPre; ++k) grad_pre[k] = Sum(0);
+      for (int k = 0; k < kGrads<Cell>; ++k) grad_pre[k] = Sum(0);
     }
     const bool goes_on = in.runs && !in.anew;
     auto next = [&](Sum grad, Sum unmoved) { return goes_on ? grad : in.runs ? Sum(0) : unmoved; };
-    S* grad_pre_row = static_cast<S*>(p.grad_pre) + (row * p.D + d) * Cell::kPre * H + u;
+    S* grad_pre_row = static_cast<S*>(p.grad_pre) + (row * p.D + d) * kGrads<Cell> * H + u;
 #pragma unroll
-    for (int k = 0; k < Cell::kPre; ++k) grad_pre_row[k * H] = narrow<S>(grad_pre[k]);
-    Element* dpre = m.dpre[1 - now.turn] + d * m.dpre_size;
+    for (int k = 0; k < kGrads<Cell>; ++k) grad_pre_row[k * H] = narrow<S>(grad_pre[k]);
+    if constexpr (Cell::kMultiplies) {
+      Element* dpre = m.dpre[1 - now.turn] + d * m.dpre_size;
 #pragma unroll
-    for (int g = 0; g < Cell::kGates; ++g) {
-      const int64_t place = packed_state_at<A>(dpre_blocks, b, g * H + u);
-      const Element element = A::element(goes_on ? grad_pre[Cell::h_pre(g)] : Sum(0));
-      dpre[place] = element;
-      pass(place, element);
+      for (int g = 0; g < Cell::kGates; ++g) {
+        const int64_t place = packed_state_at<A>(dpre_blocks, b, g * H + u);
+        const Element element = A::element(goes_on ? grad_pre[Cell::h_pre(g)] : Sum(0));
+        dpre[place] = element;
+        pass(place, element);
+      }
     }
     if (!projected()) m.dh[at] = next(grad_state[0], dh);
 #pragma unroll
@@ -294,7 +306,7 @@ struct BackwardPass {
 
   BackwardPass(const CudaBackwardParams& p, const CudaContext& context, Arena& arena)
       : p(p), queue{context.stream, context.overlaps, context.chip.shared_bytes, context.chip.multiprocessors}, projected(p.weight_hr[0]),
-        plan(plan_step(context.chip, p, Cell::kGates, context.tf32, context.regimes)), dpre_blocks(plan.dh.depth_blocks),
+        plan(plan_step(context.chip, p, kKindOf<Cell>, context.tf32, context.regimes)), dpre_blocks(plan.dh.depth_blocks),
         dprojected_blocks(projected ? plan.dunprojected.depth_blocks : 0),
         padded_rows(std::max(plan.dh.padded_rows(), projected ? plan.dunprojected.padded_rows() : 0)) {
     m.dpre_size = padded_rows * dpre_blocks * A::kDepth;
@@ -313,23 +325,31 @@ struct BackwardPass {
 
   void run() const {
     const int D = int(p.D);
-    pack<A, 1>(p.weight_hh, m.weight_hh, p.P, Cell::kGates * p.H, 1, p.P, plan.dh, D, queue);
+    if constexpr (Cell::kMultiplies) pack<A, 1>(p.weight_hh, m.weight_hh, p.P, Cell::kGates * p.H, 1, p.P, plan.dh, D, queue);
     if (projected) pack<A, 1>(p.weight_hr, m.weight_hr, p.H, p.P, 1, p.H, plan.dunprojected, D, queue);
     const EnterBackward<A> enter{p, m};
-    launch("enter_backward", enter_backward_kernel<A, Cell::kStates>, plain_grid(m.dpre_size, D), queue, enter);
+    const int64_t places = Cell::kMultiplies ? m.dpre_size : p.steps.B * p.H;
+    launch("enter_backward", enter_backward_kernel<A, Cell::kStates>, plain_grid(places, D), queue, enter);
 
     BackwardCell<Cell, A> cell{};
     fill(cell, projected ? plan.dunprojected : plan.dh, p.H);
     cell.dpre_blocks = dpre_blocks;
     const Walk walk{p.steps, true};
     const int64_t steps = p.steps.T + 1;  // and one that leaves the gradients of the initial states
-    if (plan.dh.regime != Regime::kStep) return launch_many_steps(Cell::kName, cell, walk, p.D, steps, m.done, queue);
+    if constexpr (Cell::kMultiplies) run_steps(cell, walk, steps);
+    else launch_alone(Cell::kName, cell, walk, p.D, steps, queue);
+  }
+
+  void run_steps(BackwardCell<Cell, A>& cell, const Walk& walk, int64_t steps) const {
+    const int D = int(p.D);
+    if constexpr (is_of_torch<Cell>)
+      if (plan.dh.regime != Regime::kStep) return launch_many_steps(Cell::kName, cell, walk, p.D, steps, m.done, queue);
     BackwardProjection<A> projection{};
     fill(projection, plan.dh, p.P);
     projection.dprojected_blocks = dprojected_blocks;
     for (int64_t s = 0; s < steps; ++s) {
       for (int64_t d = 0; d < p.D; ++d) cell.step[d] = projection.step[d] = step_at(p, walk, d, s, walk.first(d, s));
-      if constexpr (Cell::kStates > 1)
+      if constexpr (can_project<Cell>)
         if (projected) launch_step("projection backward", projection, D, s > 0, queue);
       launch_step(Cell::kName, cell, D, s > 0 || projected, queue);
     }

@@ -3,6 +3,7 @@
 #pragma once
 #include "../arena.h"
 #include "engine.h"
+#include "given.cuh"
 #include "many_steps.cuh"
 #include "product.cuh"
 #include "walk.h"
@@ -46,11 +47,12 @@ struct ForwardCell {
   FUSEDRNN_DEVICE int64_t state_size() const { return p.D * p.steps.B * p.H; }
 
   // What a unit reads besides its sums.
-  struct Inputs {
+  struct PlainInputs {
     S gates_x[kGates], bias[kGates];
     Sum state[Cell::kStates];
     bool runs, ends;  // this step; with it
   };
+  using Inputs = GivenInputs<Cell, PlainInputs, S>;
   FUSEDRNN_DEVICE Inputs fetch(int d, const Now& now, int64_t b, int64_t u) const {
     Inputs in;
     const S* gates_x = static_cast<const S*>(p.gates_x[d]) + now.gates_x_at + b * p.gates_x_row[d] + u;
@@ -60,12 +62,18 @@ struct ForwardCell {
       in.gates_x[g] = gates_x[g * p.H];
       in.bias[g] = bias ? bias[g * p.H + u] : narrow<S>(Sum(0));
     }
+    fetch_unit<Cell, S>(p, d, u, in);
     in.state[0] = p.weight_hr[0] ? Sum(0) : m.state[state_at(d, b, u)];
 #pragma unroll
     for (int k = 1; k <= kInner; ++k) in.state[k] = m.state[k * state_size() + state_at(d, b, u)];
     in.runs = runs(p.steps, now.t, b);
     in.ends = p.steps.reset && b < now.staying && p.steps.reset[now.cut + b];
     return in;
+  }
+  // Of what was fetched before the step before had ended, that which it left.
+  FUSEDRNN_DEVICE void fetch_left(int d, int64_t b, int64_t u, Inputs& in) const {
+#pragma unroll
+    for (int k = 0; k < Cell::kStates; ++k) in.state[k] = m.state[k * state_size() + state_at(d, b, u)];
   }
 
   template <class Pass>
@@ -80,7 +88,7 @@ struct ForwardCell {
       pre[Cell::h_pre(g)] += sum[g] + Sum(widen(in.bias[g]));
     }
 
-    Cell::forward(pre, in.state, new_state, saved);
+    cell_forward<Cell>(given_to<Cell, Sum>(p, in), pre, in.state, new_state, saved);
 
     if (p.zoneout) {
       const S* z = static_cast<const S*>(p.zoneout) + p.zoneout_at(row, d, Cell::kStates) + u;
@@ -99,10 +107,12 @@ struct ForwardCell {
     } else {
       const Sum h = next(0);
       m.state[at] = h;
-      const int64_t place = packed_state_at<A>(plan.depth_blocks, b, u);
-      const Element element = A::element(p.hidden_mask ? h * Sum(widen(static_cast<const S*>(p.hidden_mask)[at])) : h);
-      m.h[1 - now.turn][d * m.h_size + place] = element;
-      pass(place, element);
+      if constexpr (Cell::kMultiplies) {
+        const int64_t place = packed_state_at<A>(plan.depth_blocks, b, u);
+        const Element element = A::element(p.hidden_mask ? h * Sum(widen(static_cast<const S*>(p.hidden_mask)[at])) : h);
+        m.h[1 - now.turn][d * m.h_size + place] = element;
+        pass(place, element);
+      }
       static_cast<S*>(p.output)[(row * p.D + d) * H + u] = seen(new_state[0]);
       if (last) static_cast<S*>(p.hy)[at] = narrow<S>(new_state[0]);
     }
@@ -223,7 +233,7 @@ struct ForwardPass {
 
   ForwardPass(const ForwardParams& p, const CudaContext& context, Arena& arena)
       : p(p), queue{context.stream, context.overlaps, context.chip.shared_bytes, context.chip.multiprocessors}, projected(p.weight_hr[0]),
-        plan(plan_step(context.chip, p, Cell::kGates, context.tf32, context.regimes)), h_blocks(plan.cell.depth_blocks),
+        plan(plan_step(context.chip, p, kKindOf<Cell>, context.tf32, context.regimes)), h_blocks(plan.cell.depth_blocks),
         unprojected_blocks(projected ? plan.projection.depth_blocks : 0),
         padded_rows(std::max(plan.cell.padded_rows(), projected ? plan.projection.padded_rows() : 0)) {
     m.h_size = padded_rows * h_blocks * A::kDepth;
@@ -240,21 +250,27 @@ struct ForwardPass {
   }
 
   void run() const {
-    pack<A, Cell::kGates>(p.weight_hh, m.weight_hh, p.H, p.P, p.P, 1, plan.cell, int(p.D), queue);
+    if constexpr (Cell::kMultiplies)
+      pack<A, Cell::kGates>(p.weight_hh, m.weight_hh, p.H, p.P, p.P, 1, plan.cell, int(p.D), queue);
     if (projected) pack<A, 1>(p.weight_hr, m.weight_hr, p.P, p.H, p.H, 1, plan.projection, int(p.D), queue);
     const EnterForward<A> enter{p, m, padded_rows, h_blocks, unprojected_blocks};
-    launch("enter_forward", enter_forward_kernel<A, Cell::kStates>, plain_grid(padded_rows * h_blocks * A::kDepth, int(p.D)), queue,
-           enter);
+    const int64_t places = Cell::kMultiplies ? padded_rows * h_blocks * A::kDepth : p.steps.B * p.H;
+    launch("enter_forward", enter_forward_kernel<A, Cell::kStates>, plain_grid(places, int(p.D)), queue, enter);
 
     ForwardCell<Cell, A> cell{p, m, {}, plan.cell, p.H, unprojected_blocks};
     const Walk walk{p.steps, false};
-    if (plan.cell.regime != Regime::kStep)
-      return launch_many_steps(Cell::kName, cell, walk, p.D, p.steps.T, m.done, queue);
+    if constexpr (Cell::kMultiplies) run_steps(cell, walk);
+    else launch_alone(Cell::kName, cell, walk, p.D, p.steps.T, queue);
+  }
+
+  void run_steps(ForwardCell<Cell, A>& cell, const Walk& walk) const {
+    if constexpr (is_of_torch<Cell>)
+      if (plan.cell.regime != Regime::kStep) return launch_many_steps(Cell::kName, cell, walk, p.D, p.steps.T, m.done, queue);
     ForwardProjection<A> projection{p, m, {}, plan.projection, p.P, h_blocks};
     for (int64_t s = 0; s < p.steps.T; ++s) {
       for (int64_t d = 0; d < p.D; ++d) cell.step[d] = projection.step[d] = step_at(p, walk, d, s, walk.first(d, s));
       launch_step(Cell::kName, cell, int(p.D), s > 0, queue);
-      if constexpr (Cell::kStates > 1)
+      if constexpr (can_project<Cell>)
         if (projected) launch_step("projection", projection, int(p.D), true, queue);
     }
   }

@@ -19,42 +19,44 @@ using fusedrnn::slots;
 using test::Dual;
 using test::Random;
 
-// A cell whose backward can be made wrong: derivative number `wrong`, of the pre-activations and then of the states.
+// A cell whose backward can be made wrong: derivative number `wrong`, of the pre-activations, of the unit's own numbers, and then of
+// the states.
 template <class Cell>
 struct Plantable : Cell {
   static inline int wrong = -1;
-
-  template <class T>
-  static void backward(const T (&saved)[slots(Cell::kSaved)], const T (&state)[Cell::kStates], const T (&new_state)[Cell::kStates],
-                       const T (&grad_new)[Cell::kStates], T (&grad_pre)[Cell::kPre], T (&grad_state)[Cell::kStates]) {
-    Cell::backward(saved, state, new_state, grad_new, grad_pre, grad_state);
-    if (wrong < 0 || wrong >= Cell::kPre + Cell::kStates) return;
-    T& derivative = wrong < Cell::kPre ? grad_pre[wrong] : grad_state[wrong - Cell::kPre];
-    derivative = derivative + T(1e-6);
-  }
 };
 
 // All that goes into and comes out of one step of one unit.
 template <class Cell, class T>
 struct Step {
-  static constexpr int kInputs = Cell::kPre + Cell::kStates;
+  static constexpr int kNumbers = fusedrnn::kGrads<Cell>, kInputs = kNumbers + Cell::kStates;
+  fusedrnn::Given<T, Cell::kUnit> given;
   T pre[Cell::kPre], state[Cell::kStates], new_state[Cell::kStates], saved[slots(Cell::kSaved)] = {};
-  T grad_new[Cell::kStates], grad_pre[Cell::kPre], grad_state[Cell::kStates];
+  T grad_new[Cell::kStates], grad_pre[kNumbers], grad_state[Cell::kStates];
 
-  T& input(int i) { return i < Cell::kPre ? pre[i] : state[i - Cell::kPre]; }
-  T& grad_input(int i) { return i < Cell::kPre ? grad_pre[i] : grad_state[i - Cell::kPre]; }
-  void forward() { Cell::forward(pre, state, new_state, saved); }
-  void backward() { Cell::backward(saved, state, new_state, grad_new, grad_pre, grad_state); }
+  T& input(int i) { return i < Cell::kPre ? pre[i] : i < kNumbers ? given.unit[i - Cell::kPre] : state[i - kNumbers]; }
+  T& grad_input(int i) { return i < kNumbers ? grad_pre[i] : grad_state[i - kNumbers]; }
+  void forward() { fusedrnn::cell_forward<Cell>(given, pre, state, new_state, saved); }
+  void backward() {
+    fusedrnn::cell_backward<Cell>(given, saved, state, new_state, grad_new, grad_pre, grad_state);
+    if (Cell::wrong >= 0 && Cell::wrong < kInputs) grad_input(Cell::wrong) = grad_input(Cell::wrong) + T(1e-6);
+  }
 
   // The same inputs in another number type.
   template <class U>
   Step<Cell, U> as() {
     Step<Cell, U> other;
+    other.given.choice = given.choice;
     for (int i = 0; i < kInputs; ++i) other.input(i) = U(input(i));
     for (int j = 0; j < Cell::kStates; ++j) other.grad_new[j] = U(grad_new[j]);
     return other;
   }
 };
+
+fusedrnn::Choice random_choice(Random& random) {
+  auto function = [&](int first) { return fusedrnn::Function(first + random.below(3)); };
+  return {function(0), function(3), function(3), random.below(2) ? 0.0 : 0.7};
+}
 
 template <class Cell>
 Step<Cell, double> random_step(Random& random) {
@@ -63,6 +65,8 @@ Step<Cell, double> random_step(Random& random) {
     double& x = step.input(i) = random.uniform(-3, 3);
     if (std::fabs(x) < 1e-3) x = 1e-3;  // relu has no derivative at 0
   }
+  if (Cell::kChooses) step.given.choice = random_choice(random);
+  if (Cell::kNormaliser) step.state[Cell::kNormaliser] = random.uniform(0.5, 2);
   for (double& grad : step.grad_new) grad = random.uniform(-1, 1);
   return step;
 }
@@ -123,24 +127,48 @@ void check_float(Random& random) {
   }
 }
 
+template <class Cell, class T>
+void check_finite(Step<Cell, T>& step, int number) {
+  step.forward();
+  step.backward();
+  bool finite = true;
+  for (T x : step.new_state) finite = finite && std::isfinite(x);
+  for (int i = 0; i < step.kInputs; ++i) finite = finite && std::isfinite(step.grad_input(i));
+  CHECK(finite, "finite pre-activations (combination %d) give an infinity or a NaN", number);
+}
+
+// A cell that divides by a state: the pre-activations and the scale go anywhere, the states begin with zeros or are ordinary.
+template <class Cell, class T>
+void check_normalised_saturation() {
+  const T values[] = {T(-1e30), T(-1000), T(-88.5), T(0.5), T(1000), T(1e30)};
+  for (int n = 0; n < 2 * 6 * 6 * 6 * 6 * 6; ++n) {
+    Step<Cell, T> step;
+    int digits = n / 2;
+    for (T& x : step.pre) x = values[digits % 6], digits /= 6;
+    for (T& x : step.state) x = n % 2 ? T(0.5) : T(0);
+    if (n % 2) step.state[Cell::kStates - 1] = values[digits % 6];
+    for (T& grad : step.grad_new) grad = T(1);
+    check_finite(step, n);
+  }
+}
+
 // Every combination of these in the pre-activations, and of the last few in the states.
 template <class Cell, class T>
 void check_saturation() {
   const T values[] = {T(-1e30), T(-1000), T(-88.5), T(1e-45), T(0.5), T(20), T(1000), T(1e30)};
   constexpr int kValues = sizeof values / sizeof *values;
   int combinations = 1;
-  for (int i = 0; i < Cell::kPre + Cell::kStates; ++i) combinations *= kValues;
+  constexpr int kInputs = Step<Cell, T>::kInputs - Cell::kUnit;
+  if (Cell::kNormaliser) return check_normalised_saturation<Cell, T>();
+  for (int i = 0; i < kInputs; ++i) combinations *= kValues;
   for (int n = 0; n < combinations; ++n) {
     Step<Cell, T> step;
     int digits = n;
-    for (int i = 0; i < step.kInputs; ++i, digits /= kValues) step.input(i) = values[digits % kValues];
+    for (T& number : step.given.unit) number = T(0.5);
+    for (int i = 0; i < step.kInputs; ++i)
+      if (i < Cell::kPre || i >= step.kNumbers) step.input(i) = values[digits % kValues], digits /= kValues;
     for (T& grad : step.grad_new) grad = T(1);
-    step.forward();
-    step.backward();
-    bool finite = true;
-    for (T x : step.new_state) finite = finite && std::isfinite(x);
-    for (int i = 0; i < step.kInputs; ++i) finite = finite && std::isfinite(step.grad_input(i));
-    CHECK(finite, "finite pre-activations (combination %d) give an infinity or a NaN", n);
+    check_finite(step, n);
   }
 }
 
@@ -150,13 +178,16 @@ void check_special(Random& random) {
   for (int round = 0; round < 20; ++round) {
     Step<Cell, double> base = random_step<Cell>(random);
     for (double& x : base.pre) x = std::fabs(x);  // relu's derivative is not 0 there
+    if (Cell::kChooses) base.given.choice = {};     // nor cut off anywhere
     for (int i = 0; i < base.kInputs; ++i) {
       for (T special : {T(NAN), T(INFINITY), T(-INFINITY)}) {
+        if (std::isinf(special) && !fusedrnn::is_of_torch<Cell>) continue;  // what has no bounds, or is divided, has no value there
         Step<Cell, T> step = base.template as<T>();
         step.input(i) = special;
         step.forward();
         for (int j = 0; j < Cell::kStates; ++j) {
           const bool depends = slope(base, i, j) != 0;
+          if (Cell::kNormaliser && std::isnan(special) && !depends) continue;  // the smaller one of two, and the greater is a NaN too
           CHECK(std::isnan(step.new_state[j]) == (depends && std::isnan(special)),
                 "input %d = %g gives new state %d = %g", i, double(special), j, double(step.new_state[j]));
         }
@@ -198,7 +229,7 @@ int main(int count, char** arguments) {
   fusedrnn::for_each_cell([&](int id, auto cell) {
     using Cell = Plantable<decltype(cell)>;
     Cell::wrong = planted;
-    planted -= Cell::kPre + Cell::kStates;
+    planted -= Step<Cell, double>::kInputs;
     std::snprintf(test::context, sizeof test::context, "cell %s", Cell::kName);
     Random random{uint64_t(id)};
     CHECK(id == int(names.size()), "id %d in place %d", id, int(names.size()));

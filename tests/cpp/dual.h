@@ -24,5 +24,16 @@ inline Dual tanh(Dual x) {
   return Dual(std::tanh(x.value), x.slope / (cosh * cosh));
 }
 inline Dual relu(Dual x) { return x.value > 0 ? x : Dual(0); }
+inline Dual operator/(Dual a, Dual b) {
+  return Dual(a.value / b.value, (a.slope - a.value / b.value * b.slope) / b.value);
+}
+inline Dual clamp(Dual x, Dual low, Dual high) { return x.value < low.value ? low : x.value > high.value ? high : x; }
+inline Dual exp_of_negative(Dual x) { return Dual(std::exp(x.value), x.slope * std::exp(x.value)); }
+inline Dual log_sigmoid(Dual x) {
+  const double rest = 1 / (1 + std::exp(x.value));
+  return Dual(-std::log1p(std::exp(-x.value)), x.slope * rest);
+}
+inline Dual greater_of(Dual a, Dual b) { return a.value > b.value ? a : b; }
+inline Dual where_zero(Dual x, Dual yes, Dual no) { return x.value == 0 ? yes : no; }
 
 }  // namespace test

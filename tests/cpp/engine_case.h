@@ -23,18 +23,22 @@ struct Case {
   // What becomes of the states between steps: sequences that begin within a row; parts that stay, of each row's own or of all rows
   // alike; a mask of the hidden state; and gradients of the inner states of every step.
   bool reset = false, zoneout = false, alike = false, hidden_mask = false, grad_states = false;
+  bool unit = true;                           // the units' own numbers, of a cell that has them
+  fusedrnn::Choice choice;                    // of a cell that has one
   uint64_t seed = 0;
 };
 
 struct Traits {
   const char* name = "";
-  int gates = 0, pre = 0, states = 0, saved = 0;
+  int gates = 0, pre = 0, states = 0, saved = 0, unit = 0, normaliser = 0;
+  bool multiplies = true;
+  bool projects() const { return states == 2 && unit == 0; }
 };
 inline Traits traits_of(int cell) {
   Traits traits;
   fusedrnn::for_each_cell([&](int id, auto type) {
     using Cell = decltype(type);
-    if (id == cell) traits = {Cell::kName, Cell::kGates, Cell::kPre, Cell::kStates, Cell::kSaved};
+    if (id == cell) traits = {Cell::kName, Cell::kGates, Cell::kPre, Cell::kStates, Cell::kSaved, Cell::kUnit, Cell::kNormaliser, Cell::kMultiplies};
   });
   return traits;
 }
@@ -42,7 +46,7 @@ inline Traits traits_of(int cell) {
 inline std::string text(const Case& c, size_t number) {
   char line[400];
   std::snprintf(line, sizeof line,
-                "case %zu: %s %s T%d B%d I%d H%d P%d D%d %s layout %d threads %d/%d%s%s%s%s%s%s%s%s%s%s%s%s%s%s%s%s%s%s%s", number,
+                "case %zu: %s %s T%d B%d I%d H%d P%d D%d %s layout %d threads %d/%d%s%s%s%s%s%s%s%s%s%s%s%s%s%s%s%s%s%s%s%s choice %d,%d,%d,%g", number,
                 traits_of(c.cell).name, name_of(c.dtype), int(c.T), int(c.B), int(c.I), int(c.H), int(c.P), int(c.D),
                 c.packed ? "packed" : c.uneven ? "uneven" : "padded", c.layout, c.granted, c.threads, c.hx ? " hx" : "", c.cx ? " cx" : "", c.bias ? " bias" : "", c.save ? " save" : "",
                 c.grad_output ? " grad_output" : "", c.grad_hy ? " grad_hy" : "", c.grad_cy ? " grad_cy" : "",
@@ -50,7 +54,8 @@ inline std::string text(const Case& c, size_t number) {
                 c.need_grad_weight_ih ? " need_grad_weight_ih" : "", c.need_grad_weight_hh ? " need_grad_weight_hh" : "",
                 c.need_grad_bias ? " need_grad_bias" : "", c.need_grad_weight_hr ? " need_grad_weight_hr" : "", c.extreme ? " extreme" : "",
                 c.reset ? " reset" : "", c.zoneout ? " zoneout" : "", c.alike ? " alike" : "", c.hidden_mask ? " hidden_mask" : "",
-                c.grad_states ? " grad_states" : "");
+                c.grad_states ? " grad_states" : "", c.unit ? " unit" : "", int(c.choice.gate), int(c.choice.candidate),
+                int(c.choice.output), c.choice.clip);
   return line;
 }
 
@@ -74,6 +79,14 @@ inline Case random_case(int cell, Dtype dtype, int64_t D, bool packed, int64_t B
   c.need_grad_weight_hr = chance(4);
   c.reset = !chance(4), c.grad_states = !chance(3);
   c.zoneout = !chance(5) && !project, c.alike = !chance(2), c.hidden_mask = !chance(5) && !project;
+  const Traits traits = traits_of(cell);
+  c.hidden_mask = c.hidden_mask && traits.multiplies;
+  c.extreme = c.extreme && !traits.normaliser;
+  // What has no bounds would go beyond float where double goes on.
+  const int values = c.extreme ? 1 : 3;
+  c.unit = chance(4);
+  c.choice = {fusedrnn::Function(random.below(3)), fusedrnn::Function(3 + random.below(values)),
+              fusedrnn::Function(3 + random.below(values)), chance(2) ? 0.0 : 0.4};
   return c;
 }
 
@@ -93,7 +106,7 @@ inline std::vector<Case> all_cases() {
   };
   for (int cell = 0; traits_of(cell).gates > 0; ++cell)
     for (Dtype dtype : {Dtype::kFloat32, Dtype::kFloat64, Dtype::kBFloat16, Dtype::kFloat16}) {
-      const bool projects = traits_of(cell).states > 1;
+      const bool projects = traits_of(cell).projects();
       for (int64_t D : {1, 2})
         for (bool packed : {false, true})
           for (int64_t H : {1, 7, 16, 17, 33, 65})

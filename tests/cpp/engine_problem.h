@@ -36,11 +36,11 @@ struct Problem {
   std::vector<int64_t> batch_sizes, offsets, order, lengths;
   std::vector<uint8_t> reset;
   int64_t rows = 0;
-  std::array<Tensor, 2> weight_hh, weight_hr, bias_hh, gates_x;
+  std::array<Tensor, 2> weight_hh, weight_hr, unit, bias_hh, gates_x;
   std::array<int64_t, 2> gates_x_step{}, gates_x_row{};
   Tensor input;
   int64_t input_step = 0, input_row = 0;
-  std::array<Tensor, 2> grad_weight_ih, grad_weight_hh, grad_bias_ih, grad_bias_hh, grad_weight_hr;
+  std::array<Tensor, 2> grad_weight_ih, grad_weight_hh, grad_bias_ih, grad_bias_hh, grad_weight_hr, grad_unit;
   Tensor hx, cx, output, hy, cy, saved, states, grad_output, grad_hy, grad_cy, grad_pre, grad_hx, grad_cx, grad_proj;
   Tensor zoneout, hidden_mask, grad_states;
 
@@ -51,13 +51,15 @@ struct Problem {
     const int64_t inner = traits.states - 1;
     make_steps();
     for (int64_t d = 0; d < D; ++d) {
-      weight_hh[d] = random_tensor(G * H * P, 1.5 / std::sqrt(double(P)));
+      if (traits.multiplies) weight_hh[d] = random_tensor(G * H * P, 1.5 / std::sqrt(double(P)));
+      if (traits.unit && c.unit) unit[d] = random_tensor(traits.unit * H, 1);
       if (projected) weight_hr[d] = random_tensor(P * H, 1.5 / std::sqrt(double(H)));
       if (c.bias) bias_hh[d] = random_tensor(G * H, 1);
       gates_x[d] = random_rows(G * H, c.layout + d, gates_x_step[d], gates_x_row[d]);
     }
     if (c.hx) hx = random_tensor(D * B * P, 1);
     if (c.cx && inner) cx = random_tensor(inner * D * B * H, 1);
+    if (c.cx && traits.normaliser) move_up(cx, (traits.normaliser - 1) * D * B * H, D * B * H);
     for (int64_t i = 0; c.reset && i < rows; ++i) reset.push_back(random_.below(3) == 0);
     // Of which products are exact, and all or nothing stays, or a part.
     if (c.zoneout) zoneout = chosen_tensor((c.alike ? 1 : rows) * D * traits.states * H, {0, 0, 1, 0.25});
@@ -72,14 +74,15 @@ struct Problem {
     if (c.grad_hy) grad_hy = random_tensor(D * B * P, 1);
     if (c.grad_cy && inner) grad_cy = random_tensor(inner * D * B * H, 1);
     if (c.grad_states && inner) grad_states = random_tensor(rows * D * extra * H, 1);
-    grad_pre = result(rows * D * traits.pre * H);
+    grad_pre = result(rows * D * (traits.pre + traits.unit) * H);
     if (c.need_grad_hx) grad_hx = result(D * B * P);
     if (c.need_grad_cx && inner) grad_cx = result(inner * D * B * H);
     if (projected) grad_proj = result(rows * D * P);
     input = random_rows(c.I, c.layout + 2, input_step, input_row);
     for (int64_t d = 0; d < D; ++d) {
       if (c.need_grad_weight_ih) grad_weight_ih[d] = result(G * H * c.I);
-      if (c.need_grad_weight_hh) grad_weight_hh[d] = result(G * H * P);
+      if (c.need_grad_weight_hh && traits.multiplies) grad_weight_hh[d] = result(G * H * P);
+      if (c.need_grad_weight_hr && traits.unit) grad_unit[d] = result(traits.unit * H);
       if (c.need_grad_bias) grad_bias_ih[d] = result(G * H), grad_bias_hh[d] = result(G * H);
       if (c.need_grad_weight_hr && projected) grad_weight_hr[d] = result(P * H);
     }
@@ -120,7 +123,7 @@ struct Problem {
     for (int64_t d = 0; d < c.D; ++d) {
       p.grad_weight_ih[d] = pointer(grad_weight_ih[d]), p.grad_weight_hh[d] = pointer(grad_weight_hh[d]);
       p.grad_bias_ih[d] = pointer(grad_bias_ih[d]), p.grad_bias_hh[d] = pointer(grad_bias_hh[d]);
-      p.grad_weight_hr[d] = pointer(grad_weight_hr[d]);
+      p.grad_weight_hr[d] = pointer(grad_weight_hr[d]), p.grad_unit[d] = pointer(grad_unit[d]);
     }
     return p;
   }
@@ -176,7 +179,7 @@ struct Problem {
     for (size_t d = 0; d < 2; ++d)
       worst = std::max(worst, judge({{"grad_weight_ih", &grad_weight_ih[d]}, {"grad_weight_hh", &grad_weight_hh[d]},
                                      {"grad_bias_ih", &grad_bias_ih[d]}, {"grad_bias_hh", &grad_bias_hh[d]},
-                                     {"grad_weight_hr", &grad_weight_hr[d]}}, spoiled));
+                                     {"grad_weight_hr", &grad_weight_hr[d]}, {"grad_unit", &grad_unit[d]}}, spoiled));
     return worst;
   }
 
@@ -191,7 +194,7 @@ struct Problem {
   }
 
   void check_inputs() const {
-    for (const auto* pair : {&weight_hh, &weight_hr, &bias_hh, &gates_x})
+    for (const auto* pair : {&weight_hh, &weight_hr, &unit, &bias_hh, &gates_x})
       for (const Tensor& tensor : *pair) CHECK(unchanged(tensor), "wrote to a weight, a bias or gates_x");
     for (const Tensor* tensor : {&input, &hx, &cx, &zoneout, &hidden_mask, &grad_output, &grad_hy, &grad_cy, &grad_states, &grad_pre,
                                  &grad_proj})
@@ -249,6 +252,13 @@ struct Problem {
     return tensor;
   }
 
+  // Numbers from -1 to 1 become such from a half to 1.5.
+  void move_up(Tensor& tensor, int64_t begin, int64_t count) const {
+    for (int64_t i = begin; i < begin + count; ++i)
+      encode(c.dtype, tensor.memory.data(), i, 1 + decode(c.dtype, tensor.memory.data(), i) / 2);
+    freeze(tensor);
+  }
+
   void spoil(Tensor& tensor) const {
     if (tensor.exact.empty()) return;
     const int64_t last = int64_t(tensor.exact.size()) - 1;
@@ -299,6 +309,8 @@ struct Problem {
                data(order), data(lengths), data(reset)};
     p.H = c.H, p.P = P, p.D = c.D, p.threads = c.threads;
     for (int64_t d = 0; d < c.D; ++d) p.weight_hh[d] = pointer(weight_hh[d]), p.weight_hr[d] = pointer(weight_hr[d]);
+    p.choice = c.choice;
+    for (int64_t d = 0; d < c.D; ++d) p.unit[d] = pointer(unit[d]);
     p.hx = pointer(hx), p.cx = pointer(cx);
     p.stored = extra;
     p.zoneout = pointer(zoneout), p.zoneout_row = c.alike ? 0 : c.D * traits.states * c.H;

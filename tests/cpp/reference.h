@@ -17,11 +17,20 @@ namespace test {
 using fusedrnn::BackwardParams;
 using fusedrnn::ForwardParams;
 using fusedrnn::GradWeightsParams;
+using fusedrnn::kGrads;
 using fusedrnn::LayerParams;
 using fusedrnn::slots;
 
 inline const double* in(const void* p) { return static_cast<const double*>(p); }
 inline double* out(void* p) { return static_cast<double*>(p); }
+
+// What a cell is given of a unit.
+template <class Cell>
+fusedrnn::Given<double, Cell::kUnit> given(const LayerParams& p, int64_t d, int64_t u) {
+  fusedrnn::Given<double, Cell::kUnit> found{p.choice, {}};
+  for (int k = 0; k < Cell::kUnit && p.unit[d]; ++k) found.unit[k] = in(p.unit[d])[k * p.H + u];
+  return found;
+}
 
 // Position of row b of step t in a sequence stored row after row, direction d of D, `width` numbers a direction.
 inline int64_t at(const LayerParams& p, int64_t t, int64_t b, int64_t d, int64_t width) {
@@ -103,12 +112,12 @@ void reference_forward(const ForwardParams& p, const ForwardParams& multiplied) 
           for (int g = 0; g < G; ++g) {
             pre[Cell::x_pre(g)] += gates_x[g * H + u];
             double sum = p.bias_hh[d] ? in(p.bias_hh[d])[g * H + u] : 0;
-            for (int64_t k = 0; k < P && h_before; ++k) sum += in(multiplied.weight_hh[d])[(g * H + u) * P + k] * h_before[k];
+            for (int64_t k = 0; k < P && h_before && Cell::kMultiplies; ++k) sum += in(multiplied.weight_hh[d])[(g * H + u) * P + k] * h_before[k];
             pre[Cell::h_pre(g)] += sum;
           }
           state[0] = projected ? 0 : h[u];
           for (int k = 0; k < kInner; ++k) state[k + 1] = c[k * H + u];
-          Cell::forward(pre, state, new_state, saved);
+          fusedrnn::cell_forward<Cell>(given<Cell>(p, d, u), pre, state, new_state, saved);
           for (int k = 0; k < Cell::kStates && p.zoneout && p.save != fusedrnn::Save::kNothing; ++k)
             out(p.states)[at(p, t, b, d, p.stored * H) + (kInner + k) * H + u] = new_state[k];
           for (int k = 0; k < Cell::kStates && p.zoneout; ++k)
@@ -149,7 +158,7 @@ void reference_backward(const BackwardParams& p, const BackwardParams& multiplie
         const int64_t t = d ? s : T - 1 - s, before = step_before(p, t, b, d);
         const bool begins = anew(p, t, b, d);
         if (!runs(p, t, b)) {
-          clear_step(p, p.grad_pre, t, b, d, Cell::kPre * H);
+          clear_step(p, p.grad_pre, t, b, d, kGrads<Cell> * H);
           clear_step(p, projected ? p.grad_proj : nullptr, t, b, d, P);
           continue;
         }
@@ -160,7 +169,7 @@ void reference_backward(const BackwardParams& p, const BackwardParams& multiplie
         std::vector<double> dh_before(static_cast<size_t>(P));
         for (int64_t u = 0; u < H; ++u) {
           double saved[slots(Cell::kSaved)] = {}, state[Cell::kStates] = {}, new_state[Cell::kStates] = {};
-          double grad_new[Cell::kStates] = {}, grad_pre[Cell::kPre], grad_state[Cell::kStates];
+          double grad_new[Cell::kStates] = {}, grad_pre[kGrads<Cell>], grad_state[Cell::kStates];
           for (int k = 0; k < Cell::kSaved; ++k) saved[k] = in(p.saved)[at(p, t, b, d, Cell::kSaved * H) + k * H + u];
           if (!projected) {
             state[0] = before >= 0 ? in(p.output)[at(p, before, b, d, P) + u] : p.hx ? in(p.hx)[(d * B + b) * P + u] : 0;
@@ -189,14 +198,14 @@ void reference_backward(const BackwardParams& p, const BackwardParams& multiplie
               grad_new[k] *= 1 - z;
             }
           }
-          Cell::backward(saved, state, new_state, grad_new, grad_pre, grad_state);
+          fusedrnn::cell_backward<Cell>(given<Cell>(p, d, u), saved, state, new_state, grad_new, grad_pre, grad_state);
           for (int k = 0; k < Cell::kStates; ++k) grad_state[k] += past[k];
-          for (int k = 0; k < Cell::kPre; ++k) out(p.grad_pre)[at(p, t, b, d, Cell::kPre * H) + k * H + u] = grad_pre[k];
+          for (int k = 0; k < kGrads<Cell>; ++k) out(p.grad_pre)[at(p, t, b, d, kGrads<Cell> * H) + k * H + u] = grad_pre[k];
           if (!projected && !begins) dh_before[u] += grad_state[0];
           for (int k = 0; k < kInner; ++k) dc[k * H + u] = begins ? 0 : grad_state[k + 1];
           for (int g = 0; g < G; ++g) {
-            const double grad_gate = in(multiplied.grad_pre)[at(p, t, b, d, Cell::kPre * H) + Cell::h_pre(g) * H + u];
-            for (int64_t k = 0; k < P && !begins; ++k) {
+            const double grad_gate = in(multiplied.grad_pre)[at(p, t, b, d, kGrads<Cell> * H) + Cell::h_pre(g) * H + u];
+            for (int64_t k = 0; k < P && !begins && Cell::kMultiplies; ++k) {
               const double mask = p.hidden_mask ? in(p.hidden_mask)[(d * B + b) * P + k] : 1;
               dh_before[k] += grad_gate * in(multiplied.weight_hh[d])[(g * H + u) * P + k] * mask;
             }
@@ -218,13 +227,15 @@ void reference_grad_weights(const GradWeightsParams& p) {
   for (int64_t d = 0; d < p.D; ++d) {
     clear(p.grad_weight_ih[d], Cell::kGates * H * I), clear(p.grad_weight_hh[d], Cell::kGates * H * P);
     clear(p.grad_bias_ih[d], Cell::kGates * H), clear(p.grad_bias_hh[d], Cell::kGates * H), clear(p.grad_weight_hr[d], P * H);
+    clear(p.grad_unit[d], Cell::kUnit * H);
     for (int64_t t = 0; t < p.steps.T; ++t)
       for (int64_t b = 0; b < B; ++b) {
         if (!runs(p, t, b)) continue;
         const double* x = in(p.input) + at(p, t, b, {p.input_step, p.input_row});
         std::vector<double> masked;
         const double* h = hidden_before(p, p.output, p.hx, t, b, d, masked);
-        const double* grad_pre = in(p.grad_pre) + at(p, t, b, d, Cell::kPre * H);
+        const double* grad_pre = in(p.grad_pre) + at(p, t, b, d, kGrads<Cell> * H);
+        for (int64_t i = 0; i < Cell::kUnit * H && p.grad_unit[d]; ++i) out(p.grad_unit[d])[i] += grad_pre[Cell::kPre * H + i];
         for (int g = 0; g < Cell::kGates; ++g)
           for (int64_t u = 0; u < H; ++u) {
             const double grad_x = grad_pre[Cell::x_pre(g) * H + u], grad_h = grad_pre[Cell::h_pre(g) * H + u];

@@ -24,7 +24,7 @@ template <class F> constexpr Dtype kDtype = sizeof(F) == 4 ? Dtype::kFloat32 : D
 template <class F> constexpr const char* kName = sizeof(F) == 4 ? "float" : "double";
 
 // Bounds in units of the last place. Over 12 million points a function, 1.48, 2.42 and 4.34 were seen.
-constexpr double kExpUlps = 2, kSigmoidUlps = 3, kTanhUlps = 5;
+constexpr double kExpUlps = 2, kSigmoidUlps = 3, kTanhUlps = 5, kLogSigmoidUlps = 6;
 
 template <class F>
 double ulps(F got, long double want) {
@@ -78,6 +78,12 @@ void check_accuracy(const char* name, F limit, double bound, int count, const Fn
               double(limit));
 }
 
+template <class V>
+V where_negative(V x) {
+  const V zero(decltype(x.raw[0] + 0)(0));
+  return vec::where((x.raw < zero.raw), x, V(-x.raw));
+}
+
 template <class F>
 void check_functions(int count) {
   using V = vec::Vec<F>;
@@ -93,6 +99,11 @@ void check_functions(int count) {
   check_accuracy<F>("exp", range, kExpUlps, count, exp, [](long double x) { return std::exp(x); });
   check_accuracy<F>("sigmoid", range, kSigmoidUlps, count, sigmoid, [](long double x) { return 1 / (1 + std::exp(-x)); });
   check_accuracy<F>("tanh", range, kTanhUlps, count, tanh, [](long double x) { return std::tanh(x); });
+
+  check_accuracy<F>("log_sigmoid", range, kLogSigmoidUlps, count, [](V x) { return vec::log_sigmoid(x); },
+                    [](long double x) { return std::min(x, 0.0L) - std::log1p(std::exp(-std::fabs(x))); });
+  check_accuracy<F>("exp_of_negative", range, kExpUlps, count, [](V x) { return vec::exp_of_negative(where_negative(x)); },
+                    [](long double x) { return std::exp(-std::fabs(x)); });
 
   std::snprintf(test::context, sizeof test::context, "special values, %s", kName<F>);
   const F inf = Limits::infinity(), nan = Limits::quiet_NaN();

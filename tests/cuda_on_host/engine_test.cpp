@@ -9,6 +9,7 @@
 //   --order N           all in this order of threads (the place in test::kOrders), not each in one taken by lot
 //   --chip N            all on this chip (the place in test::kChips)
 //   --regime NAME       all in this one where it can be (step, block, cluster, grid)
+//   --cell NAME         only this cell
 //   --only N            only case N
 //   --most-macs N       only cases of at most N multiply-adds a step
 //   --plant N           mistake N is made, in builds that have mistakes to make (this program must find out)
@@ -27,9 +28,9 @@ using test::KernelProblem;
 struct Options {
   size_t every = 1, lot = 0;
   long only = -1, order = -1, chip = -1, regime = -1, most_macs = 1L << 60;
-  std::string arithmetics = "f32,tf32,f64,bf16,f16", spoiled;
+  std::string arithmetics = "f32,tf32,f64,bf16,f16", cell, spoiled;
 };
-const std::vector<std::string> kRegimes(std::begin(fusedrnn::kRegimeNames), std::end(fusedrnn::kRegimeNames));
+const std::vector<std::string> kRegimes(fusedrnn::kRegimeNames, fusedrnn::kRegimeNames + fusedrnn::kChosenRegimes);
 int planted = -1;
 
 bool wanted(const Options& options, const KernelCase& c, size_t number) {
@@ -37,7 +38,7 @@ bool wanted(const Options& options, const KernelCase& c, size_t number) {
   const long macs = long(c.B * c.H * (c.P ? c.P : c.H) * test::traits_of(c.cell).gates);
   return test::taken(number, options.every, options.lot) && macs <= options.most_macs &&
          ("," + options.arithmetics + ",").find("," + std::string(c.arithmetic->name) + ",") != std::string::npos &&
-         test::engine_of(c.cell);
+         (options.cell.empty() || options.cell == test::traits_of(c.cell).name) && test::engine_of(c.cell);
 }
 
 // Which divisions of a product the cases met.
@@ -61,6 +62,7 @@ struct Coverage {
     }
   } grids, clusters;
   int tiles_in_turn = 0;  // of units, of a block of a cluster
+  int alone = 0, alone_blocks = 0;  // one grid for all steps, of a cell without a product; of several blocks
   // `more` is of the second kernel of a step with projections.
   void add(const fusedrnn::ProductPlan& plan, const fusedrnn::ProductPlan* more = nullptr) {
     if (plan.regime == fusedrnn::Regime::kBlock) {
@@ -68,6 +70,11 @@ struct Coverage {
       block_groups += plan.groups > 1;
       block_turns += plan.unit_tiles * plan.groups > plan.warps;
       block_tiles += plan.batch_tiles > 1;
+      return;
+    }
+    if (plan.regime == fusedrnn::Regime::kAlone) {
+      ++alone;
+      alone_blocks += plan.blocks() > 1;
       return;
     }
     if (plan.regime == fusedrnn::Regime::kGrid) return grids.add(plan);
@@ -93,7 +100,7 @@ struct Coverage {
                 block_turns, block_tiles);
     grids.print("grid");
     clusters.print("cluster");
-    std::printf(", %d of units in turn\n", tiles_in_turn);
+    std::printf(", %d of units in turn; %d without a product, %d of several blocks\n", tiles_in_turn, alone, alone_blocks);
   }
 };
 
@@ -155,6 +162,7 @@ int main(int count, char** arguments) {
     else if (name == "--order") options.order = std::stol(value);
     else if (name == "--chip") options.chip = std::stol(value);
     else if (name == "--regime") options.regime = std::find(kRegimes.begin(), kRegimes.end(), value) - kRegimes.begin();
+    else if (name == "--cell") options.cell = value;
     else if (name == "--only") options.only = std::stol(value);
     else if (name == "--most-macs") options.most_macs = std::stol(value);
     else if (name == "--plant") planted = std::stoi(value);

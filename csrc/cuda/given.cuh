@@ -1,0 +1,37 @@
+// What a cell is given besides pre-activations and states (cells/cell.h): the unit's own numbers, which are fetched with its
+// other inputs, and the choice of functions. Nothing at all for a cell that has neither.
+#pragma once
+#include <type_traits>
+
+#include "arithmetic.cuh"
+
+namespace fusedrnn {
+
+template <class Inputs, class S, int kUnit>
+struct WithUnit : Inputs {
+  S unit[kUnit];
+};
+// `Inputs`, and the unit's own numbers of a cell that has them.
+template <class Cell, class Inputs, class S>
+using GivenInputs = std::conditional_t<(Cell::kUnit > 0), WithUnit<Inputs, S, slots(Cell::kUnit)>, Inputs>;
+
+template <class Cell, class S, class Inputs>
+FUSEDRNN_DEVICE void fetch_unit(const LayerParams& p, int d, int64_t u, Inputs& in) {
+  if constexpr (Cell::kUnit > 0) {
+    const S* numbers = static_cast<const S*>(p.unit[d]);
+#pragma unroll
+    for (int k = 0; k < Cell::kUnit; ++k) in.unit[k] = numbers ? numbers[k * p.H + u] : S(0.0f);
+  }
+}
+
+template <class Cell, class Sum, class Inputs>
+FUSEDRNN_DEVICE Given<Sum, Cell::kUnit> given_to(const LayerParams& p, const Inputs& in) {
+  Given<Sum, Cell::kUnit> given;
+  if constexpr (Cell::kChooses) given.choice = p.choice;
+  if constexpr (Cell::kUnit > 0)
+#pragma unroll
+    for (int k = 0; k < Cell::kUnit; ++k) given.unit[k] = Sum(widen(in.unit[k]));
+  return given;
+}
+
+}  // namespace fusedrnn
