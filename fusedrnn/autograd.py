@@ -45,6 +45,9 @@ def layer(cell: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, weight
     Raises:
         RuntimeError: fusedrnn.onnx.export is at work, and ONNX has not what is asked for.
     """
+    if cell in reference.MULTIPLIES:
+        select.warn_once(f"fusedrnn's {cell}", "its reference in plain torch", select.TWO_PRODUCTS)
+        return reference.layer(cell, input, hx, cx, weights, ragged, batch_first, carry)
     inner = TRAITS[cell]["states"] - 1
     if forward_ad._current_level >= 0:
         select.warn_once(f"fusedrnn's {cell}", "its reference in plain torch", "the engine has no forward-mode derivative")

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, _VF
 
 from . import autograd, select
-from .ops import TRAITS
-from .reference import NO_CARRY, Carry, Weights
+from .reference import INNER, NO_CARRY, Carry, Weights
 from .shared import signature_of
 
 
@@ -216,7 +215,7 @@ def zero_states(cell: str, input: Tensor, batch: int, layers: list[list[Weights]
     P = weight_hh.size(1) * num_heads
     H = P if weight_hr is None else weight_hr.size(1)
     directions = len(layers) * len(layers[0])
-    hx, inner = input.new_zeros(directions, batch, P), TRAITS[cell]["states"] - 1
+    hx, inner = input.new_zeros(directions, batch, P), INNER.get(cell.partition(":")[0], 0)
     return hx, input.new_zeros(*(inner,) * (inner > 1), directions, batch, H) if inner else None
 
 

@@ -546,7 +546,8 @@ class GRU(FusedLayer):
         gate_activation, num_heads: as in `LSTM`.
         activation: what stands for tanh: "tanh", "relu" or "identity".
         reset_after: False for n = tanh(W_in x_t + b_in + W_hn (r h_(t-1)) + b_hn), in which r multiplies before the product, as in
-            the paper; reset_after=False of Keras and linear_before_reset=0 of ONNX. Not with other activations.
+            the paper; reset_after=False of Keras and linear_before_reset=0 of ONNX. Not with other activations. No kernel does two
+            products a step: it runs step by step in plain torch (`fusedrnn.reference`), and warns once.
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype: as in `RNN`.
         zoneout, recurrent_dropout, weight_dropout, save: as in `RNN`.
 

@@ -7,6 +7,7 @@ whose leading (T, B) is (rows,), or the lengths (B,) of padded ones.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch.utils.flop_counter import register_flop_formula
@@ -14,8 +15,8 @@ from torch.utils.flop_counter import register_flop_formula
 from . import _C
 
 
-class _Traits(dict):
-    def __missing__(self, cell):
+class _Traits(dict[str, Any]):
+    def __missing__(self, cell: str) -> Any:
         name, _, choice = cell.partition(":")
         if choice and name in self:  # of which there are as many as there are limits
             return self[name]

@@ -249,7 +249,7 @@ OWN_NUMBERS = {"lstm_general", "lstm_coupled", "indrnn"}
 CHOOSES = OWN_NUMBERS | {"gru_general"}
 """Cells that have a `Choice`."""
 MULTIPLIES = {"gru_reset_before"}
-"""Cells that multiply by weight_hh themselves, and take h in the place of gates_h. The engine has none of them yet."""
+"""Cells that multiply by weight_hh themselves, and take h in the place of gates_h. The engine has none: `fusedrnn.autograd.layer` runs them here."""
 
 
 def step_of(cell: str, weights: Weights) -> Step:
