@@ -64,7 +64,10 @@ def reason_against(provider: Provider, case: Case) -> str | None:
 def build(namespace, case: Case, dtype: torch.dtype) -> torch.nn.Module:
     """A layer stack of `namespace` (torch.nn or something with the same classes) as the case asks for it."""
     shape = case.shape
-    layer = getattr(namespace, CLASS_NAMES[case.cell] + "Cell" * shape.step)
+    name = CLASS_NAMES[case.cell] + "Cell" * shape.step
+    if case.option in written.FORMS and namespace is not torch.nn:
+        name = written.FORMS[case.option][1] or name
+    layer = getattr(namespace, name)
     options = {} if shape.step else {"num_layers": shape.layers, "bidirectional": shape.bidirectional}
     if case.cell == "rnn":
         options["nonlinearity"] = shape.nonlinearity

@@ -209,7 +209,7 @@ SCALING_SHAPES = family(
 
 OPTION_SHAPES = family(
     "A plain layer of medium size: options are to cost next to nothing beside it.", "the middle of suite cpu, and a larger batch",
-    [(100, 16, 256), (50, 64, 256)], cells=("gru", "lstm"),
+    [(100, 16, 256), (50, 64, 256)],
 )  # fmt: skip
 
 

@@ -42,6 +42,24 @@ OPTIONS = {
     "weight_dropout": Option("functional_call", masks=True),
     "return_states": Option("loop of cells", cells=("lstm",)),  # a GRU's states are its output
     "save": Option("checkpoint", modes=("training",)),
+    "peepholes": Option("loop of steps", cells=("lstm",)),
+    "coupled": Option("loop of steps", cells=("lstm",)),
+    "hard_sigmoid": Option("loop of steps", cells=("lstm",)),
+    "cell_clip": Option("loop of steps", cells=("lstm",)),
+    "num_heads": Option("loop of steps", cells=("lstm",)),
+    "slstm": Option("loop of steps", cells=("lstm",)),
+    "indrnn": Option("loop of steps", cells=("rnn",)),
+}
+HEADS, CLIP = 4, 0.1
+# The options that make another cell: fusedrnn's keywords, its class if it is another, and the cell of fusedrnn/reference.py.
+FORMS: dict[str, tuple[dict, str | None, str]] = {
+    "peepholes": ({"peepholes": True}, None, "lstm_general"),
+    "coupled": ({"coupled": True}, None, "lstm_coupled"),
+    "hard_sigmoid": ({"gate_activation": "hard_sigmoid"}, None, "lstm_general:hard_sigmoid,tanh,tanh,0"),
+    "cell_clip": ({"cell_clip": CLIP}, None, f"lstm_general:sigmoid,tanh,tanh,{CLIP}"),
+    "num_heads": ({"num_heads": HEADS}, None, "lstm"),
+    "slstm": ({}, "SLSTM", "slstm"),
+    "indrnn": ({}, "IndRNN", "indrnn"),
 }
 
 
@@ -62,6 +80,8 @@ def settings(case: Case) -> dict:
         return {"zoneout": ZONEOUT[case.cell]}
     if case.option in RATES:
         return {case.option: RATES[case.option]}
+    if case.option in FORMS:
+        return FORMS[case.option][0]
     return {"save": "states"} if case.option == "save" else {}
 
 
@@ -77,6 +97,8 @@ def written(layer: torch.nn.Module, case: Case) -> torch.nn.Module:
     """torch.nn's layer with what one writes around it, or instead of it, for the case's option."""
     if case.option == "lengths":
         return Packed(layer, lengths_of(case.shape))
+    if case.option in FORMS:
+        return Steps(layer, case)
     if case.option in ("weight_dropout", "save"):
         return (WeightDropped if case.option == "weight_dropout" else Checkpointed)(layer)
     return Loop(layer, case)
@@ -201,6 +223,35 @@ class Loop(Around):
             return output, torch.stack([c for _, c in every])
         h, *c = (state.unsqueeze(0) for state in states)
         return output, (h, *c) if c else h
+
+
+class Steps(Around):
+    """A cell that torch has not, step by step in plain torch: fusedrnn's reference.
+
+    Its parameters are torch's where they have the same shapes, and parts of them where they are smaller.
+    """
+
+    def __init__(self, layer: torch.nn.Module, case: Case):
+        super().__init__(layer)
+        H, option = case.shape.H, case.option
+        self.option, self.cell = option, FORMS[option][2]
+        smaller = {"num_heads": lambda w: w[:, : H // HEADS], "indrnn": lambda w: w[:1], "coupled": lambda w: w[: 3 * H]}
+        for name, parameter in list(self.named_parameters()):
+            if option in smaller and (option == "coupled" or name == "weight_hh_l0"):
+                self.register_parameter(name, torch.nn.Parameter(smaller[option](parameter.detach()).clone()))
+        if option == "peepholes":
+            self.register_parameter("weight_ch_l0", torch.nn.Parameter(layer.weight_hh_l0.detach()[:3].clone()))
+
+    def forward(self, input: Tensor):
+        from fusedrnn.reference import layer  # as above
+
+        weight_ih, weight_hh, bias_ih, bias_hh, *fifth = self.parameters()
+        if self.option == "num_heads":
+            units = weight_hh.shape[1]
+            each = weight_hh.unflatten(0, (-1, HEADS, units)).unbind(1)
+            weight_hh = torch.stack([torch.block_diag(*gate) for gate in zip(*each)]).flatten(0, 1)
+        output, hy, cy, _ = layer(self.cell, input, None, None, [(weight_ih, weight_hh, bias_ih, bias_hh, *(fifth or [None]))])
+        return output, hy if cy is None else (hy, cy) if cy.dim() == 3 else (hy, *cy)
 
 
 def drawn(ones: Tensor, option: str, dtype: torch.dtype) -> Tensor:
