@@ -78,13 +78,13 @@ def from_keras(cell: str, *layers: Sequence[Any], bidirectional: bool = False,
         cell: as in `build`.
         layers: for each layer what its get_weights() gives, arrays or tensors.
         bidirectional: whether they are of Bidirectional.
-        reset_after: GRU's option. torch's formula has it.
+        reset_after: GRU's option. torch's formula has it; False is for `fusedrnn.GRU(reset_after=False)` alone.
 
     Returns:
         a state_dict for torch.nn's and our layers, which shares no memory with what was given.
 
     Raises:
-        ValueError: a shape or a count does not fit, or a GRU is without reset_after.
+        ValueError: a shape or a count does not fit, or reset_after does not fit a bias.
         TypeError: a layer is no list of arrays of floating point.
 
     >>> import torch
@@ -94,8 +94,7 @@ def from_keras(cell: str, *layers: Sequence[Any], bidirectional: bool = False,
     """
     who = "fusedrnn.weights.from_keras"
     order = _order(who, cell, _KERAS)
-    if cell == "gru" and not reset_after:
-        raise ValueError(f"{who}: expected a GRU with reset_after=True, got False, which {_RESETS_BEFORE}")
+    two_biases = cell == "gru" and reset_after
     D = 2 if bidirectional else 1
     given = _tensors(who, layers, (2 * D, 3 * D), "kernel, recurrent_kernel and maybe bias for each direction")
     I, H, G, each = len(given[0][0]), len(given[0][1]), len(order), len(given[0]) // D
@@ -108,11 +107,11 @@ def from_keras(cell: str, *layers: Sequence[Any], bidirectional: bool = False,
             _check(who, f"recurrent_kernel {of}", recurrent, (H, G * H))
             weights += [_to_torch(kernel.T, order), _to_torch(recurrent.T, order)]
             for bias in biases:
-                if cell == "gru" and bias.shape == (G * H,):
+                if two_biases and bias.shape == (G * H,):
                     got = f"shape ({G * H},) of reset_after=False, which {_RESETS_BEFORE}"
                     raise ValueError(f"{who}: bias {of} must be of shape (2, {G * H}), got {got}")
-                _check(who, f"bias {of}", bias, (2, G * H) if cell == "gru" else (G * H,))
-                pair = bias if cell == "gru" else (bias, torch.zeros_like(bias))
+                _check(who, f"bias {of}", bias, (2, G * H) if two_biases else (G * H,))
+                pair = bias if two_biases else (bias, torch.zeros_like(bias))
                 weights += [_to_torch(part, order) for part in pair]
     return _named(cell, weights, _sizes(I, H, len(given), each == 3, bidirectional))
 

@@ -77,14 +77,17 @@ def test_build_refuses():
 # ---- Keras
 
 
-@pytest.mark.parametrize("name", [name for name in KERAS if name not in ("wrote", "gru, resets before")])
+@pytest.mark.parametrize("name", [name for name in KERAS if name != "wrote"])
+@pytest.mark.filterwarnings("ignore:.*two products a step")
 def test_keras_wrote_it(name):
     case = KERAS[name]
     layers = [[torch.tensor(array).numpy() for array in layer] for layer in case["layers"]]
     state = weights.from_keras(case["cell"], *layers, **case["options"])
-    output, _ = weights.build(case["cell"], state, batch_first=True)(torch.tensor(case["input"]))
+    form = {"reset_after": False} if name == "gru, resets before" else {}
+    output, _ = weights.build(case["cell"], state, batch_first=True, **form)(torch.tensor(case["input"]))
     close(output, torch.tensor(case["output"]))
-    equal(weights.to_keras(case["cell"], state), layers)
+    if not form:  # whose state_dict does not tell it from another GRU
+        equal(weights.to_keras(case["cell"], state), layers)
 
 
 def test_keras_resets_before():
@@ -93,7 +96,8 @@ def test_keras_resets_before():
     words = "resets the state before its product, and torch's GRU after it"
     got = f"bias of layer 0 must be of shape (2, 9), got shape (9,) of reset_after=False, which {words}"
     fails(ValueError, got, weights.from_keras, "gru", [kernel, recurrent, bias])
-    fails(ValueError, "got False, which resets", weights.from_keras, "gru", [kernel, recurrent], reset_after=False)
+    fails(ValueError, "must be of shape (9,), got (2, 9)", weights.from_keras, "gru", [kernel, recurrent, torch.zeros(2, 9)],
+          reset_after=False)
 
 
 def test_keras_refuses():
