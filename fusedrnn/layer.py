@@ -5,7 +5,7 @@ ATen's, over all rows of the sequence at once; all else is the operators' (`fuse
 them differentiable.
 """
 
-from functools import cache, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -67,10 +67,9 @@ ONEDNN_LEAST = 2_000_000
 LONG = 400  # rows of a product that pay for turning the weight over
 
 
-@cache
-def _onednn_is_faster() -> bool:
-    """Whether it multiplies faster than MKL, which torch's linear takes: by 2.2 on an AMD processor with AVX-512 (Zen 5: 430 against
-    190 GF/s on two cores), for whose maker MKL has no such code. Elsewhere torch's choice stands."""
+def _mkl_is_slow() -> bool:
+    """Whether MKL, which torch's linear takes, is no match for the processor: AMD's with AVX-512, for whose maker it has no such code.
+    On a Zen 5 oneDNN is 2.2 times as fast (430 against 190 GF/s on two cores), the engine's sums for weights 1.5 times."""
     if torch.backends.cpu.get_cpu_capability() != "AVX512" or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False
     try:
@@ -79,9 +78,12 @@ def _onednn_is_faster() -> bool:
         return False
 
 
+MKL_IS_SLOW = _mkl_is_slow()
+
+
 def _by_onednn(rows):
     """Whether oneDNN takes a product of plain rows, of more than ONEDNN_LEAST multiply-adds."""
-    return (rows.dtype == torch.float32 and rows.is_cpu and _onednn_is_faster() and torch.backends.mkldnn.enabled
+    return (rows.dtype == torch.float32 and rows.is_cpu and MKL_IS_SLOW and torch.backends.mkldnn.enabled
             and not _are_functorch_transforms_active() and not _len_torch_dispatch_stack())  # fmt: skip
 
 
@@ -179,7 +181,9 @@ def backward(kept, grads, wanted):
         steps_first = torch.where(runs.unsqueeze(-1), steps_first, 0)  # it may be NaN behind an end, and zero times that is not zero
     want_weights = wanted[3:] if len(weights) == 1 else [any(both) for both in zip(*by_direction(wanted[3:]))]
     want_ih, want_hh, want_b_ih, want_b_hh, want_hr = want_weights
+    by_mkl = output.is_cpu and output.dtype in (torch.float32, torch.float64)
     many_rows = ragged is None and carry == [None] * 3 and steps_first.shape[0] * steps_first.shape[1] > MANY_ROWS
+    many_rows = many_rows and not (by_mkl and MKL_IS_SLOW)
     library_ih = many_rows and want_ih and min(weights[0][0].shape) > NARROW
     library_hh = many_rows and want_hh and min(weights[0][1].shape) > NARROW
     grad_pre, grad_hx, grad_cx, grad_weights = recurrence_backward(
