@@ -1,12 +1,14 @@
-"""Large pages under large results (csrc/pages.h): a product that is made into them is the same, and who has no plain memory is left alone."""
+"""Products of the input: large pages under large results (csrc/pages.h), where they are the same, and who has no plain memory is left
+alone; and oneDNN where MKL is slow."""
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import make_pair
 from fusedrnn import _C, layer
-from fusedrnn.testing import run_module
+from fusedrnn.testing import compare_modules, run_module
 
 layouts = pytest.mark.parametrize("options", [{}, {"bias": False}, {"bidirectional": True, "num_layers": 2}, {"batch_first": True}])
 cells = pytest.mark.parametrize("cell", ["RNN", "GRU", "LSTM"])
@@ -71,3 +73,20 @@ def test_large_layer():
     found, expected = run_module(module, input), run_module(stock, input)
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-3 * expected[name].detach().abs().max().item(), msg=name)
+
+
+@pytest.mark.parametrize("slow", [False, True])
+@pytest.mark.parametrize("options", [{}, {"batch_first": True, "bidirectional": True}], ids=str)
+@cells
+def test_whoever_multiplies(cell, options, slow, monkeypatch):
+    """Products of the input and its gradient, large enough for oneDNN: taken where MKL is slow, and then as accurate."""
+    taken, pointwise = [], torch.ops.mkldnn._linear_pointwise
+    monkeypatch.setattr(layer, "MKL_IS_SLOW", slow)
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", lambda *args: taken.append(args) or pointwise(*args))
+    module, stock = make_pair(cell, 96, 64, **options)
+    input = torch.randn(30, 40, 96)
+    compare_modules(module, stock, input)
+    assert bool(taken) == slow
+    with FlopCounterMode(display=False) as flops:
+        run_module(module, input)
+    assert flops.get_total_flops() >= 2 * input.numel() * len(module.weight_ih_l0)
