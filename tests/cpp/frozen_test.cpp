@@ -140,23 +140,25 @@ Results reference(const Problem& c, const char* packed, const Numbers& input, co
             const char* block = packed + layout.direction(layer, d) + u / 16 * layout.block_bytes(layer);
             for_each_cell([&](int id, auto type) {
               using Cell = decltype(type);
-              if (id != c.cell) return;
-              double pre[Cell::kPre], state[Cell::kStates], after[Cell::kStates], saved[slots(Cell::kSaved)];
-              for (int k = 0; k < Cell::kPre; ++k) pre[k] = test::decode(Dtype::kFloat32, block, k * 16 + u % 16);
-              for (int g = 0; g < Cell::kGates; ++g) {
-                auto w = [&](int64_t lines, int64_t scales, int64_t k) {
-                  return weight(layout.format, block + lines, block + scales, Cell::kGates, g, u % 16, k);
-                };
-                for (int64_t k = 0; k < depth; ++k)
-                  pre[Cell::x_pre(g)] += x[size_t(k)] * w(layout.ih(), layout.ih_scales(), k);
-                for (int64_t k = 0; k < P; ++k)
-                  pre[Cell::h_pre(g)] += before[size_t(k)] * w(layout.hh(layer), layout.hh_scales(), k);
+              if constexpr (fusedrnn::is_of_torch<Cell>) {
+                if (id != c.cell) return;
+                double pre[Cell::kPre], state[Cell::kStates], after[Cell::kStates], saved[slots(Cell::kSaved)];
+                for (int k = 0; k < Cell::kPre; ++k) pre[k] = test::decode(Dtype::kFloat32, block, k * 16 + u % 16);
+                for (int g = 0; g < Cell::kGates; ++g) {
+                  auto w = [&](int64_t lines, int64_t scales, int64_t k) {
+                    return weight(layout.format, block + lines, block + scales, Cell::kGates, g, u % 16, k);
+                  };
+                  for (int64_t k = 0; k < depth; ++k)
+                    pre[Cell::x_pre(g)] += x[size_t(k)] * w(layout.ih(), layout.ih_scales(), k);
+                  for (int64_t k = 0; k < P; ++k)
+                    pre[Cell::h_pre(g)] += before[size_t(k)] * w(layout.hh(layer), layout.hh_scales(), k);
+                }
+                state[0] = layout.projected ? 0 : h[size_t(u)];
+                if constexpr (Cell::kStates > 1) state[1] = inner[size_t(u)];
+                Cell::forward(pre, state, after, saved);
+                made[size_t(u)] = after[0];
+                if constexpr (Cell::kStates > 1) inner[size_t(u)] = after[1];
               }
-              state[0] = layout.projected ? 0 : h[size_t(u)];
-              if constexpr (Cell::kStates > 1) state[1] = inner[size_t(u)];
-              Cell::forward(pre, state, after, saved);
-              made[size_t(u)] = after[0];
-              if constexpr (Cell::kStates > 1) inner[size_t(u)] = after[1];
             });
           }
           if (layout.projected) {
