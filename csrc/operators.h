@@ -45,7 +45,8 @@ constexpr char kForwardSchema[] =
 constexpr char kBackwardSchema[] =
     "recurrence_backward(str cell, Tensor? input, Tensor[] weight_hh, Tensor[]? weight_hr, Tensor? hx, Tensor? cx, "
     "Tensor output, Tensor saved, Tensor states, Tensor? ragged, Tensor? reset, Tensor? zoneout, Tensor? hidden_mask, "
-    "Tensor? grad_output, Tensor? grad_hy, Tensor? grad_cy, Tensor? grad_states, bool need_grad_hx, bool need_grad_cx, bool need_grad_weight_ih, bool need_grad_weight_hh, "
+    "Tensor? grad_output, Tensor? grad_hy, Tensor? grad_cy, Tensor? grad_states, bool need_grad_hx, bool need_grad_cx, "
+    "bool need_grad_weight_ih, bool need_grad_weight_hh, "
     "bool need_grad_bias, bool need_grad_weight_hr, bool allow_tf32) -> "
     "(Tensor grad_pre, Tensor grad_hx, Tensor grad_cx, Tensor[] grad_weights)";
 

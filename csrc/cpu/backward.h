@@ -50,7 +50,7 @@ struct BackwardPass {
   }
 
   Division divide_among(int threads) const {
-    const int64_t products = Cell::kMultiplies ? p.P * Cell::kGates * p.H + (projected ? p.P * p.H : 0) : 0;
+    const int64_t products = Cell::kMultiplies ? p.P * Cell::kGates * p.H + (projected ? p.P * p.H : 0) : kCellWork * p.H;
     const int64_t blocks = blocks_of(p.P, kUnits);
     return divide(threads, p.D, p.steps.B, blocks, products * int64_t(sizeof(F)), 2 * p.steps.B * products);
   }

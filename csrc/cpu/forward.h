@@ -33,7 +33,8 @@ struct ForwardPass {
   F* sums;                       // (threads, kSumRows, kWidest)
 
   ForwardPass(const ForwardParams& p, Arena& arena)
-      : p(p), projected(can_project<Cell> && p.weight_hr[0]), h_row(padded_row<F>(p.P, 2 * kLanes)), unit_row(padded_row<F>(p.H, 2 * kLanes)), crew(arena, p.threads) {
+      : p(p), projected(can_project<Cell> && p.weight_hr[0]), h_row(padded_row<F>(p.P, 2 * kLanes)),
+        unit_row(padded_row<F>(p.H, 2 * kLanes)), crew(arena, p.threads) {
     const bool packs = Cell::kMultiplies && p.steps.T > 1 && p.steps.row_count() > kFewRows;
     for (int64_t d = 0; d < p.D; ++d) {
       recurrent[d] = {static_cast<const S*>(p.weight_hh[d]), p.H, p.P, nullptr};
@@ -53,7 +54,7 @@ struct ForwardPass {
   }
 
   Division divide_among(int threads) const {
-    const int64_t products = Cell::kMultiplies ? p.P * Cell::kGates * p.H + (projected ? p.P * p.H : 0) : 0;
+    const int64_t products = Cell::kMultiplies ? p.P * Cell::kGates * p.H + (projected ? p.P * p.H : 0) : kCellWork * p.H;
     return divide(threads, p.D, p.steps.B, recurrent[0].blocks(), products * int64_t(sizeof(F)),
                   2 * p.steps.B * products);
   }

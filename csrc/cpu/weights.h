@@ -178,6 +178,9 @@ struct Crew {
   }
 };
 
+// What a unit of a cell without a product takes, in multiply-adds.
+constexpr int64_t kCellWork = 16;
+
 // What a cell is given of n units from u on in direction d, in some rows at once.
 template <class Cell, class S, class F, int kRows>
 FUSEDRNN_INLINE Given<Rows<F, kRows>, Cell::kUnit> given_to(const LayerParams& p, int64_t d, int64_t u, int n) {
