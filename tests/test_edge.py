@@ -65,16 +65,19 @@ def test_nan_in_a_state_or_weight(cell, engine):
 @dtypes
 @cells
 def test_denormals(cell, dtype, engine):
-    """Numbers below the smallest normal are kept, as torch keeps them (unless the process flushes them)."""
+    """Numbers below the smallest normal are kept, unless the process flushes them."""
     ours, stock = make_pair(cell, 4, 9, dtype=dtype, bias=False)
     tiny = torch.finfo(dtype).smallest_normal / 4
     input = tiny * torch.tensor([1.0, -1.0, 2.0, 0.5]).to(dtype) * torch.ones(3, 2, 4, dtype=dtype)
     hx = torch.full((1, 2, 9), tiny, dtype=dtype)
     hx = (hx, hx.clone()) if cell == "lstm" else hx
     compare_modules(ours, stock, input, hx)
-    got, expected = (named_outputs(module(input, hx))["output"] for module in (ours, stock))
+    got = named_outputs(ours(input, hx))["output"]
+    # Of a processor with AVX512_BF16 torch's own bfloat16 are no measure: its products flush them.
+    wide = tuple(state.double() for state in hx) if cell == "lstm" else hx.double()
+    expected = named_outputs(stock.double()(input.double(), wide))["output"]
     step = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
-    torch.testing.assert_close(got, expected, rtol=0, atol=4 * step)  # compare_modules lets more pass
+    torch.testing.assert_close(got.double(), expected, rtol=0, atol=4 * step)  # compare_modules lets more pass
     assert got.any() or dtype == torch.float16 or cell in ("lstm", "gru")
 
 

@@ -266,7 +266,7 @@ def test_cell_states_are_for_the_lstm():
         ("input", torch.zeros(6, 4), r"input must have 3 dimensions like output, got \(6, 4\)"),
         ("input", torch.zeros(2, 3, 4), r"input must be \(3, 2, 4\), got \(2, 3, 4\)"),
         ("input", torch.zeros(3, 2, 4).double(), "input must be Float like weight_hh, got Double"),
-        ("need_grad_weight_hr", True, "need_grad_weight_hr is for projections alone"),
+        ("need_grad_weight_hr", True, "need_grad_weight_hr needs weight_hr"),
     ],
     ids=lambda v: v if isinstance(v, str) else "",
 )
