@@ -177,7 +177,8 @@ def test_limits_of_this_machine():
     case = suites.case_named("lstm/inference/T25-B1-I1024-H1024")
     peak = limits.gemm_peak(0.05)
     alone = limits.floor_seconds(case, peak, 1)
-    assert alone == pytest.approx(25 * 4 * 4 * 1024**2 / limits.read_bandwidth(16 << 20, 1))
+    read = 25 * 4 * 4 * 1024**2 / limits.read_bandwidth(16 << 20, 1)
+    assert alone == pytest.approx(max(read, case.flops / peak))  # and the matrix library may be the slower one
     assert limits.floor_seconds(case, peak, 2) <= 2 * alone
     wide = suites.case_named("lstm/training/T50-B64-I512-H512")
     assert limits.floor_seconds(wide, peak, 1) >= wide.flops / peak
