@@ -6,7 +6,6 @@ them differentiable.
 """
 
 from functools import lru_cache
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -53,12 +52,12 @@ def _input_product(input, weight, bias):
     if work <= ONEDNN_LEAST and work <= LARGE * input.shape[-1]:
         return linear(input, weight, bias)
     rows = input.reshape(-1, input.shape[-1])
-    if work > ONEDNN_LEAST and _by_onednn(rows):
-        return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "").view(*input.shape[:-1], -1)
-    out = _large_empty(rows, len(weight))
+    out = _by_onednn(rows, weight, bias)
     if out is None:
-        return linear(input, weight, bias)
-    out = torch.mm(rows, weight.t(), out=out) if bias is None else torch.addmm(bias, rows, weight.t(), out=out)
+        out = _large_empty(rows, len(weight))
+        if out is None:
+            return linear(input, weight, bias)
+        out = torch.mm(rows, weight.t(), out=out) if bias is None else torch.addmm(bias, rows, weight.t(), out=out)
     return out.view(*input.shape[:-1], -1)
 
 
@@ -73,7 +72,8 @@ def _mkl_is_slow() -> bool:
     if torch.backends.cpu.get_cpu_capability() != "AVX512" or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False
     try:
-        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
+        with open("/proc/cpuinfo") as about:
+            return "AuthenticAMD" in about.read(1024)  # of the first core: there may be hundreds
     except OSError:
         return False
 
@@ -81,10 +81,15 @@ def _mkl_is_slow() -> bool:
 MKL_IS_SLOW = _mkl_is_slow()
 
 
-def _by_onednn(rows):
-    """Whether oneDNN takes a product of plain rows, of more than ONEDNN_LEAST multiply-adds."""
-    return (rows.dtype == torch.float32 and rows.is_cpu and MKL_IS_SLOW and torch.backends.mkldnn.enabled
-            and not _are_functorch_transforms_active() and not _len_torch_dispatch_stack())  # fmt: skip
+def _by_onednn(rows, weight, bias=None):
+    """rows weight^T + bias, by oneDNN; None where that is no gain, or where they are not plain."""
+    if not MKL_IS_SLOW or type(rows) is not torch.Tensor or is_compiling() or rows.numel() * len(weight) <= ONEDNN_LEAST:
+        return None
+    if rows.dtype != torch.float32 or not rows.is_cpu or not torch.backends.mkldnn.enabled:
+        return None
+    if _are_functorch_transforms_active() or _len_torch_dispatch_stack() or len(rows) <= LONG and not weight.is_contiguous():
+        return None
+    return torch.ops.mkldnn._linear_pointwise(rows, weight.contiguous(), bias, "none", [], "")
 
 
 LARGE = 1 << 20  # numbers of a result for which large pages are worth asking for; csrc/pages.h has the limit in bytes
@@ -357,11 +362,10 @@ def _grad_input(grad_pre, weights, shape, batch_first):
     for d, (w_ih, *_) in enumerate(weights):
         gates = w_ih.shape[0]
         grad_gates = grad_pre if gates == grad_pre.shape[1] else grad_pre[:, d * width : d * width + gates]
-        plain = type(grad_gates) is torch.Tensor and not is_compiling()
-        if d == 0 and plain and len(grad_gates) > LONG and grad_gates.numel() * w_ih.shape[1] > ONEDNN_LEAST and _by_onednn(grad_gates):
-            grad_input = torch.ops.mkldnn._linear_pointwise(grad_gates, w_ih.t().contiguous(), None, "none", [], "")
-        elif d == 0:
-            grad_input = torch.mm(grad_gates, w_ih, out=_large_empty(grad_gates, w_ih.shape[1]))
+        if d == 0:
+            grad_input = _by_onednn(grad_gates, w_ih.t())
+            if grad_input is None:
+                grad_input = torch.mm(grad_gates, w_ih, out=_large_empty(grad_gates, w_ih.shape[1]))
         else:
             torch.addmm(grad_input, grad_gates, w_ih, out=grad_input)  # and not addmm_, which a FlopCounterMode does not see
     grad_input = grad_input.view(*shape)  # in half the time of view(shape)

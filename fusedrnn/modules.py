@@ -308,7 +308,47 @@ class FusedLayer(RNNBase):
         self._flat_weight_refs = []
 
 
-class RNN(FusedLayer):
+class OfOneState(FusedLayer):
+    """What the layers share whose only state is h. Not for direct use."""
+
+    @overload
+    def forward(self, input: Sequence, hx: Tensor | None = None, *, lengths: Tensor | None = None,
+                reset: Tensor | None = None, return_states: Literal[False] = False) -> tuple[Sequence, Tensor]: ...
+
+    @overload
+    def forward(self, input: Tensor, hx: Tensor | None = None, *, lengths: Tensor | None = None,
+                reset: Tensor | None = None, return_states: Literal[True]) -> tuple[Tensor, Tensor, EveryState]: ...
+
+    def forward(self, input: Any, hx: Tensor | None = None, *, lengths: Tensor | None = None, reset: Tensor | None = None,
+                return_states: bool = False) -> Any:
+        """Run all layers over a sequence.
+
+        Args:
+            input: `(T, B, I)`, `(B, T, I)` if batch_first, `(T, I)` unbatched, or a PackedSequence.
+            hx: initial states `(L*D, B, H)`, unbatched `(L*D, H)`, or None for zeros.
+            lengths: (B,) integers from 0 to T, the steps that each sequence of a padded input has, in any order; None: all
+                have T. Behind its end the output is zero, and its last states are those of its own last step. The input's
+                product is taken of all T*B rows: if most are padding, a PackedSequence is faster. On a CUDA device nobody waits
+                for their values, and more than T count as T.
+            reset: bool, shaped as the input without its features: True where a sequence of its own begins within the row, from
+                states of zeros, such as an episode's first step. The reverse direction ends its sequences there.
+            return_states: return a third result, for inputs that are no PackedSequence.
+
+        Returns:
+            the output, `(T, B, D*H)` or as the input is laid out, and the last states hy, shaped as hx; if return_states also the
+            states after every step, a tuple of one for each layer, each laid out as the output.
+
+        Raises:
+            RuntimeError, ValueError: where torch's layer raises them, in its words, if there is one; TypeError, ValueError,
+                RuntimeError: arguments that do not fit, or that the engine has no kernel for.
+        """
+        return self._call(input, hx, lengths, reset, return_states)
+
+    if TYPE_CHECKING:  # torch.nn.Module's own takes anything and gives Any
+        __call__ = forward
+
+
+class RNN(OfOneState):
     """Elman's recurrent network, tanh or ReLU: torch.nn.RNN on the fused engine.
 
         h_t = tanh(W_ih x_t + b_ih + W_hh h_(t-1) + b_hh),  x_t: the input, or what the layer below gives at t
@@ -364,42 +404,6 @@ class RNN(FusedLayer):
             raise ValueError(f"Unknown nonlinearity '{self.nonlinearity}'. Select from 'tanh' or 'relu'.")
         self._take_options(kwargs)
         super().__init__(f"RNN_{self.nonlinearity.upper()}", *args, **kwargs)
-
-    @overload
-    def forward(self, input: Sequence, hx: Tensor | None = None, *, lengths: Tensor | None = None,
-                reset: Tensor | None = None, return_states: Literal[False] = False) -> tuple[Sequence, Tensor]: ...
-
-    @overload
-    def forward(self, input: Tensor, hx: Tensor | None = None, *, lengths: Tensor | None = None,
-                reset: Tensor | None = None, return_states: Literal[True]) -> tuple[Tensor, Tensor, EveryState]: ...
-
-    def forward(self, input: Any, hx: Tensor | None = None, *, lengths: Tensor | None = None, reset: Tensor | None = None,
-                return_states: bool = False) -> Any:
-        """Run all layers over a sequence.
-
-        Args:
-            input: `(T, B, I)`, `(B, T, I)` if batch_first, `(T, I)` unbatched, or a PackedSequence.
-            hx: initial states `(L*D, B, H)`, unbatched `(L*D, H)`, or None for zeros.
-            lengths: (B,) integers from 0 to T, the steps that each sequence of a padded input has, in any order; None: all
-                have T. Behind its end the output is zero, and its last states are those of its own last step. The input's
-                product is taken of all T*B rows: if most are padding, a PackedSequence is faster. On a CUDA device nobody waits
-                for their values, and more than T count as T.
-            reset: bool, shaped as the input without its features: True where a sequence of its own begins within the row, from
-                states of zeros, such as an episode's first step. The reverse direction ends its sequences there.
-            return_states: return a third result, for inputs that are no PackedSequence.
-
-        Returns:
-            the output, `(T, B, D*H)` or as the input is laid out, and the last states hy, shaped as hx; if return_states also the
-            states after every step, a tuple of one for each layer, each laid out as the output.
-
-        Raises:
-            RuntimeError, ValueError: where torch.nn.RNN raises them, in its words; TypeError, ValueError, RuntimeError: lengths,
-                or reset, that do not fit.
-        """
-        return self._call(input, hx, lengths, reset, return_states)
-
-    if TYPE_CHECKING:  # torch.nn.Module's own takes anything and gives Any
-        __call__ = forward
 
 
 class LSTM(FusedLayer):
@@ -534,7 +538,7 @@ class LSTM(FusedLayer):
     permute_hidden = torch.nn.LSTM.permute_hidden  # type: ignore[assignment]
 
 
-class GRU(FusedLayer):
+class GRU(OfOneState):
     """Gated recurrent unit: torch.nn.GRU on the fused engine.
 
         r, z = sigmoid(W_ih x_t + b_ih + W_hh h_(t-1) + b_hh), each its own rows
@@ -591,32 +595,6 @@ class GRU(FusedLayer):
         if self.gate_activation == "sigmoid" and self.activation == "tanh":
             return "gru"
         return Choice(self.gate_activation, self.activation).of("gru_general")
-
-    @overload
-    def forward(self, input: Sequence, hx: Tensor | None = None, *, lengths: Tensor | None = None,
-                reset: Tensor | None = None, return_states: Literal[False] = False) -> tuple[Sequence, Tensor]: ...
-
-    @overload
-    def forward(self, input: Tensor, hx: Tensor | None = None, *, lengths: Tensor | None = None,
-                reset: Tensor | None = None, return_states: Literal[True]) -> tuple[Tensor, Tensor, EveryState]: ...
-
-    def forward(self, input: Any, hx: Tensor | None = None, *, lengths: Tensor | None = None, reset: Tensor | None = None,
-                return_states: bool = False) -> Any:
-        """Run all layers over a sequence.
-
-        Args:
-            input, hx, lengths, reset, return_states: as in `RNN.forward`.
-
-        Returns:
-            output, hy and the states, as there.
-
-        Raises:
-            RuntimeError, ValueError, TypeError: as there.
-        """
-        return self._call(input, hx, lengths, reset, return_states)
-
-    if TYPE_CHECKING:
-        __call__ = forward
 
 
 def set_forget_bias(module: FusedLayer, value: float | None) -> None:

@@ -11,14 +11,14 @@ from torch import Tensor
 from torch.types import Device
 
 from . import shared
-from .modules import EveryState, FusedLayer, Sequence, ValueFunction, set_forget_bias
+from .modules import EveryState, FusedLayer, OfOneState, Sequence, ValueFunction, set_forget_bias
 from .reference import VALUE_FUNCTIONS, Choice
 
 Four = tuple[Tensor, Tensor, Tensor, Tensor]
 StatesOfFour = tuple[EveryState, EveryState, EveryState, EveryState]
 
 
-class IndRNN(FusedLayer):
+class IndRNN(OfOneState):
     """Independently recurrent network: each unit remembers itself alone, by a weight of its own.
 
         h_t = f(W_ih x_t + b_ih + b_hh + u h_(t-1)),  u: a number for each unit, the parameter weight_hh
@@ -88,32 +88,6 @@ class IndRNN(FusedLayer):
             words for `repr`.
         """
         return super().extra_repr() + (f", nonlinearity={self.nonlinearity!r}" if self.nonlinearity != "relu" else "")
-
-    @overload
-    def forward(self, input: Sequence, hx: Tensor | None = None, *, lengths: Tensor | None = None,
-                reset: Tensor | None = None, return_states: Literal[False] = False) -> tuple[Sequence, Tensor]: ...
-
-    @overload
-    def forward(self, input: Tensor, hx: Tensor | None = None, *, lengths: Tensor | None = None,
-                reset: Tensor | None = None, return_states: Literal[True]) -> tuple[Tensor, Tensor, EveryState]: ...
-
-    def forward(self, input: Any, hx: Tensor | None = None, *, lengths: Tensor | None = None, reset: Tensor | None = None,
-                return_states: bool = False) -> Any:
-        """Run all layers over a sequence.
-
-        Args:
-            input, hx, lengths, reset, return_states: as in `RNN.forward`.
-
-        Returns:
-            output, hy and the states, as there.
-
-        Raises:
-            RuntimeError, ValueError, TypeError: arguments that do not fit, or that the engine has no kernel for.
-        """
-        return self._call(input, hx, lengths, reset, return_states)
-
-    if TYPE_CHECKING:
-        __call__ = forward
 
 
 class SLSTM(FusedLayer):
