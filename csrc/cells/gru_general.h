@@ -2,17 +2,13 @@
 //   r = f(r), z = f(z),   n = a(n_x + r n_h),   h' = n + z (h - n).
 // Source: as gru.h; the functions are those that Keras and ONNX let one choose.
 #pragma once
-#include "cell.h"
+#include "gru.h"
 
 namespace fusedrnn {
 
-struct GeneralGruCell : PlainCell {
+struct GeneralGruCell : GruCell {  // gates, pre-activations and what is saved are the same
   static constexpr const char* kName = "gru_general";
-  enum Pre { R, Z, NX, NH };
-  static constexpr int kGates = 3, kPre = 4, kStates = 1, kSaved = 4;
   static constexpr bool kChooses = true;
-  FUSEDRNN_CELL static constexpr int x_pre(int gate) { return gate; }
-  FUSEDRNN_CELL static constexpr int h_pre(int gate) { return gate == 2 ? NH : gate; }
 
   template <class T>
   FUSEDRNN_CELL static void forward(const Given<T, 0>& given, const T (&pre)[4], const T (&state)[1], T (&new_state)[1],
