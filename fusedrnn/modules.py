@@ -311,6 +311,12 @@ class FusedLayer(RNNBase):
 class OfOneState(FusedLayer):
     """What the layers share whose only state is h. Not for direct use."""
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Give the class a forward that goes by its name, as Python's TypeErrors tell it to the caller."""
+        super().__init_subclass__(**kwargs)
+        if "forward" not in vars(cls):
+            cls.forward = shared.renamed(cls.forward, f"{cls.__qualname__}.forward")  # type: ignore[method-assign,arg-type]
+
     @overload
     def forward(self, input: Sequence, hx: Tensor | None = None, *, lengths: Tensor | None = None,
                 reset: Tensor | None = None, return_states: Literal[False] = False) -> tuple[Sequence, Tensor]: ...

@@ -6,8 +6,10 @@ runs on our module, and that a change of class turns one into the other.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
+from types import FunctionType
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from torch import Tensor, nn
@@ -40,6 +42,24 @@ def signature_of(declared: Callable[P, R]) -> Callable[[Callable[..., Any]], Cal
         return function
 
     return show
+
+
+def renamed(function: FunctionType, name: str) -> Any:
+    """A function that does the same and goes by another name.
+
+    Args:
+        function: a plain function.
+        name: what `__qualname__` is to be.
+
+    Returns:
+        the other one.
+    """
+    same = FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
+    same.__kwdefaults__ = function.__kwdefaults__
+    functools.update_wrapper(same, function)
+    del same.__dict__["__wrapped__"]  # it wraps nothing
+    same.__qualname__ = name
+    return same
 
 
 def weights_by_name(module: nn.Module, names: Sequence[str]) -> list[Tensor | None]:
