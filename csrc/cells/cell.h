@@ -18,8 +18,21 @@
 //   kChooses     whether a call chooses among functions (Choice)
 //   kMultiplies  whether there is a weight_hh that multiplies the hidden state
 //   kNormaliser  the state that others are divided by, and that is never negative, if not 0
+//   kNorms       what of a step is normalised over the units: nothing (0), the products (1), or also state 1 on its way out (2)
+//   kLate        how many gates, the last ones, are multiplied with what the cell's `middle` makes instead of h (0 or 1)
 // A cell with one of the first two takes `given`, which has both, as the first argument of forward and backward, and leaves the
 // gradients of its own numbers behind those of the pre-activations.
+//
+// Normalised (kNorms): an engine takes the mean and the variance of a row and hands them on in `given`. Forward sees the products and
+// normalises them; backward leaves, in the places of h_pre, the gradients of the normalised ones, which the engine takes further.
+// What is normalised on its way out has a function of its own besides,
+//   out_backward (given, saved, new_state, grad_new_state) -> the gradient of the normalised state 1
+// from which the engine makes that of the state and adds it to grad_new_state[1] before it calls backward.
+//
+// Late (kLate): two more functions,
+//   middle        (given, pre, state) -> what the late gate multiplies; of pre only what belongs to the other gates is there
+//   late_backward (given, saved, state, grad_new_state) -> the gradient of the late gate's pre-activation
+// and given.middle is, in backward, the gradient of what `middle` made.
 #pragma once
 #include <cmath>
 
@@ -35,7 +48,7 @@ namespace fusedrnn {
 FUSEDRNN_CELL constexpr int slots(int count) { return count > 0 ? count : 1; }
 
 struct PlainCell {
-  static constexpr int kUnit = 0, kNormaliser = 0;
+  static constexpr int kUnit = 0, kNormaliser = 0, kNorms = 0, kLate = 0;
   static constexpr bool kChooses = false, kMultiplies = true;
 };
 
@@ -49,10 +62,24 @@ struct Choice {
   double clip = 0;
 };
 
+// Layer normalisation, Ba, Kiros and Hinton, arXiv:1607.06450 (2016): what brings the numbers of a row to mean 0 and variance 1.
+constexpr double kNormEpsilon = 1e-5;  // added to the variance, as torch.nn.LayerNorm does
+template <class T>
+struct Norm {
+  T mean, scale;
+  FUSEDRNN_CELL T of(const T& x) const { return (x - mean) * scale; }
+  // The gradient of x from that of y = of(x). Over the row, the means of the gradients, and of each times its y.
+  FUSEDRNN_CELL T grad(const T& grad_y, const T& y, const T& mean_grad, const T& mean_grad_y) const {
+    return scale * (grad_y - mean_grad - y * mean_grad_y);
+  }
+};
+
 template <class T, int kUnit>
 struct Given {
   Choice choice;
   T unit[kUnit > 0 ? kUnit : 1];
+  Norm<T> products, inner;  // of kNorms: of the row's products, and of its state 1
+  T mask, middle;           // of kLate: what h is multiplied by where a product takes it; see above
 };
 
 // How many gradients a cell's backward gives for a unit: of pre-activations, then of its own numbers.
@@ -61,7 +88,7 @@ constexpr int kGrads = Cell::kPre + Cell::kUnit;
 
 // Whether a cell asks of an engine no more than torch's cells do.
 template <class Cell>
-constexpr bool is_of_torch = Cell::kUnit == 0 && !Cell::kChooses && Cell::kMultiplies && Cell::kStates <= 2;
+constexpr bool is_of_torch = Cell::kUnit == 0 && !Cell::kChooses && Cell::kMultiplies && Cell::kStates <= 2 && Cell::kNorms == 0;
 
 // Whether its hidden state may be projected.
 template <class Cell>

@@ -2,9 +2,12 @@
 #pragma once
 #include "gru.h"
 #include "gru_general.h"
+#include "gru_norm.h"
+#include "gru_reset_before.h"
 #include "indrnn.h"
 #include "lstm.h"
 #include "lstm_general.h"
+#include "lstm_norm.h"
 #include "rnn.h"
 #include "slstm.h"
 
@@ -22,6 +25,9 @@ inline void for_each_cell(Fn&& fn) {
   fn(6, GeneralGruCell{});
   fn(7, IndRnnCell{});
   fn(8, SlstmCell{});
+  fn(9, NormLstmCell{});
+  fn(10, NormGruCell{});
+  fn(11, ResetBeforeGruCell{});
 }
 
 }  // namespace fusedrnn

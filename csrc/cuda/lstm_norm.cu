@@ -1,0 +1,3 @@
+#include "engine.cuh"
+
+template const fusedrnn::CudaEngine& fusedrnn::cuda_engine<fusedrnn::NormLstmCell>();
