@@ -30,9 +30,10 @@ py::dict traits_of() {
   }
   using namespace py::literals;
   const int gates = Cell::kGates, pre = Cell::kPre, states = Cell::kStates, saved = Cell::kSaved, unit = Cell::kUnit;
+  const int norms = Cell::kNorms, late = Cell::kLate;
   const bool chooses = Cell::kChooses, multiplies = Cell::kMultiplies;
   return py::dict("gates"_a = gates, "pre"_a = pre, "states"_a = states, "saved"_a = saved, "unit"_a = unit,
-                  "chooses"_a = chooses, "multiplies"_a = multiplies, "x_pre"_a = x_pre, "h_pre"_a = h_pre);
+                  "norms"_a = norms, "late"_a = late, "chooses"_a = chooses, "multiplies"_a = multiplies, "x_pre"_a = x_pre, "h_pre"_a = h_pre);
 }
 
 py::dict cell_traits() {
@@ -95,7 +96,7 @@ std::string cpu_isa() { return fusedrnn::isa_name(fusedrnn::selected_isa()); }
 
 PYBIND11_MODULE(_C, m) {
   m.def("build_record", &build_record, "dict: version, compiler, flags, torch and instruction sets of this build");
-  m.def("cell_traits", &cell_traits, "{cell: {gates, pre, states, saved, unit, chooses, multiplies, x_pre: [gates], h_pre: [gates]}}");
+  m.def("cell_traits", &cell_traits, "{cell: {gates, pre, states, saved, unit, norms, late, chooses, multiplies, x_pre: [gates], h_pre: [gates]}}");
   m.def("cpu_isas", &cpu_isas, "instruction sets that were built and that this processor has, the best last");
   m.def("cuda_plan", &cuda_plan, py::arg("cell"), py::arg("dtype"), py::kw_only(), py::arg("T"), py::arg("B"), py::arg("H"), py::arg("P"),
         py::arg("D"), py::arg("multiprocessors"), py::arg("shared_bytes"), py::arg("major") = 9, py::arg("tf32") = false, py::arg("kernel") = "",

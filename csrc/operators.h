@@ -34,6 +34,7 @@ namespace fusedrnn {
 // cell: its name, and behind a colon what is chosen of one that has a choice, such as "lstm_general:hard_sigmoid,tanh,relu,3.5": the
 // functions of gates, candidate and output, and the limit of the inner state, 0 for none. weight_hr: (P, H) of projections; or of a
 // cell whose units have numbers of their own these, (kUnit, H), null for zeros; where the cell has no product they are weight_hh.
+// A cell that normalises its products takes no bias_hh, and gates_x as they are added to what it has normalised.
 // save: 0, or 1 to have the states, and 2 to have what recurrence_backward needs besides; what is not wanted is empty. cx and cy are
 // (D, B, H), (S - 1, D, B, H) of a cell of more than two states, and empty of one with one. grad_weights holds, for each
 // direction, the gradients of weight_ih, weight_hh, bias_ih, bias_hh and weight_hr. What is not needed is empty. allow_tf32:
@@ -58,7 +59,7 @@ using MaybeTensors = std::optional<Tensors>;
 using Sizes = std::vector<int64_t>;
 
 struct CellTraits {
-  int id = -1, gates = 0, pre = 0, states = 0, saved = 0, unit = 0;
+  int id = -1, gates = 0, pre = 0, states = 0, saved = 0, unit = 0, norms = 0, late = 0;
   bool chooses = false, multiplies = true;
   Choice choice;
   int grads() const { return pre + unit; }
@@ -97,7 +98,8 @@ inline CellTraits find_cell(const char* op, const std::string& text) {
   for_each_cell([&](int id, auto cell) {
     using Cell = decltype(cell);
     if (name == Cell::kName)
-      traits = {id, Cell::kGates, Cell::kPre, Cell::kStates, Cell::kSaved, Cell::kUnit, Cell::kChooses, Cell::kMultiplies, {}};
+      traits = {id,           Cell::kGates, Cell::kPre,      Cell::kStates,     Cell::kSaved, Cell::kUnit,
+                Cell::kNorms, Cell::kLate,  Cell::kChooses, Cell::kMultiplies, {}};
   });
   STD_TORCH_CHECK(traits.id >= 0, op, ": cell must be one of ", cell_names(), ", got '", name, "'");
   if (colon == std::string::npos) return traits;
@@ -386,7 +388,7 @@ struct Needs {
 // The tensors that the gradients of the weights are made of.
 struct GradSources {
   const MaybeTensor &input, &grad_proj;
-  const Tensor &states, &grad_pre;
+  const Tensor &saved, &states, &grad_pre;
 };
 
 template <class Engine>
@@ -400,6 +402,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> recurrence_forward(
   STD_TORCH_CHECK(int64_t(gates_x.size()) == D, call.op, ": gates_x must hold ", D, " tensors, got ", gates_x.size());
   STD_TORCH_CHECK(bias_hh.empty() || int64_t(bias_hh.size()) == D, call.op, ": bias_hh must hold ", D,
                   " tensors or none, got ", bias_hh.size());
+  STD_TORCH_CHECK(bias_hh.empty() || !call.cell.norms, call.op, ": bias_hh must hold none with the cell ", cell,
+                  ", which normalises its products, got ", bias_hh.size());
   STD_TORCH_CHECK(save >= 0 && save <= 2, call.op, ": save must be 0, 1 or 2, got ", save);
   call.set_steps("gates_x", gates_x[0], ragged, hx, Engine::kLengthsOnHost);
 
@@ -447,6 +451,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> recurrence_backward(
   STD_TORCH_CHECK(call.cell.states > 1 || (!grad_cy && !need_grad_cx && !grad_states), call.op,
                   ": grad_cy, grad_states and need_grad_cx are for cells of more than one state, such as the lstm");
   STD_TORCH_CHECK(!weight_hr.empty() || !need_grad_weight_hr, call.op, ": need_grad_weight_hr needs weight_hr");
+  STD_TORCH_CHECK(!call.cell.norms || !need_grad_bias, call.op, ": no need_grad_bias with the cell ", cell, ", which takes no biases");
   STD_TORCH_CHECK(input || !need_grad_weight_ih, call.op, ": need_grad_weight_ih needs the input");
 
   GradWeightsParams w{};
@@ -463,6 +468,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> recurrence_backward(
   }
   w.output = call.data("output", output, call.sequence_sizes({D * P}));
   w.states = call.data("states", states, call.sequence_sizes({D, call.stored(), H}));
+  if (call.cell.late) w.saved = call.data("saved", saved, call.sequence_sizes({D, call.cell.saved, H}));
 
   const Tensor& like = call.first;
   const Needs needs{need_grad_hx, need_grad_cx, need_grad_weight_ih, need_grad_weight_hh, need_grad_bias, need_grad_weight_hr};
@@ -496,7 +502,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> recurrence_backward(
   }
 
   w.grad_pre = grad_pre.data_ptr();
-  return {grad_pre, grad_hx, grad_cx, engine.grad_weights(w, needs, {input, grad_proj, states, grad_pre})};
+  return {grad_pre, grad_hx, grad_cx, engine.grad_weights(w, needs, {input, grad_proj, saved, states, grad_pre})};
 }
 
 }  // namespace fusedrnn

@@ -116,6 +116,7 @@ struct GradWeightsParams : LayerParams {
   int64_t input_step, input_row;             // elements from step to step (padded), from row to row
   const void* output;                        // as forward wrote them
   const void* states;
+  const void* saved;                         // of a cell with a late gate
   const void* grad_pre;                      // as backward wrote them
   const void* grad_proj;
   void* grad_weight_ih[kMaxDirections];      // (G*H, I)
