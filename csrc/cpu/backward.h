@@ -1,8 +1,9 @@
 // The backward pass of a layer: the steps in the opposite order. At each, the thread that owns a block of units sums the
 // gradient of their states (the product of the later step's gate gradients and weight_hh) and takes them through the
-// cell, so that one barrier a step is enough.
+// cell, so that one barrier a step is enough. With projections, a late gate or normalised products there are two.
 #pragma once
 #include "../params.h"
+#include "norm.h"
 #include "weights.h"
 
 namespace fusedrnn {
@@ -13,39 +14,42 @@ struct BackwardPass {
   using V = Vec<F>;
   using Weights = ColumnWeights<F, S>;
   static constexpr int kLanes = V::kLanes, kUnits = Weights::kUnits, kWidth = Weights::kWidth;
-  static constexpr int kInner = Cell::kStates - 1;
+  static constexpr int kInner = Cell::kStates - 1, kFirst = Cell::kGates - Cell::kLate;
 
   const BackwardParams& p;
   const bool projected;
   const int64_t pre_row, h_row, unit_row;
   Crew crew;
-  Weights recurrent[kMaxDirections];   // weight_hh (G*H, P)
-  Weights projection[kMaxDirections];  // weight_hr (P, H)
-  F* dpre[2];                    // (D, B, pre_row) gradients of the recurrent halves of the gates, by turns
+  Weights recurrent[kMaxDirections];  // weight_hh (kFirst*H, P)
+  Weights second[kMaxDirections];     // weight_hr (P, H), or weight_hh (H, P) of a late gate
+  F* dpre[2];                    // (D, B, pre_row) gradients of the recurrent halves of the first gates, by turns
   F* dh;                         // (D, B, h_row) gradient of h that does not come through weight_hh
   F* dinner[slots(kInner)];      // (D, B, unit_row)
-  F* dprojected;                 // (D, B, h_row) whole gradient of the projected state
+  F* dtotal;                     // (D, B, h_row) whole gradient of h, where the cells wait for that of all units
+  F* dlate;                      // (D, B, h_row) gradient of a late gate
   F* sums;                       // (threads, kSumRows, kWidth)
 
   BackwardPass(const BackwardParams& p, Arena& arena)
-      : p(p), projected(can_project<Cell> && p.weight_hr[0]), pre_row(padded_row<F>(Cell::kGates * p.H, kLanes)),
+      : p(p), projected(can_project<Cell> && p.weight_hr[0]), pre_row(padded_row<F>(kFirst * p.H, kLanes)),
         h_row(padded_row<F>(p.P, kUnits)), unit_row(padded_row<F>(p.H, kUnits)), crew(arena, p.threads) {
     // One product in the whole call: a step needs none, but the gradient of hx does. Packing then goes through a scratch.
     const bool packs = Cell::kMultiplies && p.steps.T > 1;
-    const int64_t depth = Cell::kGates * p.H;
+    const int64_t depth = kFirst * p.H;
     F* scratch = arena.take<F>(packs ? 0 : p.threads * (depth > p.P ? depth : p.P) * kWidth);
     for (int64_t d = 0; d < p.D; ++d) {
       recurrent[d] = {static_cast<const S*>(p.weight_hh[d]), p.P, depth, nullptr, scratch};
-      projection[d] = {static_cast<const S*>(p.weight_hr[d]), projected ? p.H : 0, p.P, nullptr, scratch};
+      second[d] = {static_cast<const S*>(p.weight_hr[d]), projected ? p.H : 0, p.P, nullptr, scratch};
+      if (Cell::kLate) second[d] = {static_cast<const S*>(p.weight_hh[d]) + depth * p.P, p.P, p.H, nullptr, scratch};
       if (!packs) continue;
       recurrent[d].panels = arena.take<F>(recurrent[d].blocks() * recurrent[d].block_size());
-      projection[d].panels = arena.take<F>(projection[d].blocks() * projection[d].block_size());
+      second[d].panels = arena.take<F>(second[d].blocks() * second[d].block_size());
     }
     dpre[0] = arena.take<F>(p.D * p.steps.B * pre_row);
     dpre[1] = arena.take<F>(p.D * p.steps.B * pre_row);
     dh = arena.take<F>(p.D * p.steps.B * h_row);
     for (int k = 0; k < kInner; ++k) dinner[k] = arena.take<F>(p.D * p.steps.B * unit_row);
-    dprojected = arena.take<F>(projected ? p.D * p.steps.B * h_row : 0);
+    dtotal = arena.take<F>(projected || Cell::kLate || Cell::kNorms ? p.D * p.steps.B * h_row : 0);
+    dlate = arena.take<F>(Cell::kLate ? p.D * p.steps.B * h_row : 0);
     sums = arena.take<F>(p.threads * kSumRows * kWidth);
   }
 
@@ -74,7 +78,7 @@ struct BackwardPass {
       for (int k = 0; k < kInner; ++k)
         load_row(dinner[k] + row * unit_row, unit_row, static_cast<const S*>(p.grad_cy), k * p.D * p.steps.B + given, p.H);
     }
-    for (const Weights* weights : {&recurrent[d], &projection[d]}) {
+    for (const Weights* weights : {&recurrent[d], &second[d]}) {
       const Range blocks = share(weights->panels ? weights->blocks() : 0, direction.members, place);
       for (int64_t block = blocks.begin; block < blocks.end; ++block) weights->pack(block);
     }
@@ -89,12 +93,12 @@ struct BackwardPass {
     const BackwardParams& p = pass.p;
     const int64_t d = rows.direction;
     F* const sums = pass.sums + thread * kSumRows * kWidth;
-    const Weights recurrent = own(pass.recurrent[d]), projection = own(pass.projection[d]);
+    const Weights recurrent = own(pass.recurrent[d]), second = own(pass.second[d]);
     const Range columns = share(recurrent.blocks(), barrier.members, member);  // of the hidden state
-    const Range blocks = pass.projected ? share(projection.blocks(), barrier.members, member) : columns;  // of units
+    const Range blocks = pass.projected ? share(second.blocks(), barrier.members, member) : columns;  // of units
 
     Weights own(Weights weights) const {
-      weights.scratch += weights.panels ? 0 : thread * (Cell::kGates * p.H > p.P ? Cell::kGates * p.H : p.P) * kWidth;
+      weights.scratch += weights.panels ? 0 : thread * (pass.kFirst * p.H > p.P ? pass.kFirst * p.H : p.P) * kWidth;
       return weights;
     }
     int64_t state_row(int64_t r) const { return d * p.steps.B + rows.batch_row(r); }
@@ -119,17 +123,28 @@ struct BackwardPass {
                 visited, [&](int64_t r, int64_t u, int n, auto sum) __attribute__((always_inline)) {
                   if constexpr (can_project<Cell>)
                     if (pass.projected) return arrive(t, r, u, n, sum);
-                  cell(t, r, u, n, new_dh(t, r, u, n, sum), dpre_new);
+                  if constexpr (Cell::kNorms > 0) leave_total(r, u, new_dh(t, r, u, n, sum));
+                  else if constexpr (Cell::kLate) leave_late(t, r, u, n, new_dh(t, r, u, n, sum));
+                  else cell(t, r, u, n, new_dh(t, r, u, n, sum), dpre_new);
                 });
         });
-        if constexpr (can_project<Cell>) {
-          if (pass.projected) {
-            barrier.wait(member);  // for the gradient of the whole projected state
+        if constexpr (can_project<Cell> || Cell::kLate) {
+          if (pass.projected || Cell::kLate) {
+            barrier.wait(member);  // for the gradient of the whole projected state, or of all late gates
+            const F* gradients = Cell::kLate ? pass.dlate : pass.dtotal;
             for_groups(blocks, count, [&](const Range& group) {
-              visit(projection, group, p.H, pass.dprojected, row_stride * pass.h_row, pass.h_row, count, count, count,
-                    [&](int64_t r, int64_t u, int n, auto sum) __attribute__((always_inline)) { cell(t, r, u, n, sum, dpre_new); });
+              visit(second, group, p.H, gradients, row_stride * pass.h_row, pass.h_row, count, count, count,
+                    [&](int64_t r, int64_t u, int n, auto sum) __attribute__((always_inline)) {
+                      if constexpr (Cell::kLate) cell(t, r, u, n, total<decltype(sum)>(r, u), dpre_new, &sum);
+                      else cell(t, r, u, n, sum, dpre_new);
+                    });
             });
           }
+        }
+        if constexpr (Cell::kNorms > 0) {
+          barrier.wait(member);  // for the gradient of h of all units
+          const Range mine = share(count, barrier.members, member);
+          for (int64_t r = mine.begin; r < mine.end; ++r) normalised(t, r, dpre_new);
         }
         for (int64_t r = count; r < before; ++r) leave_inner(r);
         before = count;
@@ -206,18 +221,46 @@ struct BackwardPass {
       for (int i = 0; i < kRows; ++i) {
         const int64_t at = state_row(r + i) * pass.h_row + u;
         store(pass.dh + at, V(F(0)));
-        store(pass.dprojected + at, total.row[i]);
+        store(pass.dtotal + at, total.row[i]);
         store(static_cast<S*>(p.grad_proj) + output_at(t, r + i) + u, total.row[i], n);
       }
     }
 
-    // The cell backward of n units from u on, of kRows rows from r on at step t. new_dh: gradient of their new hidden state.
     template <int kRows>
-    FUSEDRNN_INLINE void cell(int64_t t, int64_t r, int64_t u, int n, Rows<F, kRows> new_dh, F* dpre_new) const {
-      using Value = Rows<F, kRows>;
-      Value saved[slots(Cell::kSaved)], state[Cell::kStates], new_state[Cell::kStates], grad_new[Cell::kStates];
-      Value grad_pre[kGrads<Cell>], grad_state[Cell::kStates];
+    FUSEDRNN_INLINE void leave_total(int64_t r, int64_t u, Rows<F, kRows> total) const {
+      for (int i = 0; i < kRows; ++i) store(pass.dtotal + state_row(r + i) * pass.h_row + u, total.row[i]);
+    }
+    template <class Value>
+    FUSEDRNN_INLINE Value total(int64_t r, int64_t u) const {
+      Value found;
+      for (int i = 0; i < int(sizeof found.row / sizeof(V)); ++i) found.row[i] = load(pass.dtotal + state_row(r + i) * pass.h_row + u);
+      return found;
+    }
+
+    // The gradient of h, and of the late gate, which the second product takes.
+    template <int kRows>
+    FUSEDRNN_INLINE void leave_late(int64_t t, int64_t r, int64_t u, int n, Rows<F, kRows> new_dh) const {
+      leave_total(r, u, new_dh);
+      Reads<kRows> of;
+      read(t, r, u, n, new_dh, of);
+      const Rows<F, kRows> late = Cell::late_backward(given<kRows>(r, u, n), of.saved, of.state, of.grad_new);
+      for (int i = 0; i < kRows; ++i) store(pass.dlate + state_row(r + i) * pass.h_row + u, late.row[i]);
+    }
+
+    // What the cell backward of some units begins with.
+    template <int kRows>
+    struct Reads {
+      Rows<F, kRows> saved[slots(Cell::kSaved)], state[Cell::kStates], new_state[Cell::kStates], grad_new[Cell::kStates];
+      Rows<F, kRows> past[Cell::kStates];  // the gradient of what stays as it was goes past the cell
       bool begins[kRows];
+    };
+    template <int kRows>
+    FUSEDRNN_INLINE void read(int64_t t, int64_t r, int64_t u, int n, Rows<F, kRows> new_dh, Reads<kRows>& of) const {
+      using Value = Rows<F, kRows>;
+      Value(&saved)[slots(Cell::kSaved)] = of.saved;
+      Value(&state)[Cell::kStates] = of.state, (&new_state)[Cell::kStates] = of.new_state;
+      Value(&grad_new)[Cell::kStates] = of.grad_new, (&past)[Cell::kStates] = of.past;
+      bool(&begins)[kRows] = of.begins;
       grad_new[0] = new_dh;
 #pragma GCC unroll 2
       for (int i = 0; i < kRows; ++i) {
@@ -248,7 +291,6 @@ struct BackwardPass {
         }
       }
 
-      Value past[Cell::kStates];  // the gradient of what stays as it was goes past the cell
       for (int k = 0; k < Cell::kStates; ++k) past[k] = Value(F(0));
       if (p.zoneout) {
         for (int k = 0; k < Cell::kStates; ++k) {
@@ -262,11 +304,47 @@ struct BackwardPass {
           grad_new[k] = rounded(grad_new[k] - past[k]);
         }
       }
+    }
 
-      cell_backward<Cell>(given_to<Cell, S, F, kRows>(p, d, u, n), saved, state, new_state, grad_new, grad_pre, grad_state);
+    template <int kRows>
+    FUSEDRNN_INLINE auto given(int64_t r, int64_t u, int n) const {
+      auto found = given_to<Cell, S, F, kRows>(p, d, u, n);
+      if constexpr (Cell::kLate)
+        for (int i = 0; i < kRows; ++i) found.mask.row[i] = p.hidden_mask ? hidden_mask(r + i, u, n) : V(F(1));
+      return found;
+    }
+
+    // Of a normalised row, what its cells need of all units, and what is gathered for that.
+    struct Row {
+      Norm<F> norms[2];             // of its products, and of its state 1
+      bool only_out;                // whether a cell is to do no more than gather what goes out of the normalised state
+      F mean = 0, products = 0;     // of that: see NormMeans
+      NormMeans<F> gathered{};
+    };
+
+    // The cell backward of n units from u on, of kRows rows from r on at step t. new_dh: gradient of their new hidden state; middle: of
+    // what the late gate multiplied.
+    template <int kRows>
+    FUSEDRNN_INLINE void cell(int64_t t, int64_t r, int64_t u, int n, Rows<F, kRows> new_dh, F* dpre_new,
+                              const Rows<F, kRows>* middle = nullptr, Row* of_row = nullptr) const {
+      using Value = Rows<F, kRows>;
+      Reads<kRows> of;
+      Value grad_pre[kGrads<Cell>], grad_state[Cell::kStates];
+      read(t, r, u, n, new_dh, of);
+      auto given = this->given<kRows>(r, u, n);
+      if constexpr (Cell::kLate) given.middle = *middle;
+      if constexpr (Cell::kNorms > 0) set_norms(given, of_row->norms);
+      if constexpr (Cell::kNorms == 2) {
+        const Value normed = given.inner.of(of.new_state[1]);
+        const Value grad = rounded(Cell::out_backward(given, of.saved, of.new_state, of.grad_new));
+        if (of_row->only_out) return of_row->gathered.add(grad.row[0], normed.row[0], n);
+        of.grad_new[1] = of.grad_new[1] + given.inner.grad(grad, normed, Value(of_row->mean), Value(of_row->products));
+      }
+
+      cell_backward<Cell>(given, of.saved, of.state, of.new_state, of.grad_new, grad_pre, grad_state);
 
       if (p.zoneout)
-        for (int k = 0; k < Cell::kStates; ++k) grad_state[k] = rounded(grad_state[k]) + past[k];
+        for (int k = 0; k < Cell::kStates; ++k) grad_state[k] = rounded(grad_state[k]) + of.past[k];
 #pragma GCC unroll 2
       for (int i = 0; i < kRows; ++i) {
         const int64_t b = rows.batch_row(r + i), state_row = d * p.steps.B + b, row = p.steps.row(t, b);
@@ -275,13 +353,55 @@ struct BackwardPass {
         for (int k = 0; k < kGrads<Cell>; ++k) store(grad_pre_row + k * p.H, grad_pre[k].row[i], n);
         F* dpre_row = dpre_new + state_row * pass.pre_row + u;
 #pragma GCC unroll 4
-        for (int g = 0; g < Cell::kGates; ++g)
-          store(dpre_row + g * p.H, begins[i] ? V(F(0)) : grad_pre[Cell::h_pre(g)].row[i], n);
-        if (!pass.projected) store(pass.dh + state_row * pass.h_row + u, begins[i] ? V(F(0)) : grad_state[0].row[i]);
+        for (int g = 0; g < pass.kFirst; ++g)  // of a normalised row, they are not done yet
+          store(dpre_row + g * p.H, of.begins[i] && !Cell::kNorms ? V(F(0)) : grad_pre[Cell::h_pre(g)].row[i], n);
+        for (int g = 0; g < Cell::kGates && Cell::kNorms; ++g)
+          of_row->gathered.add(grad_pre[Cell::h_pre(g)].row[i], given.products.of(of.saved[Cell::kSaved - Cell::kGates + g]).row[i], n);
+        if (!pass.projected) store(pass.dh + state_row * pass.h_row + u, of.begins[i] ? V(F(0)) : grad_state[0].row[i]);
 #pragma GCC unroll 4
         for (int k = 0; k < kInner; ++k)
-          store(pass.dinner[k] + state_row * pass.unit_row + u, begins[i] ? V(F(0)) : grad_state[k + 1].row[i]);
+          store(pass.dinner[k] + state_row * pass.unit_row + u, of.begins[i] ? V(F(0)) : grad_state[k + 1].row[i]);
       }
+    }
+
+    // The cells of a whole row.
+    void normalised(int64_t t, int64_t r, F* dpre_new) const {
+      const int64_t H = p.H, b = rows.batch_row(r), row = p.steps.row(t, b), states = d * p.stored * H;
+      const S* products = static_cast<const S*>(p.saved) + ((row * p.D + d + 1) * Cell::kSaved - Cell::kGates) * H;
+      auto norm_at = [&](const S* numbers, int64_t count) {
+        return norm_of<F>(count, [&](const auto& use) __attribute__((always_inline)) {
+          for (int64_t i = 0; i < count; i += kLanes) use(load(numbers + i, lanes_left<F>(i, count)), lanes_left<F>(i, count));
+        });
+      };
+      Row of_row{{norm_at(products, Cell::kGates * H)}, Cell::kNorms == 2};
+      auto cells = [&] {
+        of_row.gathered = {};
+        for (int64_t u = 0; u < H; u += kLanes)
+          cell<1>(t, r, u, lanes_left<F>(u, H), total<Rows<F, 1>>(r, u), dpre_new, nullptr, &of_row);
+      };
+      if constexpr (Cell::kNorms == 2) {
+        const int64_t made = p.zoneout ? kInner + 1 : 0;  // before some of it stayed as it was
+        of_row.norms[1] = norm_at(static_cast<const S*>(p.states) + row * p.D * p.stored * H + states + made * H, H);
+        cells();
+        of_row.mean = of_row.gathered.mean(H), of_row.products = of_row.gathered.mean_of_products(H);
+        of_row.only_out = false;
+      }
+      cells();
+
+      // Products of nothing with the weights were all zero, and are made so again: no number then is too large for its format.
+      const bool begins = p.steps.begins(t, b, d), from_nothing = begins || (!p.hx && p.steps.row_before(t, b, d) < 0);
+      const V mean(of_row.gathered.mean(Cell::kGates * H)), mean_of_products(of_row.gathered.mean_of_products(Cell::kGates * H));
+      const Norm<V> norm{V(of_row.norms[0].mean), V(of_row.norms[0].scale)};
+      S* grad_pre_row = static_cast<S*>(p.grad_pre) + (row * p.D + d) * kGrads<Cell> * H;
+      F* dpre_row = dpre_new + state_row(r) * pass.pre_row;
+      for (int g = 0; g < Cell::kGates; ++g)
+        for (int64_t u = 0; u < H; u += kLanes) {
+          const int n = lanes_left<F>(u, H);
+          const int64_t at = g * H + u;
+          const V grad = norm.grad(load(dpre_row + at, n), norm.of(load(products + at, n)), mean, mean_of_products);
+          store(dpre_row + at, begins ? V(F(0)) : grad, n);
+          store(grad_pre_row + Cell::h_pre(g) * H + u, from_nothing ? V(F(0)) : grad, n);
+        }
     }
 
     static FUSEDRNN_INLINE V initial(const void* states, int64_t width, int64_t u, int n, int64_t row) {

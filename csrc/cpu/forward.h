@@ -1,6 +1,9 @@
-// The forward pass of a layer: at every step, the recurrent product and the cell in one go, block of units by block.
+// The forward pass of a layer: at every step, the recurrent product and the cell in one go, block of units by block. Behind a
+// barrier come, of a cell with projections or a late gate, a second product, and of one that normalises its products, the cells, row
+// by row.
 #pragma once
 #include "../params.h"
+#include "norm.h"
 #include "weights.h"
 
 namespace fusedrnn {
@@ -10,10 +13,12 @@ template <class Cell, class F, class S>
 struct ForwardPass {
   using V = Vec<F>;
   static constexpr int kLanes = V::kLanes;
-  using Recurrent = RowWeights<F, S, Cell::kGates>;
-  using Projection = RowWeights<F, S, 1>;
+  static constexpr int kFirst = Cell::kGates - Cell::kLate;  // gates of the first product
+  using Recurrent = RowWeights<F, S, kFirst>;
+  using Second = RowWeights<F, S, 1>;
   static constexpr int kUnitVectors = Recurrent::kUnitVectors;
-  static constexpr int kWidest = Recurrent::kWidth > Projection::kWidth ? Recurrent::kWidth : Projection::kWidth;
+  static constexpr int kWidest = Recurrent::kWidth > Second::kWidth ? Recurrent::kWidth : Second::kWidth;
+  static constexpr bool kKeeps = Cell::kNorms || Cell::kLate;  // its sums wait for others, which are in other blocks
   static constexpr int kInner = Cell::kStates - 1;  // states that stay with their unit
   // A call of one step, or with so few rows of states altogether, takes dot products on the weights where they are: packing
   // costs about as much as a few steps at batch 1.
@@ -21,27 +26,30 @@ struct ForwardPass {
 
   const ForwardParams& p;
   const bool projected;
-  const int64_t h_row, unit_row;
+  const int64_t h_row, unit_row, kept_rows, sums_size;
   Crew crew;
   Recurrent recurrent[kMaxDirections];
-  Projection projection[kMaxDirections];
+  Second second[kMaxDirections];  // weight_hr, or weight_hh of a late gate
   F* bias[kMaxDirections];       // (blocks, kWidth) bias_hh in the order of the sums
   F* h[2];                       // (D, B, h_row) the hidden state before and after a step, by turns
   F* inner[slots(kInner)];       // (D, B, unit_row)
   F* unmasked;                   // (D, B, h_row) the hidden state, where h is multiplied by a mask
-  F* unprojected;                // (D, B, unit_row) state 0 before its projection
-  F* sums;                       // (threads, kSumRows, kWidest)
+  F* between;                    // (D, B, unit_row) what is multiplied second: state 0 before its projection, or the cell's middle
+  F* kept;                       // (D, blocks, kept_rows, kWidth) sums of a cell that keeps them, each team's rows side by side
+  F* sums;                       // (threads, sums_size)
 
   ForwardPass(const ForwardParams& p, Arena& arena)
       : p(p), projected(can_project<Cell> && p.weight_hr[0]), h_row(padded_row<F>(p.P, 2 * kLanes)),
-        unit_row(padded_row<F>(p.H, 2 * kLanes)), crew(arena, p.threads) {
+        unit_row(padded_row<F>(p.H, 2 * kLanes)), kept_rows(kKeeps ? p.steps.B + p.threads : 0),
+        sums_size(Cell::kNorms && unit_row > kSumRows * kWidest ? unit_row : kSumRows * kWidest), crew(arena, p.threads) {
     const bool packs = Cell::kMultiplies && p.steps.T > 1 && p.steps.row_count() > kFewRows;
     for (int64_t d = 0; d < p.D; ++d) {
       recurrent[d] = {static_cast<const S*>(p.weight_hh[d]), p.H, p.P, nullptr};
-      projection[d] = {static_cast<const S*>(p.weight_hr[d]), projected ? p.P : 0, p.H, nullptr};
+      second[d] = {static_cast<const S*>(p.weight_hr[d]), projected ? p.P : 0, p.H, nullptr};
+      if (Cell::kLate) second[d] = {static_cast<const S*>(p.weight_hh[d]) + kFirst * p.H * p.P, p.H, p.P, nullptr};
       if (packs) {
         recurrent[d].panels = arena.take<F>(recurrent[d].blocks() * recurrent[d].block_size());
-        projection[d].panels = arena.take<F>(projection[d].blocks() * projection[d].block_size());
+        second[d].panels = arena.take<F>(second[d].blocks() * second[d].block_size());
       }
       bias[d] = arena.take<F>(recurrent[d].blocks() * Recurrent::kWidth);
     }
@@ -49,8 +57,9 @@ struct ForwardPass {
     h[1] = arena.take<F>(p.D * p.steps.B * h_row);
     for (int k = 0; k < kInner; ++k) inner[k] = arena.take<F>(p.D * p.steps.B * unit_row);
     unmasked = arena.take<F>(p.hidden_mask ? p.D * p.steps.B * h_row : 0);
-    unprojected = arena.take<F>(projected ? p.D * p.steps.B * unit_row : 0);
-    sums = arena.take<F>(p.threads * kSumRows * kWidest);
+    between = arena.take<F>(projected || Cell::kLate ? p.D * p.steps.B * unit_row : 0);
+    kept = arena.take<F>(p.D * recurrent[0].blocks() * kept_rows * Recurrent::kWidth);
+    sums = arena.take<F>(p.threads * sums_size);
   }
 
   Division divide_among(int threads) const {
@@ -64,7 +73,7 @@ struct ForwardPass {
              [this](TeamRows rows, int thread, int member, Barrier team, int place, Barrier direction) {
                prepare(rows, member, team.members, place, direction);
                direction.wait(place);
-               Member{*this, rows, sums + thread * kSumRows * kWidest, member, team}.run();
+               Member{*this, rows, sums + thread * sums_size, member, team}.run();
              });
   }
 
@@ -84,12 +93,12 @@ struct ForwardPass {
           for (int64_t u = 0; u < p.P; u += kLanes)
             store(to + row * h_row + u, load(to + row * h_row + u) * hidden_mask(given, u, lanes_left<F>(u, p.P)));
       }
-      if (projected) load_row(unprojected + row * unit_row, unit_row, static_cast<const S*>(nullptr), given, p.H);
+      if (projected || Cell::kLate) load_row(between + row * unit_row, unit_row, static_cast<const S*>(nullptr), given, p.H);
     }
     const Range blocks = share(recurrent[d].blocks(), direction.members, place);
     for (int64_t block = blocks.begin; block < blocks.end; ++block) {
       if (recurrent[d].panels) recurrent[d].pack(block);
-      for (int g = 0; g < Cell::kGates; ++g)
+      for (int g = 0; g < kFirst; ++g)
         for (int v = 0; v < kUnitVectors; ++v) {
           const int64_t u = block * Recurrent::kUnits + v * kLanes;
           store(bias[d] + block * Recurrent::kWidth + (g * kUnitVectors + v) * kLanes,
@@ -97,9 +106,9 @@ struct ForwardPass {
                              : V(F(0)));
         }
     }
-    if (projection[d].panels) {
-      const Range columns = share(projection[d].blocks(), direction.members, place);
-      for (int64_t block = columns.begin; block < columns.end; ++block) projection[d].pack(block);
+    if (second[d].panels) {
+      const Range columns = share(second[d].blocks(), direction.members, place);
+      for (int64_t block = columns.begin; block < columns.end; ++block) second[d].pack(block);
     }
   }
 
@@ -118,7 +127,7 @@ struct ForwardPass {
     const ForwardParams& p = pass.p;
     const int64_t d = rows.direction;
     const Range blocks = share(pass.recurrent[d].blocks(), barrier.members, member);
-    const Range columns = share(pass.projection[d].blocks(), barrier.members, member);
+    const Range columns = share(pass.second[d].blocks(), barrier.members, member);  // of the second product
 
     int64_t state_row(int64_t r) const { return d * p.steps.B + rows.batch_row(r); }
 
@@ -131,13 +140,20 @@ struct ForwardPass {
         const F* h = pass.h[s & 1];
         F* h_new = pass.h[(s + 1) & 1];
         for_groups(blocks, count, [&](const Range& group) { step(group, t, count, s > 0 || p.hx, h, h_new); });
-        if constexpr (can_project<Cell>) {
-          if (pass.projected) {
-            barrier.wait(member);  // for the unprojected states of all units
-            for (int64_t block = columns.begin; block < columns.end; ++block) project(block, t, count, h_new);
+        if constexpr (can_project<Cell> || Cell::kLate) {
+          if (pass.projected || Cell::kLate) {
+            barrier.wait(member);  // for what all units have left between the products
+            for (int64_t block = columns.begin; block < columns.end; ++block) multiply_second(block, t, count, h, h_new);
           }
         }
-        for (int64_t r = staying; r < count; ++r) finish(r, h_new);  // rows for which this step was the last
+        Range last{staying, count};  // rows for which this step was the last
+        if constexpr (Cell::kNorms > 0) {
+          barrier.wait(member);  // for the sums of all units
+          const Range mine = share(count, barrier.members, member);
+          for (int64_t r = mine.begin; r < mine.end; ++r) normalise(t, r, h, h_new);
+          last = {staying > mine.begin ? staying : mine.begin, mine.end};
+        }
+        for (int64_t r = last.begin; r < last.end; ++r) finish(r, h_new);
         barrier.wait(member);  // for the new hidden states of all units; the old ones may then be overwritten
       }
     }
@@ -147,21 +163,26 @@ struct ForwardPass {
       const int64_t h_stride = rows.slices * pass.h_row;
       for (int64_t begin = 0; begin < count; begin += kSumRows) {
         const int64_t chunk = count - begin < kSumRows ? count - begin : kSumRows;
-        F* block_sums = sums;
-        for (int64_t block = group.begin; block < group.end; ++block, block_sums += chunk * kWidth) {
+        auto sums_of = [&](int64_t block) __attribute__((always_inline)) {
+          return pass.kKeeps ? kept(block, begin) : sums + (block - group.begin) * chunk * kWidth;
+        };
+        for (int64_t block = group.begin; block < group.end; ++block) {
           const F* bias = pass.bias[d] + block * kWidth;
+          F* block_sums = sums_of(block);
           for (int64_t m = 0; m < chunk; ++m)
             for (int i = 0; i < kWidth; i += kLanes) store(block_sums + m * kWidth + i, load(bias + i));
           if (Cell::kMultiplies && multiplies)
             pass.recurrent[d].multiply(block, h + state_row(begin) * pass.h_row, h_stride, chunk, block_sums);
         }
-        block_sums = sums;
-        for (int64_t block = group.begin; block < group.end; ++block, block_sums += chunk * kWidth)
+        for (int64_t block = group.begin; block < group.end && !Cell::kNorms; ++block)
           for (int v = 0; v < kUnitVectors; ++v) {
             const int64_t u = block * Recurrent::kUnits + v * kLanes;
+            const F* block_sums = sums_of(block);
             auto each = [&](int n) __attribute__((always_inline)) {
               for_rows(chunk, [&](int64_t m, auto count) __attribute__((always_inline)) {
-                cell<decltype(count)::value>(t, begin + m, u, n, block_sums + m * kWidth + v * kLanes, h, h_new);
+                const F* gate_sums = block_sums + m * kWidth + v * kLanes;
+                if constexpr (Cell::kLate) leave_middle<decltype(count)::value>(t, begin + m, u, n, gate_sums, h);
+                else cell<decltype(count)::value>(t, begin + m, u, n, gate_sums, h, h_new);
               });
             };
             if constexpr (!is_of_torch<Cell>) {  // in one piece: each takes the compiler seconds
@@ -176,11 +197,17 @@ struct ForwardPass {
       }
     }
 
-    // The cell of kLanes units from u on, n of them real, of kRows rows from r on at step t.
+    // Where the sums of a block that are kept have row r of the team's.
+    FUSEDRNN_INLINE F* kept(int64_t block, int64_t r) const {
+      const int64_t place = rows.slice * blocks_of(p.steps.B, rows.slices) + r;
+      return pass.kept + ((d * pass.recurrent[d].blocks() + block) * pass.kept_rows + place) * Recurrent::kWidth;
+    }
+
+    // What the cell of kLanes units from u on, n of them real, of kRows rows from r on at step t begins with. late_sums: those of a late
+    // gate, null before there are any.
     template <int kRows>
-    FUSEDRNN_INLINE void cell(int64_t t, int64_t r, int64_t u, int n, const F* gate_sums, const F* h, F* h_new) const {
-      using Value = Rows<F, kRows>;
-      Value pre[Cell::kPre], state[Cell::kStates], new_state[Cell::kStates], saved[slots(Cell::kSaved)];
+    FUSEDRNN_INLINE void read(int64_t t, int64_t r, int64_t u, int n, const F* gate_sums, const F* late_sums, const F* h,
+                              Rows<F, kRows> (&pre)[Cell::kPre], Rows<F, kRows> (&state)[Cell::kStates]) const {
 #pragma GCC unroll 2
       for (int i = 0; i < kRows; ++i) {
         const int64_t state_row = this->state_row(r + i);
@@ -189,7 +216,9 @@ struct ForwardPass {
         for (int g = 0; g < Cell::kGates; ++g) pre[Cell::x_pre(g)].row[i] = load(gates_x + g * p.H, n);
 #pragma GCC unroll 4
         for (int g = 0; g < Cell::kGates; ++g) {
-          const V sum = load(gate_sums + i * Recurrent::kWidth + g * Recurrent::kUnits);
+          if (g >= pass.kFirst && !late_sums) break;
+          const V sum = load(g < pass.kFirst ? gate_sums + i * Recurrent::kWidth + g * Recurrent::kUnits
+                                             : late_sums + i * Second::kWidth);
           V& to = pre[Cell::h_pre(g)].row[i];
           to = Cell::h_pre(g) == Cell::x_pre(g) ? to + sum : sum;
         }
@@ -197,8 +226,61 @@ struct ForwardPass {
 #pragma GCC unroll 4
         for (int k = 0; k < kInner; ++k) state[k + 1].row[i] = load(pass.inner[k] + state_row * pass.unit_row + u);
       }
+    }
 
-      cell_forward<Cell>(given_to<Cell, S, F, kRows>(p, d, u, n), pre, state, new_state, saved);
+    template <int kRows>
+    FUSEDRNN_INLINE auto given(int64_t r, int64_t u, int n) const {
+      auto found = given_to<Cell, S, F, kRows>(p, d, u, n);
+      if constexpr (Cell::kLate)
+        for (int i = 0; i < kRows; ++i)
+          found.mask.row[i] = p.hidden_mask ? pass.hidden_mask(p.steps.given_row(d, rows.batch_row(r + i)), u, n) : V(F(1));
+      return found;
+    }
+
+    // The cell of a normalised row, when its sums are complete.
+    void normalise(int64_t t, int64_t r, const F* h, F* h_new) const {
+      Norm<F> norms[2] = {norm_of<F>(Cell::kGates * p.H, [&](const auto& use) __attribute__((always_inline)) {
+        for (int64_t u = 0; u < p.H; u += kLanes)
+          for (int g = 0; g < Cell::kGates; ++g)
+            use(load(kept(u / Recurrent::kUnits, r) + g * Recurrent::kUnits + u % Recurrent::kUnits), lanes_left<F>(u, p.H));
+      })};
+      auto cells = [&](F* new_inner) {
+        for (int64_t u = 0; u < p.H; u += kLanes)
+          cell<1>(t, r, u, lanes_left<F>(u, p.H), kept(u / Recurrent::kUnits, r) + u % Recurrent::kUnits, h, h_new, nullptr, norms,
+                  new_inner);
+      };
+      if constexpr (Cell::kNorms == 2) {
+        cells(sums);
+        norms[1] = norm_of<F>(p.H, [&](const auto& use) __attribute__((always_inline)) {
+          for (int64_t u = 0; u < p.H; u += kLanes) use(load(sums + u), lanes_left<F>(u, p.H));
+        });
+      }
+      cells(nullptr);
+    }
+
+    // What a late gate multiplies.
+    template <int kRows>
+    FUSEDRNN_INLINE void leave_middle(int64_t t, int64_t r, int64_t u, int n, const F* gate_sums, const F* h) const {
+      Rows<F, kRows> pre[Cell::kPre], state[Cell::kStates];
+      read<kRows>(t, r, u, n, gate_sums, nullptr, h, pre, state);
+      const Rows<F, kRows> made = Cell::middle(given<kRows>(r, u, n), pre, state);
+      for (int i = 0; i < kRows; ++i) store(pass.between + state_row(r + i) * pass.unit_row + u, made.row[i]);
+    }
+
+    // The cell, all sums of which are there. Of a normalised row, norms are those of its products and of its state 1; with new_inner,
+    // which is where that state then goes, the cell is not to leave anything else.
+    template <int kRows>
+    FUSEDRNN_INLINE void cell(int64_t t, int64_t r, int64_t u, int n, const F* gate_sums, const F* h, F* h_new,
+                              const F* late_sums = nullptr, const Norm<F>* norms = nullptr, F* new_inner = nullptr) const {
+      using Value = Rows<F, kRows>;
+      Value pre[Cell::kPre], state[Cell::kStates], new_state[Cell::kStates], saved[slots(Cell::kSaved)];
+      read<kRows>(t, r, u, n, gate_sums, late_sums, h, pre, state);
+      auto given = this->given<kRows>(r, u, n);
+      if constexpr (Cell::kNorms > 0) set_norms(given, norms);
+
+      cell_forward<Cell>(given, pre, state, new_state, saved);
+      if constexpr (Cell::kNorms == 2)
+        if (new_inner) return store(new_inner + u, new_state[1].row[0]);
       if (p.zoneout) keep(t, r, u, n, state, new_state);
 
 #pragma GCC unroll 2
@@ -206,7 +288,7 @@ struct ForwardPass {
         const int64_t b = rows.batch_row(r + i), state_row = this->state_row(r + i), row = p.steps.row(t, b);
         const bool ends = p.steps.ends(t, b, d);
         if (pass.projected) {
-          store(pass.unprojected + state_row * pass.unit_row + u, new_state[0].row[i]);
+          store(pass.between + state_row * pass.unit_row + u, new_state[0].row[i]);
         } else {
           leave_h(h_new, b, u, n, ends ? V(F(0)) : new_state[0].row[i]);
           store(static_cast<S*>(p.output) + (row * p.D + d) * p.P + u, new_state[0].row[i], n);
@@ -250,13 +332,16 @@ struct ForwardPass {
       return static_cast<const S*>(p.gates_x[d]) + p.steps.position(t, rows.batch_row(r), p.gates_x_step[d], p.gates_x_row[d]);
     }
 
-    void project(int64_t block, int64_t t, int64_t count, F* h_new) const {
-      constexpr int kWidth = Projection::kWidth;
+    void multiply_second(int64_t block, int64_t t, int64_t count, const F* h, F* h_new) const {
+      constexpr int kWidth = Second::kWidth;
       for (int64_t begin = 0; begin < count; begin += kSumRows) {
         const int64_t chunk = count - begin < kSumRows ? count - begin : kSumRows;
         __builtin_memset(sums, 0, chunk * kWidth * sizeof(F));
-        pass.projection[d].multiply(block, pass.unprojected + state_row(begin) * pass.unit_row,
-                                    rows.slices * pass.unit_row, chunk, sums);
+        pass.second[d].multiply(block, pass.between + state_row(begin) * pass.unit_row, rows.slices * pass.unit_row, chunk, sums);
+        if constexpr (Cell::kLate) {
+          late_cells(block, t, begin, chunk, h, h_new);
+          continue;
+        }
         for (int64_t m = 0; m < chunk; ++m)
           for (int i = 0; i < kWidth; i += kLanes) {
             const int64_t u = block * kWidth + i;
@@ -269,11 +354,30 @@ struct ForwardPass {
       }
     }
 
-    // The last states of row r, of this member's own units.
+    // The cells of a block of the second product's, of a late gate, `sums` of which are there but for its bias.
+    void late_cells(int64_t block, int64_t t, int64_t begin, int64_t chunk, const F* h, F* h_new) const {
+      constexpr int kWidth = Second::kWidth;
+      for (int i = 0; i < kWidth; i += kLanes) {
+        const int64_t u = block * kWidth + i;
+        if (u >= p.H) break;
+        const int n = lanes_left<F>(u, p.H);
+        const S* bias_hh = static_cast<const S*>(p.bias_hh[d]);
+        const V bias = bias_hh ? load(bias_hh + pass.kFirst * p.H + u, n) : V(F(0));
+        for (int64_t m = 0; m < chunk; ++m) store(sums + m * kWidth + i, load(sums + m * kWidth + i) + bias);
+        for_rows(chunk, [&](int64_t m, auto count) __attribute__((always_inline)) {
+          cell<decltype(count)::value>(t, begin + m, u, n, kept(u / Recurrent::kUnits, begin + m) + u % Recurrent::kUnits, h, h_new,
+                                       sums + m * kWidth + i);
+        });
+      }
+    }
+
+    // The last states of row r, of those units that this member has made; it makes all units of a normalised row.
     void finish(int64_t r, const F* h_new) const {
       const int64_t row = state_row(r), given = p.steps.given_row(d, rows.batch_row(r));
-      const int64_t h_end = pass.projected ? columns.end * Projection::kUnits : blocks.end * Recurrent::kUnits;
-      const int64_t h_begin = pass.projected ? columns.begin * Projection::kUnits : blocks.begin * Recurrent::kUnits;
+      const bool by_columns = pass.projected || Cell::kLate;
+      const Range all{0, pass.recurrent[d].blocks()}, blocks = Cell::kNorms ? all : this->blocks;
+      const int64_t h_end = by_columns ? columns.end * Second::kUnits : blocks.end * Recurrent::kUnits;
+      const int64_t h_begin = by_columns ? columns.begin * Second::kUnits : blocks.begin * Recurrent::kUnits;
       const F* last = p.hidden_mask ? pass.unmasked : h_new;
       for (int64_t u = h_begin; u < h_end && u < p.P; u += kLanes)
         store(static_cast<S*>(p.hy) + given * p.P + u, load(last + row * pass.h_row + u), lanes_left<F>(u, p.P));

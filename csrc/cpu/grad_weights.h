@@ -13,7 +13,7 @@ namespace FUSEDRNN_ISA {
 template <class Cell, class F, class S>
 struct GradWeightsPass {
   using V = Vec<F>;
-  static constexpr int kLanes = V::kLanes, kPanelWidth = kPanelVectors * kLanes;
+  static constexpr int kLanes = V::kLanes, kPanelWidth = kPanelVectors * kLanes, kFirst = Cell::kGates - Cell::kLate;
   // Rows in a part: those of two steps, within these limits. The error on 800 rows that are alike, in steps of 32, in units of the
   // last place: all at once 29, in parts of 64 11, torch.nn 5 (17 is allowed).
   static constexpr int64_t kLeastPart = 32, kMostPart = 64;
@@ -23,7 +23,7 @@ struct GradWeightsPass {
 
   // The gradient (rows, columns) of one weight. A piece of work is a block of it, some tiles high and some panels wide.
   struct Product {
-    enum Kind { kInput, kRecurrent, kProjection } kind;
+    enum Kind { kInput, kRecurrent, kLate, kProjection } kind;  // kLate: weight_hh of the last gate, if that is late
     int64_t d, rows, columns;
     S* grad;
     int64_t tile_blocks, panel_blocks;
@@ -42,7 +42,7 @@ struct GradWeightsPass {
 
   const GradWeightsParams& p;
   const int64_t rows, part;      // of the sequence; of a part
-  Product products[3 * kMaxDirections];
+  Product products[4 * kMaxDirections];
   int product_count = 0, threads = 1;
   int64_t pieces = 0;            // blocks of all products, then columns of the biases
   int64_t* next;                 // the first piece that no thread has taken
@@ -54,7 +54,9 @@ struct GradWeightsPass {
       : p(p), rows(p.steps.row_count()), part(part_of(p.steps.B, rows)) {
     for (int64_t d = 0; d < p.D; ++d) {
       add(Product::kInput, d, Cell::kGates * p.H, p.I, p.grad_weight_ih[d]);
-      if (Cell::kMultiplies) add(Product::kRecurrent, d, Cell::kGates * p.H, p.P, p.grad_weight_hh[d]);
+      if (Cell::kMultiplies) add(Product::kRecurrent, d, kFirst * p.H, p.P, p.grad_weight_hh[d]);
+      if (Cell::kLate && p.grad_weight_hh[d])
+        add(Product::kLate, d, p.H, p.P, static_cast<S*>(p.grad_weight_hh[d]) + kFirst * p.H * p.P);
       add(Product::kProjection, d, p.P, p.H, p.grad_weight_hr[d]);
     }
     constexpr int64_t kThreadProducts = 100000;  // a thread that sleeps takes about as long to wake
@@ -195,6 +197,9 @@ struct GradWeightsPass {
       if (product.kind == Product::kInput)
         return static_cast<const S*>(p.input) + p.steps.position(t, b, p.input_step, p.input_row);
       if (p.steps.begins(t, b, d)) return nullptr;
+      if constexpr (Cell::kLate)
+        if (product.kind == Product::kLate)
+          return static_cast<const S*>(p.saved) + ((row * p.D + d) * Cell::kSaved + Cell::kMiddle) * p.H;
       const int64_t before = p.steps.row_before(t, b, d);
       if (before >= 0) return static_cast<const S*>(p.output) + (before * p.D + d) * p.P;
       return p.hx ? static_cast<const S*>(p.hx) + p.steps.given_row(d, b) * p.P : nullptr;
@@ -212,7 +217,7 @@ struct GradWeightsPass {
         n = height.end - m;
         int64_t at = m;
         if (product.kind != Product::kProjection) {
-          const int gate = int(m / p.H);
+          const int gate = int(m / p.H) + (product.kind == Product::kLate ? kFirst : 0);
           at = (product.kind == Product::kInput ? Cell::x_pre(gate) : Cell::h_pre(gate)) * p.H + m % p.H;
           const int64_t left = p.H - m % p.H;
           n = left < n ? left : n;

@@ -30,7 +30,7 @@ struct Case {
 
 struct Traits {
   const char* name = "";
-  int gates = 0, pre = 0, states = 0, saved = 0, unit = 0, normaliser = 0;
+  int gates = 0, pre = 0, states = 0, saved = 0, unit = 0, normaliser = 0, norms = 0, late = 0;
   bool multiplies = true;
   bool projects() const { return states == 2 && unit == 0; }
 };
@@ -38,7 +38,8 @@ inline Traits traits_of(int cell) {
   Traits traits;
   fusedrnn::for_each_cell([&](int id, auto type) {
     using Cell = decltype(type);
-    if (id == cell) traits = {Cell::kName, Cell::kGates, Cell::kPre, Cell::kStates, Cell::kSaved, Cell::kUnit, Cell::kNormaliser, Cell::kMultiplies};
+    if (id == cell) traits = {Cell::kName, Cell::kGates, Cell::kPre, Cell::kStates, Cell::kSaved, Cell::kUnit, Cell::kNormaliser,
+                             Cell::kNorms, Cell::kLate, Cell::kMultiplies};
   });
   return traits;
 }
@@ -82,6 +83,7 @@ inline Case random_case(int cell, Dtype dtype, int64_t D, bool packed, int64_t B
   const Traits traits = traits_of(cell);
   c.hidden_mask = c.hidden_mask && traits.multiplies;
   c.extreme = c.extreme && !traits.normaliser;
+  if (traits.norms) c.bias = c.need_grad_bias = false;
   // What has no bounds would go beyond float where double goes on.
   const int values = c.extreme ? 1 : 3;
   c.unit = chance(4);

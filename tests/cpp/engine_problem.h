@@ -120,6 +120,7 @@ struct Problem {
     fill(p, pointer);
     p.input = pointer(input), p.I = c.I, p.input_step = input_step, p.input_row = input_row;
     p.output = pointer(output), p.states = pointer(states), p.grad_pre = pointer(grad_pre), p.grad_proj = pointer(grad_proj);
+    if (traits.late) p.saved = pointer(saved);
     for (int64_t d = 0; d < c.D; ++d) {
       p.grad_weight_ih[d] = pointer(grad_weight_ih[d]), p.grad_weight_hh[d] = pointer(grad_weight_hh[d]);
       p.grad_bias_ih[d] = pointer(grad_bias_ih[d]), p.grad_bias_hh[d] = pointer(grad_bias_hh[d]);
@@ -148,7 +149,7 @@ struct Problem {
   double run_forward(const Bytes& workspace_bytes, const Run& run, const std::string& spoiled) {
     const ForwardParams p = forward_params(engines);
     run_guarded(workspace_bytes(p), [&](void* workspace) { run(p, workspace); });
-    note_operands({&weight_hh[0], &weight_hh[1], &weight_hr[0], &weight_hr[1], &hx, &output, &states});
+    note_operands({&weight_hh[0], &weight_hh[1], &weight_hr[0], &weight_hr[1], &hx, &output, &states, &saved});
     fusedrnn::for_each_cell([&](int id, auto cell) {
       if (id == c.cell) reference_forward<decltype(cell)>(forward_params(references), forward_params(operands()));
     });

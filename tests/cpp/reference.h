@@ -6,6 +6,7 @@
 // which of two neighbours a number was rounded to, and what is left to tolerate is the rounding of sums.
 #pragma once
 #include <algorithm>
+#include <cmath>
 #include <utility>
 #include <vector>
 
@@ -24,12 +25,52 @@ using fusedrnn::slots;
 inline const double* in(const void* p) { return static_cast<const double*>(p); }
 inline double* out(void* p) { return static_cast<double*>(p); }
 
-// What a cell is given of a unit.
+// One unit at one step of a row of the batch.
 template <class Cell>
-fusedrnn::Given<double, Cell::kUnit> given(const LayerParams& p, int64_t d, int64_t u) {
-  fusedrnn::Given<double, Cell::kUnit> found{p.choice, {}};
-  for (int k = 0; k < Cell::kUnit && p.unit[d]; ++k) found.unit[k] = in(p.unit[d])[k * p.H + u];
-  return found;
+struct Unit {
+  fusedrnn::Given<double, Cell::kUnit> given;
+  double pre[Cell::kPre] = {}, state[Cell::kStates] = {}, new_state[Cell::kStates] = {}, saved[slots(Cell::kSaved)] = {};
+  double grad_new[Cell::kStates] = {}, past[Cell::kStates] = {}, grad_pre[kGrads<Cell>] = {}, grad_state[Cell::kStates] = {};
+};
+
+// All units of a row, with what the cell is given of each but for what is normalised.
+template <class Cell>
+std::vector<Unit<Cell>> units_of_row(const LayerParams& p, int64_t d, int64_t b) {
+  std::vector<Unit<Cell>> units(static_cast<size_t>(p.H));
+  for (int64_t u = 0; u < p.H; ++u) {
+    fusedrnn::Given<double, Cell::kUnit>& given = units[size_t(u)].given;
+    given = {p.choice, {}, {}, {}, 1, 0};
+    for (int k = 0; k < Cell::kUnit && p.unit[d]; ++k) given.unit[k] = in(p.unit[d])[k * p.H + u];
+    if (Cell::kLate && p.hidden_mask) given.mask = in(p.hidden_mask)[(d * p.steps.B + b) * p.H + u];
+  }
+  return units;
+}
+
+// The mean of number(u, i) of all units, `each` of a unit.
+template <class Number>
+double mean_of(int64_t units, int each, const Number& number) {
+  double sum = 0;
+  for (int64_t u = 0; u < units; ++u)
+    for (int i = 0; i < each; ++i) sum += number(u, i);
+  return sum / double(units * each);
+}
+template <class Number>
+fusedrnn::Norm<double> norm_of(int64_t units, int each, const Number& number) {
+  const double mean = mean_of(units, each, number);
+  const double variance = mean_of(units, each, [&](int64_t u, int i) { return (number(u, i) - mean) * (number(u, i) - mean); });
+  return {mean, 1 / std::sqrt(variance + fusedrnn::kNormEpsilon)};
+}
+
+// The statistics that a normalised cell is given: of its products, which number(u, gate) says; and of state 1 as it made it.
+template <class Cell, class Number>
+void give_products(std::vector<Unit<Cell>>& units, const Number& number) {
+  const auto norm = norm_of(int64_t(units.size()), Cell::kGates, number);
+  for (Unit<Cell>& unit : units) unit.given.products = norm;
+}
+template <class Cell>
+void give_inner(std::vector<Unit<Cell>>& units) {
+  const auto norm = norm_of(int64_t(units.size()), 1, [&](int64_t u, int) { return units[size_t(u)].new_state[1]; });
+  for (Unit<Cell>& unit : units) unit.given.inner = norm;
 }
 
 // Position of row b of step t in a sequence stored row after row, direction d of D, `width` numbers a direction.
@@ -106,18 +147,40 @@ void reference_forward(const ForwardParams& p, const ForwardParams& multiplied) 
         if (anew(p, t, b, d)) std::fill(h.begin(), h.end(), 0), std::fill(c.begin(), c.end(), 0);
         const double* h_before = hidden_before(p, multiplied.output, p.hx ? multiplied.hx : nullptr, t, b, d, masked);
         const double* gates_x = in(p.gates_x[d]) + at(p, t, b, {p.gates_x_step[d], p.gates_x_row[d]});
+        std::vector<Unit<Cell>> units = units_of_row<Cell>(p, d, b);
+        // Some gates' products of what is multiplied, if there is something.
+        auto multiply = [&](int first_gate, int end_gate, const double* what) {
+          for (int64_t u = 0; u < H; ++u)
+            for (int g = first_gate; g < end_gate; ++g) {
+              double sum = p.bias_hh[d] ? in(p.bias_hh[d])[g * H + u] : 0;
+              for (int64_t k = 0; k < P && what && Cell::kMultiplies; ++k) sum += in(multiplied.weight_hh[d])[(g * H + u) * P + k] * what[k];
+              units[size_t(u)].pre[Cell::h_pre(g)] += sum;
+            }
+        };
+        for (int64_t u = 0; u < H; ++u) {
+          Unit<Cell>& unit = units[size_t(u)];
+          for (int g = 0; g < G; ++g) unit.pre[Cell::x_pre(g)] += gates_x[g * H + u];
+          unit.state[0] = projected ? 0 : h[u];
+          for (int k = 0; k < kInner; ++k) unit.state[k + 1] = c[k * H + u];
+        }
+        multiply(0, G - Cell::kLate, h_before);
+        if constexpr (Cell::kLate > 0) {
+          std::vector<double> middle;
+          for (const Unit<Cell>& unit : units) middle.push_back(Cell::middle(unit.given, unit.pre, unit.state));
+          const int64_t at_middle = at(p, t, b, d, Cell::kSaved * H) + Cell::kMiddle * H;
+          const bool saves = p.save != fusedrnn::Save::kNothing;
+          if (saves) std::copy(middle.begin(), middle.end(), out(p.saved) + at_middle);
+          multiply(G - Cell::kLate, G, saves ? in(multiplied.saved) + at_middle : middle.data());
+        }
+        if constexpr (Cell::kNorms > 0) give_products(units, [&](int64_t u, int g) { return units[size_t(u)].pre[Cell::h_pre(g)]; });
+        for (int times = 0; times < (Cell::kNorms == 2 ? 2 : 1); ++times) {  // the first time for the sake of state 1
+          for (Unit<Cell>& unit : units) fusedrnn::cell_forward<Cell>(unit.given, unit.pre, unit.state, unit.new_state, unit.saved);
+          if constexpr (Cell::kNorms == 2) give_inner(units);
+        }
         std::vector<double> h_new(static_cast<size_t>(H));
         for (int64_t u = 0; u < H; ++u) {
-          double pre[Cell::kPre] = {}, state[Cell::kStates], new_state[Cell::kStates], saved[slots(Cell::kSaved)] = {};
-          for (int g = 0; g < G; ++g) {
-            pre[Cell::x_pre(g)] += gates_x[g * H + u];
-            double sum = p.bias_hh[d] ? in(p.bias_hh[d])[g * H + u] : 0;
-            for (int64_t k = 0; k < P && h_before && Cell::kMultiplies; ++k) sum += in(multiplied.weight_hh[d])[(g * H + u) * P + k] * h_before[k];
-            pre[Cell::h_pre(g)] += sum;
-          }
-          state[0] = projected ? 0 : h[u];
-          for (int k = 0; k < kInner; ++k) state[k + 1] = c[k * H + u];
-          fusedrnn::cell_forward<Cell>(given<Cell>(p, d, u), pre, state, new_state, saved);
+          Unit<Cell>& unit = units[size_t(u)];
+          auto &state = unit.state, &new_state = unit.new_state, &saved = unit.saved;
           for (int k = 0; k < Cell::kStates && p.zoneout && p.save != fusedrnn::Save::kNothing; ++k)
             out(p.states)[at(p, t, b, d, p.stored * H) + (kInner + k) * H + u] = new_state[k];
           for (int k = 0; k < Cell::kStates && p.zoneout; ++k)
@@ -166,11 +229,11 @@ void reference_backward(const BackwardParams& p, const BackwardParams& multiplie
           if (p.grad_output) dh[u] += in(p.grad_output)[at(p, t, b, d, P) + u];
           if (projected) out(p.grad_proj)[at(p, t, b, d, P) + u] = dh[u];
         }
-        std::vector<double> dh_before(static_cast<size_t>(P));
+        std::vector<Unit<Cell>> units = units_of_row<Cell>(p, d, b);
         for (int64_t u = 0; u < H; ++u) {
-          double saved[slots(Cell::kSaved)] = {}, state[Cell::kStates] = {}, new_state[Cell::kStates] = {};
-          double grad_new[Cell::kStates] = {}, grad_pre[kGrads<Cell>], grad_state[Cell::kStates];
-          for (int k = 0; k < Cell::kSaved; ++k) saved[k] = in(p.saved)[at(p, t, b, d, Cell::kSaved * H) + k * H + u];
+          Unit<Cell>& unit = units[size_t(u)];
+          auto &state = unit.state, &new_state = unit.new_state, &grad_new = unit.grad_new;
+          for (int k = 0; k < Cell::kSaved; ++k) unit.saved[k] = in(p.saved)[at(p, t, b, d, Cell::kSaved * H) + k * H + u];
           if (!projected) {
             state[0] = before >= 0 ? in(p.output)[at(p, before, b, d, P) + u] : p.hx ? in(p.hx)[(d * B + b) * P + u] : 0;
             if (begins) state[0] = 0;
@@ -189,22 +252,61 @@ void reference_backward(const BackwardParams& p, const BackwardParams& multiplie
             grad_new[k + 1] = dc[k * H + u];
             if (p.grad_states) grad_new[k + 1] += in(p.grad_states)[at(p, t, b, d, p.stored * H) + k * H + u];
           }
-          double past[Cell::kStates] = {};
           if (p.zoneout) {
             for (int k = 0; k < Cell::kStates; ++k) {
               const double z = stays(p, t, b, d, Cell::kStates, k, u);
               new_state[k] = in(p.states)[at(p, t, b, d, p.stored * H) + (kInner + k) * H + u];
-              past[k] = z * grad_new[k];
+              unit.past[k] = z * grad_new[k];
               grad_new[k] *= 1 - z;
             }
           }
-          fusedrnn::cell_backward<Cell>(given<Cell>(p, d, u), saved, state, new_state, grad_new, grad_pre, grad_state);
-          for (int k = 0; k < Cell::kStates; ++k) grad_state[k] += past[k];
-          for (int k = 0; k < kGrads<Cell>; ++k) out(p.grad_pre)[at(p, t, b, d, kGrads<Cell> * H) + k * H + u] = grad_pre[k];
+        }
+        double* grad_pre_row = out(p.grad_pre) + at(p, t, b, d, kGrads<Cell> * H);
+        const double* grad_multiplied = in(multiplied.grad_pre) + at(p, t, b, d, kGrads<Cell> * H);
+        if constexpr (Cell::kLate > 0) {
+          constexpr int kLast = G - 1;
+          for (int64_t u = 0; u < H; ++u) {
+            const Unit<Cell>& unit = units[size_t(u)];
+            grad_pre_row[Cell::h_pre(kLast) * H + u] = Cell::late_backward(unit.given, unit.saved, unit.state, unit.grad_new);
+          }
+          for (int64_t k = 0; k < H; ++k)
+            for (int64_t u = 0; u < H; ++u)
+              units[size_t(k)].given.middle += grad_multiplied[Cell::h_pre(kLast) * H + u] * in(multiplied.weight_hh[d])[(kLast * H + u) * P + k];
+        }
+        auto product = [&](int64_t u, int g) { return units[size_t(u)].saved[Cell::kSaved - G + g]; };
+        if constexpr (Cell::kNorms > 0) give_products(units, product);
+        if constexpr (Cell::kNorms == 2) {
+          give_inner(units);
+          std::vector<double> grad, y;
+          for (const Unit<Cell>& unit : units) {
+            grad.push_back(Cell::out_backward(unit.given, unit.saved, unit.new_state, unit.grad_new));
+            y.push_back(unit.given.inner.of(unit.new_state[1]));
+          }
+          const double mean = mean_of(H, 1, [&](int64_t u, int) { return grad[size_t(u)]; });
+          const double mean_y = mean_of(H, 1, [&](int64_t u, int) { return grad[size_t(u)] * y[size_t(u)]; });
+          for (size_t u = 0; u < units.size(); ++u) units[u].grad_new[1] += units[u].given.inner.grad(grad[u], y[u], mean, mean_y);
+        }
+        for (Unit<Cell>& unit : units)
+          fusedrnn::cell_backward<Cell>(unit.given, unit.saved, unit.state, unit.new_state, unit.grad_new, unit.grad_pre, unit.grad_state);
+        if constexpr (Cell::kNorms > 0) {
+          auto grad = [&](int64_t u, int g) -> double& { return units[size_t(u)].grad_pre[Cell::h_pre(g)]; };
+          auto y = [&](int64_t u, int g) { return units[size_t(u)].given.products.of(product(u, g)); };
+          const double mean = mean_of(H, G, grad), mean_y = mean_of(H, G, [&](int64_t u, int g) { return grad(u, g) * y(u, g); });
+          const bool nothing = begins || (before < 0 && !p.hx);  // was multiplied, and nobody wants the gradient
+          for (int64_t u = 0; u < H; ++u)
+            for (int g = 0; g < G; ++g)
+              grad(u, g) = nothing ? 0 : units[size_t(u)].given.products.grad(grad(u, g), y(u, g), mean, mean_y);
+        }
+        std::vector<double> dh_before(static_cast<size_t>(P));
+        for (int64_t u = 0; u < H; ++u) {
+          Unit<Cell>& unit = units[size_t(u)];
+          auto& grad_state = unit.grad_state;
+          for (int k = 0; k < Cell::kStates; ++k) grad_state[k] += unit.past[k];
+          for (int k = 0; k < kGrads<Cell>; ++k) grad_pre_row[k * H + u] = unit.grad_pre[k];
           if (!projected && !begins) dh_before[u] += grad_state[0];
           for (int k = 0; k < kInner; ++k) dc[k * H + u] = begins ? 0 : grad_state[k + 1];
-          for (int g = 0; g < G; ++g) {
-            const double grad_gate = in(multiplied.grad_pre)[at(p, t, b, d, kGrads<Cell> * H) + Cell::h_pre(g) * H + u];
+          for (int g = 0; g < G - Cell::kLate; ++g) {
+            const double grad_gate = grad_multiplied[Cell::h_pre(g) * H + u];
             for (int64_t k = 0; k < P && !begins && Cell::kMultiplies; ++k) {
               const double mask = p.hidden_mask ? in(p.hidden_mask)[(d * B + b) * P + k] : 1;
               dh_before[k] += grad_gate * in(multiplied.weight_hh[d])[(g * H + u) * P + k] * mask;
@@ -235,13 +337,16 @@ void reference_grad_weights(const GradWeightsParams& p) {
         std::vector<double> masked;
         const double* h = hidden_before(p, p.output, p.hx, t, b, d, masked);
         const double* grad_pre = in(p.grad_pre) + at(p, t, b, d, kGrads<Cell> * H);
+        const double* middle = nullptr;  // what the late gate multiplied
+        if constexpr (Cell::kLate > 0) middle = in(p.saved) + at(p, t, b, d, Cell::kSaved * H) + Cell::kMiddle * H;
         for (int64_t i = 0; i < Cell::kUnit * H && p.grad_unit[d]; ++i) out(p.grad_unit[d])[i] += grad_pre[Cell::kPre * H + i];
         for (int g = 0; g < Cell::kGates; ++g)
           for (int64_t u = 0; u < H; ++u) {
             const double grad_x = grad_pre[Cell::x_pre(g) * H + u], grad_h = grad_pre[Cell::h_pre(g) * H + u];
             for (int64_t k = 0; k < I && p.grad_weight_ih[d]; ++k) out(p.grad_weight_ih[d])[(g * H + u) * I + k] += grad_x * x[k];
-            for (int64_t k = 0; k < P && p.grad_weight_hh[d] && h; ++k)
-              out(p.grad_weight_hh[d])[(g * H + u) * P + k] += grad_h * h[k];
+            const double* fed = g < Cell::kGates - Cell::kLate ? h : middle;
+            for (int64_t k = 0; k < P && p.grad_weight_hh[d] && fed; ++k)
+              out(p.grad_weight_hh[d])[(g * H + u) * P + k] += grad_h * fed[k];
             if (p.grad_bias_ih[d]) out(p.grad_bias_ih[d])[g * H + u] += grad_x;
             if (p.grad_bias_hh[d]) out(p.grad_bias_hh[d])[g * H + u] += grad_h;
           }
