@@ -53,7 +53,7 @@ class FusedLayer(RNNBase):
         """Give each of our classes a forward that goes by its name, as Python's TypeErrors tell it to the caller."""
         super().__init_subclass__(**kwargs)
         if "forward" not in vars(cls) and cls.__module__.startswith("fusedrnn."):
-            cls.forward = shared.renamed(cls.forward, f"{cls.__qualname__}.forward")  # type: ignore[method-assign,arg-type]
+            cls.forward = shared.renamed(cls.forward, f"{cls.__qualname__}.forward")  # type: ignore[arg-type]
 
     def _take_options(self, kwargs: dict[str, Any]) -> None:
         """Set those of the arguments, and take them out of kwargs. Called before there are parameters."""
