@@ -35,7 +35,7 @@ def forward(cell, ragged, batch_first, carry, input, hx, cx, weights, save):
     for d, (w_ih, w_hh, b_ih, b_hh, w_hr) in enumerate(groups):
         if b_hh is not None:
             bias_hh.append(b_hh)
-        gates = _input_product(input, w_ih, b_ih) if len(w_ih) else input.chunk(len(groups), -1)[d]
+        gates = input_product(input, w_ih, b_ih) if len(w_ih) else input.chunk(len(groups), -1)[d]
         gates_x.append(gates.transpose(0, 1) if batch_first else gates)
         weight_hh.append(w_hh)
         if w_hr is not None:
@@ -44,8 +44,15 @@ def forward(cell, ragged, batch_first, carry, input, hx, cx, weights, save):
                               allows_tf32(input, ragged, batch_first))
 
 
-def _input_product(input, weight, bias):
-    """torch.nn.functional.linear, by oneDNN or into large pages where that is worth it."""
+def input_product(input, weight, bias=None):
+    """Run torch.nn.functional.linear without derivatives, by oneDNN or into large pages where that is worth it.
+
+    Args:
+        input, weight, bias: as there.
+
+    Returns:
+        what it returns.
+    """
     # Before anything that costs a small call time; and a graph that is compiled for any size must not ask for the size.
     if type(input) is not torch.Tensor or is_compiling():
         return linear(input, weight, bias)
@@ -300,7 +307,7 @@ def _saved_again(cell, lengths, batch_first, carry, output, states, input, hx, c
             c = before(None if cx is None else cx[d], states[:, :, d, 0]).reshape(1, rows, -1)
         elif inner:
             c = torch.stack([before(None if cx is None else cx[k, d], states[:, :, d, k]).reshape(1, rows, -1) for k in range(inner)])
-        gates = _input_product(input, w_ih, b_ih) if len(w_ih) else input.chunk(len(weights), -1)[d]
+        gates = input_product(input, w_ih, b_ih) if len(w_ih) else input.chunk(len(weights), -1)[d]
         gates = (gates.transpose(0, 1) if batch_first else gates).reshape(1, rows, -1)
         saved = recurrence_forward(cell, [gates], [w_hh], None if b_hh is None else [b_hh], None if w_hr is None else [w_hr],
                                    h.reshape(1, rows, -1), c, None, None, None, None, SAVE_ALL, tf32)[3]

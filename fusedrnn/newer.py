@@ -186,17 +186,19 @@ class SLSTM(FusedLayer):
 class LayerNormLSTM(OfTwoStates):
     """The LSTM whose products and whose cell state on its way out are normalised: layer normalisation inside each step.
 
-        gates = a_ih N(W_ih x_t) + b_ih + a_hh N(W_hh h_(t-1)) + b_hh, the rows of i, f, g and o,  N(v) = (v - E v) / sqrt(Var v + 1e-5)
+        N(v) = (v - E v) / sqrt(Var v + 1e-5)
+        gates = a_ih N(W_ih x_t) + b_ih + a_hh N(W_hh h_(t-1)) + b_hh, the rows of i, f, g and o
         c_t = sigmoid(f) c_(t-1) + sigmoid(i) tanh(g),  h_t = sigmoid(o) tanh(a_c N(c_t) + b_c)
 
-    N is of a whole row: of all 4H numbers of a product at once, and of the H of c_t, which is carried on as it is. Source: Ba, Kiros
-    and Hinton, "Layer normalization", arXiv:1607.06450 (2016), supplement, equations 20 to 22, for the gates of torch.nn.LSTM.
+    N is of a whole row: of all 4H numbers of a product at once, and of the H of c_t, which is carried on as it is. Source: Ba,
+    Kiros and Hinton, "Layer normalization", arXiv:1607.06450 (2016), supplement, equations 20 to 22, for the gates of
+    torch.nn.LSTM.
 
     Args:
         forget_bias: as in `LSTM`.
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype: as in `RNN`; gates lie in the
-            order i, f, g, o. norm_ih_l0, norm_hh_l0 (4H,) and so on are a_ih and a_hh, ones at first; norm_c_l0 (2, H) is a_c and b_c,
-            ones and zeros. bias=False leaves out b_ih and b_hh, and not b_c.
+            order i, f, g, o. norm_ih_l0, norm_hh_l0 (4H,) and so on are a_ih and a_hh, ones at first; norm_c_l0 (2, H) is a_c and
+            b_c, ones and zeros. bias=False leaves out b_ih and b_hh, and not b_c.
         zoneout: as in `RNN`, of h and of c, or two probabilities.
         recurrent_dropout, weight_dropout: as in `RNN`.
         save: as in `RNN`; the products of the input are kept all the same.
@@ -239,7 +241,7 @@ class LayerNormLSTM(OfTwoStates):
         return "lstm_norm"
 
     def reset_parameters(self) -> None:
-        """Draw weights and biases anew, as torch does an LSTM's, give the forget gates their bias, and set gains to one, b_c to zero."""
+        """Draw weights and biases anew, as torch does an LSTM's, give the forget gates their bias, and set gains to 1, b_c to 0."""
         super().reset_parameters()
         set_forget_bias(self, self.forget_bias)
         set_norms(self)
@@ -248,7 +250,8 @@ class LayerNormLSTM(OfTwoStates):
 class LayerNormGRU(OfOneState):
     """The GRU whose products are normalised: layer normalisation inside each step.
 
-        r, z = sigmoid(a_ih N(W_ih x_t) + b_ih + a_hh N(W_hh h_(t-1)) + b_hh), each its own rows,  N(v) = (v - E v) / sqrt(Var v + 1e-5)
+        N(v) = (v - E v) / sqrt(Var v + 1e-5)
+        r, z = sigmoid(a_ih N(W_ih x_t) + b_ih + a_hh N(W_hh h_(t-1)) + b_hh), each its own rows
         n = tanh(a_in N(W_ih x_t) + b_in + r (a_hn N(W_hh h_(t-1)) + b_hn)), likewise,  h_t = (1 - z) n + z h_(t-1)
 
     N is of a whole row: of all 3H numbers of a product at once. Source: Ba, Kiros and Hinton, "Layer normalization",
@@ -295,7 +298,7 @@ class LayerNormGRU(OfOneState):
         return "gru_norm"
 
     def reset_parameters(self) -> None:
-        """Draw weights and biases anew, as torch does a GRU's, and set gains to one."""
+        """Draw weights and biases anew, as torch does a GRU's, and set gains to 1."""
         super().reset_parameters()
         set_norms(self)
 

@@ -1,7 +1,7 @@
 """What layers that normalise do before the engine runs: their weights in its form, and the products of their input, normalised.
 
-Of layer normalisation, what has nothing to do with the state is one product and one `layer_norm` of all rows of a sequence, in plain
-torch; what is inside a step is the engine's.
+Of layer normalisation, what has nothing to do with the state is one product and one `layer_norm` of all rows of a sequence, in
+plain torch; what is inside a step is the engine's.
 """
 
 from collections.abc import Sequence
@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.functional import layer_norm, linear
 
+from .layer import input_product
 from .reference import Weights
 
 
@@ -20,8 +22,8 @@ def group_normed(cell: str, params: Sequence[Tensor | None], has_biases: bool, n
 
     Args:
         cell: "lstm_norm" or "gru_norm".
-        params: for each direction weight_ih, weight_hh, bias_ih and bias_hh if has_biases, the gains norm_ih and norm_hh `(G*H,)`, and
-            of the LSTM norm_c (2, H), gain and shift of c.
+        params: for each direction weight_ih, weight_hh, bias_ih and bias_hh if has_biases, the gains norm_ih and norm_hh `(G*H,)`,
+            and of the LSTM norm_c (2, H), gain and shift of c.
         has_biases, num_layers, num_directions: as in `fusedrnn.functional.group_weights`.
 
     Returns:
@@ -58,11 +60,13 @@ def normed_gates(input: Tensor, weights: list[Weights], gains: list[Tensor], rag
         weights, gains: of the layer, as `group_normed` returns them.
 
     Returns:
-        what `fusedrnn.autograd.layer` takes in their place: the gates of all directions side by side, and the weights without weight_ih.
+        what `fusedrnn.autograd.layer` takes in their place: the gates of all directions side by side, and the weights without
+        weight_ih.
     """
     if ragged is not None and input.dim() == 3:  # it may be NaN behind an end, and gradients of zero times that are not zero
         runs = torch.arange(input.shape[1 if batch_first else 0], device=input.device) < ragged.to(input.device).unsqueeze(-1)
         input = torch.where((runs if batch_first else runs.t()).unsqueeze(-1), input, 0)
-    gates = [layer_norm(linear(input, group[0]), gain.shape, gain, group[2]) for group, gain in zip(weights, gains)]
+    product: Any = linear if torch.is_grad_enabled() or forward_ad._current_level >= 0 else input_product
+    gates = [layer_norm(product(input, group[0]), gain.shape, gain, group[2]) for group, gain in zip(weights, gains)]
     left: list[Weights] = [(group[1].new_empty(0, 0), group[1], None, None, group[4]) for group in weights]
     return gates[0] if len(gates) == 1 else torch.cat(gates, -1), left

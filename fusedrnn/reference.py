@@ -390,7 +390,7 @@ def layer(cell: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, weight
 
     Args:
         cell: as in `step_of`.
-        input: (T, B, I); (B, T, I) if batch_first; or the data (N, I) of a PackedSequence. I is `D*G*H` where there is no weight_ih.
+        input: (T, B, I); (B, T, I) if batch_first; or the data (N, I) of a PackedSequence. Without a weight_ih I is `D*G*H`.
         hx, cx: (D, B, P) and (D, B, H), or None for zeros. cx only for cells of `INNER`, and (3, D, B, H) for "slstm".
         weights: one tuple a direction; direction 1 runs in reverse.
         ragged: batch_sizes (T,) of a PackedSequence, or the lengths (B,) of padded sequences; None: all have T steps.

@@ -178,7 +178,8 @@ def test_errors(cell, message):
 
 
 def test_errors_of_shapes():
-    for cell, good in (("lstm_general", (3, 5)), ("lstm_coupled", (2, 5)), ("indrnn", (1, 5)), ("lstm_norm", (6, 5)), ("gru_norm", (4, 5))):
+    for cell, good in (("lstm_general", (3, 5)), ("lstm_coupled", (2, 5)), ("indrnn", (1, 5)), ("lstm_norm", (6, 5)),
+                       ("gru_norm", (4, 5))):  # fmt: skip
         input, hx, cx, (group,) = arguments(cell, 2, 2, 1, 5)
         at = 1 if cell == "indrnn" else 4
         bad = [*group]

@@ -1,6 +1,6 @@
 """LayerNormLSTM and LayerNormGRU against loops of torch.nn.LayerNorm, and what is theirs alone.
 
-What they share with the other layers is in tests/test_more_cells.py, and their cells at the operators in tests/test_cells_of_choice.py.
+What they share with the other layers is in tests/test_more_cells.py, their cells at the operators in tests/test_cells_of_choice.py.
 """
 
 import pytest
@@ -140,7 +140,8 @@ def test_lengths_are_the_packed_sequence(kind):
         for given, more in ((packed, {}), (spoilt.requires_grad_(), {"lengths": lengths})):
             output, last = module(given, **more)
             output = output if more else pad_packed_sequence(output, module.batch_first)[0]
-            results.append((output, as_tuple(last), torch.autograd.grad(output.pow(2).sum(), list(module.parameters()), retain_graph=True)))
+            grads = torch.autograd.grad(output.pow(2).sum(), list(module.parameters()), retain_graph=True)
+            results.append((output, as_tuple(last), grads))
         close(*results, rtol=1e-12, atol=1e-12)
         (grad,) = torch.autograd.grad(output.sum(), spoilt)
         assert (grad[spoilt.isnan()] == 0).all() and grad.isfinite().all()
@@ -166,19 +167,29 @@ def test_many_rows(kind, options, by_library, monkeypatch):
     results = []
     for save in ("all", "states"):
         torch.manual_seed(0)
-        module = make(kind, options, sizes=(40, 48), save=save, dtype=torch.float64)
+        module = make(kind, options, sizes=(40, 48), save=save)
         input = torch.randn(60, 20, 40, dtype=torch.float64, requires_grad=True)
         hx = states_of(module, kind, 20, requires_grad=True)
         output, last = module(input, hx)
         loss = output.pow(2).sum() + sum(state.sum() for state in as_tuple(last))
-        results.append([output, *torch.autograd.grad(loss, [input, *as_tuple(hx), *module.parameters()])])
+        leaves = [input, *as_tuple(hx), *module.parameters()]
+        results.append([output, *torch.autograd.grad(loss, leaves)])
         few = [module(input[:, k : k + 10], tuple(s[:, k : k + 10] for s in hx) if isinstance(hx, tuple) else hx[:, k : k + 10])
                for k in (0, 10)]
         loss = sum(out.pow(2).sum() + sum(state.sum() for state in as_tuple(end)) for out, end in few)
-        results.append([torch.cat([out for out, _ in few], 1), *torch.autograd.grad(loss, [input, *as_tuple(hx), *module.parameters()])])
+        results.append([torch.cat([out for out, _ in few], 1), *torch.autograd.grad(loss, leaves)])
     for other in results[1:]:
         for one, two in zip(results[0], other, strict=True):
             close(one, two, rtol=1e-11, atol=1e-11 * (1 + two.abs().max().item()))
+
+
+@kinds
+def test_without_gradients_the_product_may_be_another_librarys(kind):
+    module, input = make(kind, {}, sizes=(40, 384), dtype=torch.float32), torch.randn(60, 20, 40)
+    output, last = module(input)
+    with torch.no_grad():
+        found = module(input)
+        close((found[0], as_tuple(found[1])), (output, as_tuple(last)), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("save", ["all", "states"])
