@@ -49,6 +49,9 @@ OPTIONS = {
     "num_heads": Option("loop of steps", cells=("lstm",)),
     "slstm": Option("loop of steps", cells=("lstm",)),
     "indrnn": Option("loop of steps", cells=("rnn",)),
+    "layer_norm_lstm": Option("loop of steps", cells=("lstm",)),
+    "layer_norm_gru": Option("loop of steps", cells=("gru",)),
+    "reset_before": Option("loop of steps", cells=("gru",)),
 }
 HEADS, CLIP = 4, 0.1
 # The options that make another cell: fusedrnn's keywords, its class if it is another, and the cell of fusedrnn/reference.py.
@@ -60,6 +63,9 @@ FORMS: dict[str, tuple[dict, str | None, str]] = {
     "num_heads": ({"num_heads": HEADS}, None, "lstm"),
     "slstm": ({}, "SLSTM", "slstm"),
     "indrnn": ({}, "IndRNN", "indrnn"),
+    "layer_norm_lstm": ({}, "LayerNormLSTM", "lstm_norm"),
+    "layer_norm_gru": ({}, "LayerNormGRU", "gru_norm"),
+    "reset_before": ({"reset_after": False}, None, "gru_reset_before"),
 }
 
 
@@ -241,16 +247,31 @@ class Steps(Around):
                 self.register_parameter(name, torch.nn.Parameter(smaller[option](parameter.detach()).clone()))
         if option == "peepholes":
             self.register_parameter("weight_ch_l0", torch.nn.Parameter(layer.weight_hh_l0.detach()[:3].clone()))
+        self.normed = option.startswith("layer_norm")
+        if self.normed:
+            gain = torch.ones_like(layer.weight_ih_l0.detach()[:, 0])
+            for name in ("norm_ih_l0", "norm_hh_l0"):
+                self.register_parameter(name, torch.nn.Parameter(gain.clone()))
+            if case.cell == "lstm":
+                self.register_parameter("norm_c_l0", torch.nn.Parameter(torch.stack([gain[:H], torch.zeros_like(gain[:H])])))
 
     def forward(self, input: Tensor):
-        from fusedrnn.reference import layer  # as above
+        from fusedrnn.normed import group_normed, normed_gates  # as above
+        from fusedrnn.reference import layer
 
+        if self.normed:  # the input's products are one, and normalised at once
+            ((group,),), ((gain,),) = group_normed(self.cell, list(self.parameters()), True, 1, 1)
+            input, weights = normed_gates(input, [group], [gain], None, False)
+            return self.results(*layer(self.cell, input, None, None, weights))
         weight_ih, weight_hh, bias_ih, bias_hh, *fifth = self.parameters()
         if self.option == "num_heads":
             units = weight_hh.shape[1]
             each = weight_hh.unflatten(0, (-1, HEADS, units)).unbind(1)
             weight_hh = torch.stack([torch.block_diag(*gate) for gate in zip(*each)]).flatten(0, 1)
-        output, hy, cy, _ = layer(self.cell, input, None, None, [(weight_ih, weight_hh, bias_ih, bias_hh, *(fifth or [None]))])
+        return self.results(*layer(self.cell, input, None, None, [(weight_ih, weight_hh, bias_ih, bias_hh, *(fifth or [None]))]))
+
+    @staticmethod
+    def results(output: Tensor, hy: Tensor, cy: Tensor | None, _: Tensor | None):
         return output, hy if cy is None else (hy, cy) if cy.dim() == 3 else (hy, *cy)
 
 

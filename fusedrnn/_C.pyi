@@ -18,6 +18,8 @@ class _Traits(TypedDict):
     states: int
     saved: int
     unit: int
+    norms: int
+    late: int
     chooses: bool
     multiplies: bool
     x_pre: list[int]

@@ -19,8 +19,8 @@ from .convert import convert  # noqa: E402
 from .explain import explain  # noqa: E402
 from .freeze import freeze  # noqa: E402
 from .modules import GRU, LSTM, RNN  # noqa: E402
-from .newer import SLSTM, IndRNN  # noqa: E402
+from .newer import SLSTM, IndRNN, LayerNormGRU, LayerNormLSTM  # noqa: E402
 from .patch import patch  # noqa: E402
 
-__all__ = ["GRU", "GRUCell", "IndRNN", "LSTM", "LSTMCell", "RNN", "RNNCell", "SLSTM", "__version__", "convert",
-           "explain", "freeze", "functional", "patch"]
+__all__ = ["GRU", "GRUCell", "IndRNN", "LSTM", "LSTMCell", "LayerNormGRU", "LayerNormLSTM", "RNN", "RNNCell", "SLSTM", "__version__",
+           "convert", "explain", "freeze", "functional", "patch"]

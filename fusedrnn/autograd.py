@@ -27,7 +27,8 @@ def layer(cell: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, weight
 
     Args:
         cell: as `fusedrnn.reference.step_of` takes it, such as "lstm".
-        input: (T, B, I); (B, T, I) if `batch_first`; or (rows, I), the data of a PackedSequence.
+        input: (T, B, I); (B, T, I) if `batch_first`; or (rows, I), the data of a PackedSequence. With a weight_ih of shape (0, 0) I is
+            `D*G*H`: the gates of all directions, side by side.
         hx: (D, B, P) initial hidden states, or None for zeros (not with packed data).
         cx: (D, B, H) initial cell states of the lstm, (S - 1, D, B, H) of a cell of S > 2 states, or None for zeros.
         weights: for each of the D directions (weight_ih, weight_hh, bias_ih, bias_hh, weight_hr), None where there is none.
@@ -45,9 +46,6 @@ def layer(cell: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, weight
     Raises:
         RuntimeError: fusedrnn.onnx.export is at work, and ONNX has not what is asked for.
     """
-    if cell in reference.MULTIPLIES:
-        select.warn_once(f"fusedrnn's {cell}", "its reference in plain torch", select.TWO_PRODUCTS)
-        return reference.layer(cell, input, hx, cx, weights, ragged, batch_first, carry)
     inner = TRAITS[cell]["states"] - 1
     if forward_ad._current_level >= 0:
         select.warn_once(f"fusedrnn's {cell}", "its reference in plain torch", "the engine has no forward-mode derivative")

@@ -10,7 +10,6 @@ from .convert import FUSED_OF_STOCK
 from .freeze import Frozen
 from .layer import allows_tf32
 from .modules import FusedLayer, Pair
-from .reference import MULTIPLIES
 from .shared import Unstocked
 
 INSTRUCTION_SETS = ("avx512", "avx2", "baseline")
@@ -47,8 +46,6 @@ def explain(module: nn.Module, input: Tensor | PackedSequence, hx: Tensor | Pair
 
     extras = module.extras() if isinstance(module, FusedLayer) else []
     kernels: dict[str, str | None] = {}
-    if isinstance(module, FusedLayer) and module._cell() in MULTIPLIES and not reason:
-        kernels["its reference in plain torch"], reason = None, select.TWO_PRODUCTS
     if stock is Unstocked:
         kernels["torch.nn"] = f"it has no {type(module).__name__}"
     elif extras:

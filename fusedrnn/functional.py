@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, _VF
 
 from . import autograd, select
-from .reference import INNER, NO_CARRY, Carry, Weights
+from .normed import group_normed, normed_gates
+from .reference import INNER, NO_CARRY, NORMALISES, Carry, Weights
 from .shared import signature_of
 
 
@@ -107,7 +108,8 @@ def stack(cell: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, params
 
     Args:
         cell: the engine's name of it, as in `fusedrnn.reference.step_of`.
-        input, params, has_biases, num_layers, dropout, train, bidirectional, batch_first: as in `lstm`.
+        input, has_biases, num_layers, dropout, train, bidirectional, batch_first: as in `lstm`.
+        params: as in `lstm`, or, of a cell that normalises, in `fusedrnn.normed.group_normed`.
         ragged: batch_sizes, as in `lstm`, or the lengths (B,) of padded sequences, where the input is; None: all have T steps.
         hx, cx: initial states `(L*D, B, P)` and `(L*D, B, H)`, with more than two `(S-1, L*D, B, H)`, or None for zeros.
         options: what torch has not; resets, recompute and return_states are for padded input.
@@ -119,10 +121,13 @@ def stack(cell: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, params
         ValueError, RuntimeError: as in `lstm`.
     """
     num_directions = 2 if bidirectional else 1
-    layers = group_weights(params, has_biases, num_layers, num_directions)
+    if cell in NORMALISES:
+        layers, gains = group_normed(cell, params, has_biases, num_layers, num_directions)
+    else:
+        layers, gains = group_weights(params, has_biases, num_layers, num_directions), None
     if input.dim() == 2 and hx is None:
         hx, cx = zero_states(cell, input, int(ragged[0]), layers, options.num_heads)  # type: ignore[index]
-    if num_layers == 1 and options is PLAIN:
+    if num_layers == 1 and options is PLAIN and gains is None:
         output, hy, cy, _ = autograd.layer(cell, input, hx, cx, layers[0], ragged, batch_first)
         return output.transpose(0, 1) if batch_first else output, hy, cy, None
     run = autograd.layer if options.num_heads == 1 else partial(layer_of_heads, options.num_heads)
@@ -138,6 +143,8 @@ def stack(cell: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, params
         carry = NO_CARRY if options is PLAIN else options.carry(output, weights, ragged, steps_second, train)
         if options.weight_dropout and train:
             weights = [(group[0], torch.dropout(group[1], options.weight_dropout, True), *group[2:]) for group in weights]
+        if gains is not None:
+            output, weights = normed_gates(output, weights, gains[k], ragged, steps_second)
         output, hy, cy, inner = run(cell, output, each_hx[k], each_cx[k], weights, ragged, steps_second, carry, options.recompute,
                                     options.return_states)
         hys.append(hy)

@@ -31,10 +31,11 @@ def forward(cell, ragged, batch_first, carry, input, hx, cx, weights, save):
         output, hy, cy, saved and states, as the operator has them.
     """
     gates_x, weight_hh, bias_hh, weight_hr = [], [], [], []
-    for w_ih, w_hh, b_ih, b_hh, w_hr in by_direction(weights):
+    groups = by_direction(weights)
+    for d, (w_ih, w_hh, b_ih, b_hh, w_hr) in enumerate(groups):
         if b_hh is not None:
             bias_hh.append(b_hh)
-        gates = _input_product(input, w_ih, b_ih)
+        gates = _input_product(input, w_ih, b_ih) if len(w_ih) else input.chunk(len(groups), -1)[d]
         gates_x.append(gates.transpose(0, 1) if batch_first else gates)
         weight_hh.append(w_hh)
         if w_hr is not None:
@@ -190,7 +191,7 @@ def backward(kept, grads, wanted):
         return _backward_in_parts(cell, ragged, batch_first, carry, output, states, input, hx, cx, weights, grads, wanted)
     steps_first = input.transpose(0, 1) if batch_first else input
     tf32 = allows_tf32(input, ragged, batch_first)
-    if ragged is not None and input.dim() == 3 and input.device.type not in SKIPS_PADDING:
+    if ragged is not None and input.dim() == 3 and len(weights[0][0]) and input.device.type not in SKIPS_PADDING:
         runs = torch.arange(len(steps_first), device=input.device).unsqueeze(-1) < ragged
         steps_first = torch.where(runs.unsqueeze(-1), steps_first, 0)  # it may be NaN behind an end, and zero times that is not zero
     want_weights = wanted[3:] if len(weights) == 1 else [any(both) for both in zip(*by_direction(wanted[3:]))]
@@ -199,7 +200,7 @@ def backward(kept, grads, wanted):
     many_rows = ragged is None and carry == [None] * 3 and steps_first.shape[0] * steps_first.shape[1] > MANY_ROWS
     many_rows = many_rows and not (by_mkl and MKL_IS_SLOW)
     library_ih = many_rows and want_ih and min(weights[0][0].shape) > NARROW
-    library_hh = many_rows and want_hh and min(weights[0][1].shape) > NARROW
+    library_hh = many_rows and want_hh and min(weights[0][1].shape) > NARROW and not TRAITS[cell]["late"]  # which multiplies no h
     grad_pre, grad_hx, grad_cx, grad_weights = recurrence_backward(
         cell, steps_first, weight_hh, weight_hr, hx, cx, output, saved, states, ragged, *carry, *grads, wanted[1], wanted[2],
         want_ih and not library_ih, want_hh and not library_hh, want_b_ih or want_b_hh, want_hr, tf32,
@@ -308,7 +309,7 @@ def _saved_again(cell, lengths, batch_first, carry, output, states, input, hx, c
             c = before(None if cx is None else cx[d], states[:, :, d, 0]).reshape(1, rows, -1)
         elif inner:
             c = torch.stack([before(None if cx is None else cx[k, d], states[:, :, d, k]).reshape(1, rows, -1) for k in range(inner)])
-        gates = _input_product(input, w_ih, b_ih)
+        gates = _input_product(input, w_ih, b_ih) if len(w_ih) else input.chunk(len(weights), -1)[d]
         gates = (gates.transpose(0, 1) if batch_first else gates).reshape(1, rows, -1)
         saved = recurrence_forward(cell, [gates], [w_hh], None if b_hh is None else [b_hh], None if w_hr is None else [w_hr],
                                    h.reshape(1, rows, -1), c, None, None, None, None, SAVE_ALL, tf32)[3]
@@ -365,6 +366,10 @@ def _runs(cell):
 
 def _grad_input(grad_pre, weights, shape, batch_first):
     """Every direction's gradients of the gates' input halves, which come first of the pre-activations, times its weight_ih."""
+    if len(weights[0][0]) == 0:  # the input is the gates
+        each = shape[-1] // (len(weights) * grad_pre.shape[-1])
+        gates = grad_pre[..., :each, :].flatten(-3)
+        return gates.transpose(0, 1) if batch_first else gates
     width = grad_pre.shape[-2] * grad_pre.shape[-1]
     grad_pre = grad_pre.view(-1, len(weights) * width)
     grad_input: Any = None

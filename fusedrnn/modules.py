@@ -49,6 +49,12 @@ class FusedLayer(RNNBase):
     save: Literal["all", "states"] = "all"
     num_heads: int = 1
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Give each of our classes a forward that goes by its name, as Python's TypeErrors tell it to the caller."""
+        super().__init_subclass__(**kwargs)
+        if "forward" not in vars(cls) and cls.__module__.startswith("fusedrnn."):
+            cls.forward = shared.renamed(cls.forward, f"{cls.__qualname__}.forward")  # type: ignore[arg-type]
+
     def _take_options(self, kwargs: dict[str, Any]) -> None:
         """Set those of the arguments, and take them out of kwargs. Called before there are parameters."""
         for name in self._takes:
@@ -129,7 +135,7 @@ class FusedLayer(RNNBase):
             reset = reset.to(data.device)
             reset = reset.unsqueeze(1) if data.dim() == 2 else reset.t().contiguous() if self.batch_first else reset
         both = self.zoneout if isinstance(self.zoneout, tuple) else (self.zoneout, self.zoneout)
-        zoneout = both if self.mode == "LSTM" else both[:1]
+        zoneout = both if self._inner == 1 else both[:1]
         return functional.Options(reset, zoneout, self.recurrent_dropout, self.weight_dropout, self.save == "states",
                                   return_states, self.num_heads)
 
@@ -311,12 +317,6 @@ class FusedLayer(RNNBase):
 class OfOneState(FusedLayer):
     """What the layers share whose only state is h. Not for direct use."""
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Give the class a forward that goes by its name, as Python's TypeErrors tell it to the caller."""
-        super().__init_subclass__(**kwargs)
-        if "forward" not in vars(cls):
-            cls.forward = shared.renamed(cls.forward, f"{cls.__qualname__}.forward")  # type: ignore[method-assign,arg-type]
-
     @overload
     def forward(self, input: Sequence, hx: Tensor | None = None, *, lengths: Tensor | None = None,
                 reset: Tensor | None = None, return_states: Literal[False] = False) -> tuple[Sequence, Tensor]: ...
@@ -352,6 +352,45 @@ class OfOneState(FusedLayer):
 
     if TYPE_CHECKING:  # torch.nn.Module's own takes anything and gives Any
         __call__ = forward
+
+
+class OfTwoStates(FusedLayer):
+    """What the layers share whose states are h and c. Not for direct use."""
+
+    _inner = 1
+
+    @overload
+    def forward(self, input: Sequence, hx: Pair | None = None, *, lengths: Tensor | None = None,
+                reset: Tensor | None = None, return_states: Literal[False] = False) -> tuple[Sequence, Pair]: ...
+
+    @overload
+    def forward(self, input: Tensor, hx: Pair | None = None, *, lengths: Tensor | None = None,
+                reset: Tensor | None = None, return_states: Literal[True]) -> tuple[Tensor, Pair, tuple[EveryState, EveryState]]: ...
+
+    def forward(self, input: Any, hx: Pair | None = None, *, lengths: Tensor | None = None, reset: Tensor | None = None,
+                return_states: bool = False) -> Any:
+        """Run all layers over a sequence.
+
+        Args:
+            input: as in `RNN.forward`.
+            hx: a pair of initial states, h `(L*D, B, P)` and c `(L*D, B, H)`, unbatched without B, or None for zeros.
+            lengths, reset, return_states: as in `RNN.forward`.
+
+        Returns:
+            the output, `(T, B, D*P)` or as the input is laid out, and the last states (hy, cy), shaped as hx; if return_states also
+            a pair of tuples, h and c after every step.
+
+        Raises:
+            RuntimeError, ValueError, TypeError: as there.
+        """
+        return self._call(input, hx, lengths, reset, return_states)
+
+    if TYPE_CHECKING:
+        __call__ = forward
+
+    def _split_states(self, hx: Any) -> tuple[Any, ...]:
+        h, c = shared.split_pair(hx)
+        return () if h is None else (h,) if c is None else (h, c)
 
 
 class RNN(OfOneState):
@@ -412,7 +451,7 @@ class RNN(OfOneState):
         super().__init__(f"RNN_{self.nonlinearity.upper()}", *args, **kwargs)
 
 
-class LSTM(FusedLayer):
+class LSTM(OfTwoStates):
     """Long short-term memory: torch.nn.LSTM on the fused engine.
 
         i, f, o = sigmoid(W_ih x_t + b_ih + W_hh h_(t-1) + b_hh), each its own rows; g = tanh(...) likewise
@@ -451,7 +490,6 @@ class LSTM(FusedLayer):
 
     stock, _who = torch.nn.LSTM, "fusedrnn.LSTM"
     _takes = (*EVERY_LAYER, "forget_bias", "peepholes", "coupled", "gate_activation", "activation", "cell_clip", "num_heads")
-    _inner = 1
     forget_bias: float | None = None
     peepholes: bool = False
     coupled: bool = False
@@ -505,39 +543,6 @@ class LSTM(FusedLayer):
         super().reset_parameters()
         set_forget_bias(self, self.forget_bias)
 
-    @overload
-    def forward(self, input: Sequence, hx: Pair | None = None, *, lengths: Tensor | None = None,
-                reset: Tensor | None = None, return_states: Literal[False] = False) -> tuple[Sequence, Pair]: ...
-
-    @overload
-    def forward(self, input: Tensor, hx: Pair | None = None, *, lengths: Tensor | None = None,
-                reset: Tensor | None = None, return_states: Literal[True]) -> tuple[Tensor, Pair, tuple[EveryState, EveryState]]: ...
-
-    def forward(self, input: Any, hx: Pair | None = None, *, lengths: Tensor | None = None, reset: Tensor | None = None,
-                return_states: bool = False) -> Any:
-        """Run all layers over a sequence.
-
-        Args:
-            input: as in `RNN.forward`.
-            hx: a pair of initial states, h `(L*D, B, P)` and c `(L*D, B, H)`, unbatched without B, or None for zeros.
-            lengths, reset, return_states: as in `RNN.forward`.
-
-        Returns:
-            the output, `(T, B, D*P)` or as the input is laid out, and the last states (hy, cy), shaped as hx; if return_states also
-            a pair of tuples, h and c after every step.
-
-        Raises:
-            RuntimeError, ValueError, TypeError: as there.
-        """
-        return self._call(input, hx, lengths, reset, return_states)
-
-    if TYPE_CHECKING:
-        __call__ = forward
-
-    def _split_states(self, hx: Any) -> tuple[Any, ...]:
-        h, c = shared.split_pair(hx)
-        return () if h is None else (h,) if c is None else (h, c)
-
     # What the stock forward needs beyond RNNBase.
     get_expected_cell_size = torch.nn.LSTM.get_expected_cell_size
     check_forward_args = torch.nn.LSTM.check_forward_args  # type: ignore[assignment]
@@ -556,8 +561,7 @@ class GRU(OfOneState):
         gate_activation, num_heads: as in `LSTM`.
         activation: what stands for tanh: "tanh", "relu" or "identity".
         reset_after: False for n = tanh(W_in x_t + b_in + W_hn (r h_(t-1)) + b_hn), in which r multiplies before the product, as in
-            the paper; reset_after=False of Keras and linear_before_reset=0 of ONNX. Not with other activations. No kernel does two
-            products a step: it runs step by step in plain torch (`fusedrnn.reference`), and warns once.
+            the paper; reset_after=False of Keras and linear_before_reset=0 of ONNX.
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype: as in `RNN`.
         zoneout, recurrent_dropout, weight_dropout, save: as in `RNN`.
 
@@ -588,19 +592,13 @@ class GRU(OfOneState):
         """Take what the class says under Arguments."""
         _refuse_proj_size(kwargs)
         self._take_options(kwargs)
-        if not self.reset_after and (self.gate_activation, self.activation) != ("sigmoid", "tanh"):
-            got = f"gate_activation={self.gate_activation!r} and activation={self.activation!r}"
-            raise ValueError(f"{self._who}: reset_after=False goes with gate_activation='sigmoid' and activation='tanh' alone, "
-                             f"got {got}")
         super().__init__("GRU", *args, **kwargs)
         self._take_form()
 
     def _cell(self) -> str:
-        if not self.reset_after:
-            return "gru_reset_before"
-        if self.gate_activation == "sigmoid" and self.activation == "tanh":
+        if self.reset_after and self.gate_activation == "sigmoid" and self.activation == "tanh":
             return "gru"
-        return Choice(self.gate_activation, self.activation).of("gru_general")
+        return Choice(self.gate_activation, self.activation).of("gru_general" if self.reset_after else "gru_reset_before")
 
 
 def set_forget_bias(module: FusedLayer, value: float | None) -> None:

@@ -1,4 +1,4 @@
-"""IndRNN and SLSTM: recurrent layers that torch.nn has not, called as its layers are.
+"""IndRNN, SLSTM, LayerNormLSTM and LayerNormGRU: recurrent layers that torch.nn has not, called as its layers are.
 
 What they share with the others is `fusedrnn.modules.FusedLayer`, and so torch.nn.RNNBase: names of parameters, dropout
 between layers, directions, state_dict. Where the others leave a call to torch's kernels these refuse it.
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.types import Device
 
 from . import shared
-from .modules import EveryState, FusedLayer, OfOneState, Sequence, ValueFunction, set_forget_bias
+from .modules import EVERY_LAYER, EveryState, FusedLayer, OfOneState, OfTwoStates, Sequence, ValueFunction, set_forget_bias
 from .reference import VALUE_FUNCTIONS, Choice
 
 Four = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -181,3 +181,134 @@ class SLSTM(FusedLayer):
 
     def _split_states(self, hx: Any) -> tuple[Any, ...]:
         return tuple(hx) if isinstance(hx, (tuple, list)) and len(hx) == 4 else super()._split_states(hx)
+
+
+class LayerNormLSTM(OfTwoStates):
+    """The LSTM whose products and whose cell state on its way out are normalised: layer normalisation inside each step.
+
+        gates = a_ih N(W_ih x_t) + b_ih + a_hh N(W_hh h_(t-1)) + b_hh, the rows of i, f, g and o,  N(v) = (v - E v) / sqrt(Var v + 1e-5)
+        c_t = sigmoid(f) c_(t-1) + sigmoid(i) tanh(g),  h_t = sigmoid(o) tanh(a_c N(c_t) + b_c)
+
+    N is of a whole row: of all 4H numbers of a product at once, and of the H of c_t, which is carried on as it is. Source: Ba, Kiros
+    and Hinton, "Layer normalization", arXiv:1607.06450 (2016), supplement, equations 20 to 22, for the gates of torch.nn.LSTM.
+
+    Args:
+        forget_bias: as in `LSTM`.
+        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype: as in `RNN`; gates lie in the
+            order i, f, g, o. norm_ih_l0, norm_hh_l0 (4H,) and so on are a_ih and a_hh, ones at first; norm_c_l0 (2, H) is a_c and b_c,
+            ones and zeros. bias=False leaves out b_ih and b_hh, and not b_c.
+        zoneout: as in `RNN`, of h and of c, or two probabilities.
+        recurrent_dropout, weight_dropout: as in `RNN`.
+        save: as in `RNN`; the products of the input are kept all the same.
+
+    Raises:
+        ValueError, TypeError: for arguments of no such layer.
+
+    >>> import torch
+    >>> output, (hy, cy) = LayerNormLSTM(10, 20, 2)(torch.randn(5, 3, 10))
+    >>> output.shape, cy.shape
+    (torch.Size([5, 3, 20]), torch.Size([2, 3, 20]))
+    """
+
+    stock, _who = shared.Unstocked, "fusedrnn.LayerNormLSTM"
+    _takes = (*EVERY_LAYER, "forget_bias")
+    forget_bias: float | None = None
+
+    def _declared(self, input_size: int, hidden_size: int, num_layers: int = 1, bias: bool = True, batch_first: bool = False,
+                  dropout: float = 0.0, bidirectional: bool = False, device: Device = None, dtype: torch.dtype | None = None, *,
+                  zoneout: float | tuple[float, float] = 0.0, recurrent_dropout: float = 0.0, weight_dropout: float = 0.0,
+                  save: Literal["all", "states"] = "all", forget_bias: float | None = None) -> None: ...
+
+    @shared.signature_of(_declared)
+    def __init__(self, input_size: int, hidden_size: int, num_layers: int = 1, bias: bool = True, batch_first: bool = False,
+                 dropout: float = 0.0, bidirectional: bool = False, device: Device = None, dtype: torch.dtype | None = None,
+                 **kwargs: Any) -> None:
+        """Take what the class says under Arguments."""
+        self._take_options(kwargs)
+        shared.refuse_unknown(self._who, kwargs)
+        super().__init__("LSTM", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
+                         device=device, dtype=dtype)
+        self.mode = "LAYERNORMLSTM"
+        self._take_form()
+
+    def _own_shapes(self, suffix: str) -> dict[str, tuple[int, ...]]:
+        H = self.hidden_size
+        return {f"norm_ih{suffix}": (4 * H,), f"norm_hh{suffix}": (4 * H,), f"norm_c{suffix}": (2, H)}
+
+    def _cell(self) -> str:
+        return "lstm_norm"
+
+    def reset_parameters(self) -> None:
+        """Draw weights and biases anew, as torch does an LSTM's, give the forget gates their bias, and set gains to one, b_c to zero."""
+        super().reset_parameters()
+        set_forget_bias(self, self.forget_bias)
+        set_norms(self)
+
+
+class LayerNormGRU(OfOneState):
+    """The GRU whose products are normalised: layer normalisation inside each step.
+
+        r, z = sigmoid(a_ih N(W_ih x_t) + b_ih + a_hh N(W_hh h_(t-1)) + b_hh), each its own rows,  N(v) = (v - E v) / sqrt(Var v + 1e-5)
+        n = tanh(a_in N(W_ih x_t) + b_in + r (a_hn N(W_hh h_(t-1)) + b_hn)), likewise,  h_t = (1 - z) n + z h_(t-1)
+
+    N is of a whole row: of all 3H numbers of a product at once. Source: Ba, Kiros and Hinton, "Layer normalization",
+    arXiv:1607.06450 (2016), for the gates of torch.nn.GRU.
+
+    Args:
+        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype: as in `RNN`; gates lie in the
+            order r, z, n. norm_ih_l0, norm_hh_l0 (3H,) and so on are a_ih and a_hh, ones at first.
+        zoneout, recurrent_dropout, weight_dropout: as in `RNN`.
+        save: as in `LayerNormLSTM`.
+
+    Raises:
+        ValueError, TypeError: for arguments of no such layer.
+
+    >>> import torch
+    >>> output, hy = LayerNormGRU(10, 20, bidirectional=True)(torch.randn(5, 3, 10))
+    >>> output.shape, hy.shape
+    (torch.Size([5, 3, 40]), torch.Size([2, 3, 20]))
+    """
+
+    stock, _who, _takes = shared.Unstocked, "fusedrnn.LayerNormGRU", EVERY_LAYER
+
+    def _declared(self, input_size: int, hidden_size: int, num_layers: int = 1, bias: bool = True, batch_first: bool = False,
+                  dropout: float = 0.0, bidirectional: bool = False, device: Device = None, dtype: torch.dtype | None = None, *,
+                  zoneout: float = 0.0, recurrent_dropout: float = 0.0, weight_dropout: float = 0.0,
+                  save: Literal["all", "states"] = "all") -> None: ...
+
+    @shared.signature_of(_declared)
+    def __init__(self, input_size: int, hidden_size: int, num_layers: int = 1, bias: bool = True, batch_first: bool = False,
+                 dropout: float = 0.0, bidirectional: bool = False, device: Device = None, dtype: torch.dtype | None = None,
+                 **kwargs: Any) -> None:
+        """Take what the class says under Arguments."""
+        self._take_options(kwargs)
+        shared.refuse_unknown(self._who, kwargs)
+        super().__init__("GRU", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
+                         device=device, dtype=dtype)
+        self.mode = "LAYERNORMGRU"
+        self._take_form()
+
+    def _own_shapes(self, suffix: str) -> dict[str, tuple[int, ...]]:
+        return {f"norm_ih{suffix}": (3 * self.hidden_size,), f"norm_hh{suffix}": (3 * self.hidden_size,)}
+
+    def _cell(self) -> str:
+        return "gru_norm"
+
+    def reset_parameters(self) -> None:
+        """Draw weights and biases anew, as torch does a GRU's, and set gains to one."""
+        super().reset_parameters()
+        set_norms(self)
+
+
+def set_norms(module: FusedLayer) -> None:
+    """Give a layer that normalises its first gains, ones, and shifts of c, zeros.
+
+    Args:
+        module: the layer.
+    """
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if name.startswith("norm"):
+                parameter.fill_(1)
+            if name.startswith("norm_c"):
+                parameter[1] = 0

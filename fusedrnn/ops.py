@@ -23,8 +23,8 @@ class _Traits(dict[str, Any]):
         raise RuntimeError(f"fusedrnn: cell must be one of {', '.join(self)}, got {cell!r}")
 
 
-#: For each cell: gates, pre (pre-activations per unit), states, saved, unit (numbers that each unit has of its own), chooses,
-#: multiplies, and the maps x_pre and h_pre from gate to pre-activation; csrc/cells/cell.h says what these are. A cell that chooses
+#: For each cell: gates, pre (pre-activations per unit), states, saved, unit (numbers that each unit has of its own), norms, late,
+#: chooses, multiplies, and the maps x_pre and h_pre from gate to pre-activation; csrc/cells/cell.h says what these are. A cell that chooses
 #: is asked for by its name, a colon, and what `fusedrnn.reference.choice` makes of the choice.
 TRAITS = _Traits(_C.cell_traits())
 

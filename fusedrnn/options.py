@@ -27,7 +27,7 @@ def checked(who: str, name: str, value: Any) -> Any:
     Raises:
         ValueError: it is none that the option may have.
     """
-    lstm = who.endswith(".LSTM")
+    lstm = who.endswith((".LSTM", ".LayerNormLSTM"))
     two = isinstance(value, (tuple, list)) and len(value) == 2 and lstm
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if name in RATES:

@@ -12,10 +12,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import layer_norm, linear
 
 Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
-"""One direction: weight_ih `(G*H, I)`, weight_hh `(G*H, P)`, bias_ih `(G*H,)`, bias_hh `(G*H,)`, weight_hr (P, H)."""
+"""One direction: weight_ih `(G*H, I)`, weight_hh `(G*H, P)`, bias_ih `(G*H,)`, bias_hh `(G*H,)`, weight_hr (P, H). A weight_ih of
+shape (0, 0): the input is the gates themselves, those of all directions side by side."""
 
 
 # A step takes gates_x = x W_ih^T + b_ih and gates_h = h W_hh^T + b_hh, both (B, G*H), and the states before it, each
@@ -105,7 +106,7 @@ class Choice(NamedTuple):
         """The cell with this choice, as the operators and `step_of` take it.
 
         Args:
-            cell: "lstm_general", "lstm_coupled", "gru_general" or "indrnn".
+            cell: one of `CHOOSES`.
 
         Returns:
             its name with the choice behind it.
@@ -159,12 +160,11 @@ def _clip(c: Tensor, choice: Choice) -> Tensor:
     return c.clamp(-choice.clip, choice.clip) if choice.clip else c
 
 
-def gru_general(gates_x: Tensor, gates_h: Tensor, states: tuple[Tensor, ...], unit: None, choice: Choice) -> tuple[Tensor, ...]:
+def gru_general(gates_x: Tensor, gates_h: Tensor, states: tuple[Tensor, ...], choice: Choice) -> tuple[Tensor, ...]:
     """`gru` with the functions of its gates and of n to choose.
 
     Args:
         gates_x, gates_h, states: as in `gru`.
-        unit: None.
         choice: of gate and candidate.
 
     Returns:
@@ -179,15 +179,16 @@ def gru_general(gates_x: Tensor, gates_h: Tensor, states: tuple[Tensor, ...], un
     return ((1 - z) * n + z * h,)
 
 
-def gru_reset_before(gates_x: Tensor, h: Tensor, states: tuple[Tensor, ...], weight_hh: Tensor,
-                     bias_hh: Tensor | None) -> tuple[Tensor, ...]:
-    """`gru` whose reset gate multiplies before the recurrent product: n = tanh(n_x + W_hn (r h) + b_hn). Cho and others,
+def gru_reset_before(gates_x: Tensor, h: Tensor, states: tuple[Tensor, ...], weight_hh: Tensor, bias_hh: Tensor | None,
+                     choice: Choice) -> tuple[Tensor, ...]:
+    """`gru_general` whose reset gate multiplies before the recurrent product: n = tanh(n_x + W_hn (r h) + b_hn). Cho and others,
     arXiv:1406.1078 (2014), in their own form; Keras' reset_after=False, ONNX's linear_before_reset=0.
 
     Args:
         gates_x, states: as in `gru`.
         h: (B, H), what weight_hh is to multiply: the state, or what recurrent dropout leaves of it.
         weight_hh, bias_hh: (3H, H) and (3H,), bias_hh None for zeros.
+        choice: of gate and candidate.
 
     Returns:
         (h',).
@@ -195,8 +196,9 @@ def gru_reset_before(gates_x: Tensor, h: Tensor, states: tuple[Tensor, ...], wei
     (before,) = states
     r_x, z_x, n_x = gates_x.chunk(3, -1)
     (w_r, w_z, w_n), (b_r, b_z, b_n) = weight_hh.chunk(3), (None,) * 3 if bias_hh is None else bias_hh.chunk(3)
-    r, z = torch.sigmoid(r_x + linear(h, w_r, b_r)), torch.sigmoid(z_x + linear(h, w_z, b_z))
-    n = torch.tanh(n_x + linear(r * h, w_n, b_n))
+    gate = FUNCTIONS[choice.gate]
+    r, z = gate(r_x + linear(h, w_r, b_r)), gate(z_x + linear(h, w_z, b_z))
+    n = FUNCTIONS[choice.candidate](n_x + linear(r * h, w_n, b_n))
     return ((1 - z) * n + z * before,)
 
 
@@ -237,39 +239,82 @@ def slstm(gates_x: Tensor, gates_h: Tensor, states: tuple[Tensor, ...]) -> tuple
     return torch.sigmoid(o) * (c / n), c, n, scale
 
 
+def lstm_norm(gates_x: Tensor, gates_h: Tensor, states: tuple[Tensor, ...], unit: Tensor | None) -> tuple[Tensor, ...]:
+    """`lstm` whose recurrent products are normalised, all gates of a row together, and c' on its way out. Ba, Kiros, Hinton,
+    arXiv:1607.06450 (2016).
+
+    Args:
+        gates_x: as in `lstm`, but normalised already, and with all that shifts the gates.
+        gates_h: h W_hh^T, `(B, 4*H)`.
+        states: as in `lstm`.
+        unit: (6, H), the gains of i, f, g and o, then the gain and the shift of the normalised c'; None for zeros.
+
+    Returns:
+        (h', c').
+    """
+    _, c = states
+    unit = c.new_zeros(6, c.shape[-1]) if unit is None else unit
+    i, f, g, o = (gates_x + unit[:4].flatten() * layer_norm(gates_h, gates_h.shape[-1:])).chunk(4, -1)
+    c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+    return torch.sigmoid(o) * torch.tanh(unit[4] * layer_norm(c, c.shape[-1:]) + unit[5]), c
+
+
+def gru_norm(gates_x: Tensor, gates_h: Tensor, states: tuple[Tensor, ...], unit: Tensor | None) -> tuple[Tensor, ...]:
+    """`gru` whose recurrent products are normalised, all gates of a row together. Ba, Kiros, Hinton, arXiv:1607.06450 (2016).
+
+    Args:
+        gates_x: as in `gru`, but normalised already, and with all that shifts r and z.
+        gates_h: h W_hh^T, `(B, 3*H)`.
+        states: as in `gru`.
+        unit: (4, H), the gains of r, z and n, then the shift of what r multiplies; None for zeros.
+
+    Returns:
+        (h',).
+    """
+    (h,) = states
+    unit = h.new_zeros(4, h.shape[-1]) if unit is None else unit
+    r_h, z_h, n_h = (unit[:3].flatten() * layer_norm(gates_h, gates_h.shape[-1:])).chunk(3, -1)
+    return gru(gates_x, torch.cat([r_h, z_h, n_h + unit[3]], -1), states)
+
+
 Step = Callable[..., tuple[Tensor, ...]]
 CELLS: dict[str, Step] = {
     "rnn_tanh": rnn_tanh, "rnn_relu": rnn_relu, "lstm": lstm, "gru": gru, "lstm_general": lstm_general,
     "lstm_coupled": lstm_coupled, "gru_general": gru_general, "indrnn": indrnn, "slstm": slstm,
+    "lstm_norm": lstm_norm, "gru_norm": gru_norm, "gru_reset_before": gru_reset_before,
 }  # fmt: skip
-INNER = {"lstm": 1, "lstm_general": 1, "lstm_coupled": 1, "slstm": 3}
+INNER = {"lstm": 1, "lstm_general": 1, "lstm_coupled": 1, "slstm": 3, "lstm_norm": 1}
 """How many states a cell has besides h, if any."""
-OWN_NUMBERS = {"lstm_general", "lstm_coupled", "indrnn"}
+NORMALISES = {"lstm_norm", "gru_norm"}
+"""Cells that normalise the products of h, and take those of the input normalised."""
+OWN_NUMBERS = {"lstm_general", "lstm_coupled", "indrnn"} | NORMALISES
 """Cells whose units have numbers of their own: in the place of weight_hr, or, of "indrnn", which has no product, of weight_hh."""
-CHOOSES = OWN_NUMBERS | {"gru_general"}
+CHOOSES = {"lstm_general", "lstm_coupled", "indrnn", "gru_general", "gru_reset_before"}
 """Cells that have a `Choice`."""
 MULTIPLIES = {"gru_reset_before"}
-"""Cells that multiply by weight_hh themselves, and take h in the place of gates_h. The engine has none: `fusedrnn.autograd.layer` runs them here."""
+"""Cells that multiply by weight_hh themselves, and take h in the place of gates_h."""
 
 
 def step_of(cell: str, weights: Weights) -> Step:
     """A cell's step without arguments of its own.
 
     Args:
-        cell: a key of `CELLS`, or of one that has a choice also `Choice.of`, or of `MULTIPLIES`.
+        cell: a key of `CELLS`, or of one that has a choice also `Choice.of`.
         weights: of the direction.
 
     Returns:
         (gates_x, gates_h, states) -> the states after the step; of "indrnn" gates_h is bias_hh, and of `MULTIPLIES` it is h.
     """
     name, _, words = cell.partition(":")
+    step = CELLS[name]
     if name in MULTIPLIES:
-        return partial(gru_reset_before, weight_hh=weights[1], bias_hh=weights[3])
-    if name not in CHOOSES:
-        return CELLS[name]
-    gate, candidate, output, clip = words.split(",") if words else Choice()
-    unit = weights[1] if name == "indrnn" else weights[4] if name in OWN_NUMBERS else None
-    return partial(CELLS[name], unit=unit, choice=Choice(gate, candidate, output, float(clip)))
+        step = partial(step, weight_hh=weights[1], bias_hh=weights[3])
+    if name in OWN_NUMBERS:
+        step = partial(step, unit=weights[1] if name == "indrnn" else weights[4])
+    if name in CHOOSES:
+        gate, candidate, output, clip = words.split(",") if words else Choice()
+        step = partial(step, choice=Choice(gate, candidate, output, float(clip)))
+    return step
 
 
 class Carry(NamedTuple):
@@ -293,7 +338,8 @@ def scan(cell: str, inputs: list[Tensor], states: tuple[Tensor, ...], weights: W
 
     Args:
         cell: as in `step_of`.
-        inputs: one (b, I) tensor a step. b never grows: of B sequences sorted by length, the first b still run.
+        inputs: one (b, I) tensor a step, or without a weight_ih `(b, G*H)`, the gates of the direction. b never grows: of B
+            sequences sorted by length, the first b still run.
         states: before the first step, (h (B, P),) or (h (B, P), c (B, H)), and so on.
         weights: of this direction, as `Weights` says.
         reverse: from the last step to the first.
@@ -321,7 +367,7 @@ def scan(cell: str, inputs: list[Tensor], states: tuple[Tensor, ...], weights: W
             running = tuple(torch.cat([torch.where(anew.unsqueeze(-1), 0, state[:kept]), state[kept:]]) for state in running)
         h = running[0] if hidden_mask is None else running[0] * hidden_mask[: len(x)]
         gates_h = bias_hh if name == "indrnn" else h if name in MULTIPLIES else linear(h, weight_hh, bias_hh)
-        new = step(linear(x, weight_ih, bias_ih), gates_h, running)
+        new = step(linear(x, weight_ih, bias_ih) if len(weight_ih) else x, gates_h, running)
         if zoneout is not None:  # Krueger and others, arXiv:1606.01305 (2016)
             new = tuple(z * before + (1 - z) * now for z, before, now in zip(zoneout[t].unbind(-2), running, new))
         if weight_hr is not None:  # Sak, Senior, Beaufays, arXiv:1402.1128 (2014)
@@ -344,7 +390,7 @@ def layer(cell: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, weight
 
     Args:
         cell: as in `step_of`.
-        input: (T, B, I); (B, T, I) if batch_first; or the data (N, I) of a PackedSequence.
+        input: (T, B, I); (B, T, I) if batch_first; or the data (N, I) of a PackedSequence. I is `D*G*H` where there is no weight_ih.
         hx, cx: (D, B, P) and (D, B, H), or None for zeros. cx only for cells of `INNER`, and (3, D, B, H) for "slstm".
         weights: one tuple a direction; direction 1 runs in reverse.
         ragged: batch_sizes (T,) of a PackedSequence, or the lengths (B,) of padded sequences; None: all have T steps.
@@ -390,7 +436,8 @@ def layer(cell: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, weight
             alike = carry.zoneout.dim() == 3
             zoneout = [carry.zoneout[d]] * len(inputs) if alike else steps_of(carry.zoneout.select(-3, d))
         mask = None if carry.hidden_mask is None else carry.hidden_mask[d]
-        each, states = scan(cell, inputs, states, direction, d == 1, lengths, reset, zoneout, mask)
+        own = inputs if len(direction[0]) else [x.chunk(len(weights), -1)[d] for x in inputs]
+        each, states = scan(cell, own, states, direction, d == 1, lengths, reset, zoneout, mask)
         output, *others = (join(state) for state in zip(*each))
         outputs.append(output)
         inner += others

@@ -37,7 +37,6 @@ CUDA_KERNELS = (*FUSED_CUDA_KERNELS, "torch")
 OLDEST_CUDA = (8, 0)  # compute capability, as csrc/cuda/ops.cpp has it
 HAS_CUDA, CUDA_WHY_NOT = _C.build_record()["cuda"], _C.build_record()["cuda_why_not"]
 
-TWO_PRODUCTS = "the engine has no cell with two products a step"
 MISFIT = "torch has to judge arguments of this form"
 # Here the user plainly asked for a graph of torch's own ops: nothing to warn of.
 TRACING = "torch.jit.trace records torch's own ops"

@@ -14,8 +14,8 @@ from torch import nn
 import fusedrnn
 
 MODULES = [name for _, name, _ in pkgutil.iter_modules(fusedrnn.__path__) if not name.startswith("_")]
-PUBLIC = ["RNN", "LSTM", "GRU", "IndRNN", "SLSTM", "RNNCell", "LSTMCell", "GRUCell", "convert", "explain", "freeze", "functional",
-          "patch"]
+PUBLIC = ["RNN", "LSTM", "GRU", "IndRNN", "SLSTM", "LayerNormLSTM", "LayerNormGRU", "RNNCell", "LSTMCell", "GRUCell", "convert", "explain",
+          "freeze", "functional", "patch"]
 
 
 def test_exports():

@@ -49,7 +49,7 @@ def arguments(cell, T, B, D, H, P=None, dtype=torch.float64):
 
 def compare(cell, given, ragged, carry, recompute, tolerance=1e-10):
     input, hx, cx, weights = given
-    leaves = [t for t in (input, hx, cx, *(t for group in weights for t in group)) if t is not None]
+    leaves = [t for t in (input, hx, cx, *(t for group in weights for t in group)) if t is not None and t.requires_grad]
     results = []
     for run in (autograd.layer, reference.layer):
         options = {} if run is reference.layer else {"recompute": recompute, "return_states": True}

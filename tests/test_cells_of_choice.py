@@ -35,8 +35,11 @@ def arguments(cell, T, B, D, H, unit=True, dtype=torch.float64):
     def fifth():
         return make(traits["unit"], H) if unit and traits["unit"] and traits["multiplies"] else None
 
+    def bias():
+        return None if traits["norms"] else make(G * H)
+
     rows = G * H if traits["multiplies"] else traits["unit"]
-    weights = [(make(G * H, I), make(rows, H), make(G * H), make(G * H), fifth()) for _ in range(D)]
+    weights = [(make(G * H, I), make(rows, H), bias(), bias(), fifth()) for _ in range(D)]
     cx = make(D, B, H) if inner == 1 else make(inner, D, B, H) if inner else None
     if cell == "slstm":
         with torch.no_grad():
@@ -70,6 +73,18 @@ def test_larger(cell, threads, isa):
     compare(choose(cell, draws), arguments(cell, 7, 50, 2, 33), None, NO_CARRY, recompute=False)
 
 
+@pytest.mark.parametrize("kind", [(0, "", 0, 0), (1, "each", 0, 1)], ids=str)
+@cells
+def test_gates_in_the_place_of_the_input(cell, kind, engine):
+    """Without a weight_ih the input is the gates of all directions."""
+    for recompute, D in ((False, 1), (True, 1), (False, 2), (True, 2)):
+        _, hx, cx, weights = arguments(cell, 6, 3, D, 5)
+        gates = torch.randn(6, 3, D * ops.TRAITS[cell]["gates"] * 5, dtype=torch.float64, requires_grad=True)
+        weights = [(torch.empty(0, 0, dtype=torch.float64), group[1], None, None, group[4]) for group in weights]
+        carry, lengths = carry_of(cell, kind, 6, 3, D, 5, S=ops.TRAITS[cell]["states"])
+        compare(cell, (gates, hx, cx, weights), lengths, carry, recompute)
+
+
 @cells
 def test_packed(cell, engine):
     sizes = torch.tensor([4, 4, 3, 1, 1])
@@ -95,7 +110,7 @@ def test_every_choice(cell):
                     compare(choice.of(cell), given, None, NO_CARRY, recompute=False)
                     results[choice] = autograd.layer(choice.of(cell), *given)[0]
     different = {tuple(result.flatten().tolist()) for result in results.values()}
-    used = {"lstm_general": 54, "lstm_coupled": 54, "gru_general": 9, "indrnn": 3}
+    used = {"lstm_general": 54, "lstm_coupled": 54, "gru_general": 9, "indrnn": 3, "gru_reset_before": 9}
     assert len(different) == used[cell], "choices that a cell has, and no others, make a difference"
 
 
@@ -163,7 +178,7 @@ def test_errors(cell, message):
 
 
 def test_errors_of_shapes():
-    for cell, good in (("lstm_general", (3, 5)), ("lstm_coupled", (2, 5)), ("indrnn", (1, 5))):
+    for cell, good in (("lstm_general", (3, 5)), ("lstm_coupled", (2, 5)), ("indrnn", (1, 5)), ("lstm_norm", (6, 5)), ("gru_norm", (4, 5))):
         input, hx, cx, (group,) = arguments(cell, 2, 2, 1, 5)
         at = 1 if cell == "indrnn" else 4
         bad = [*group]

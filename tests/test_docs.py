@@ -23,7 +23,8 @@ from documents import ROOT
 pytest.importorskip("pdoc")
 
 MODULES = [f"fusedrnn.{name}" for _, name, _ in pkgutil.iter_modules(fusedrnn.__path__) if not name.startswith("_")]
-EXAMPLES = ["RNN", "LSTM", "GRU", "IndRNN", "SLSTM", "RNNCell", "LSTMCell", "GRUCell", "convert", "explain", "freeze.freeze", "patch",
+EXAMPLES = ["RNN", "LSTM", "GRU", "IndRNN", "SLSTM", "LayerNormLSTM", "LayerNormGRU", "RNNCell", "LSTMCell", "GRUCell", "convert",
+            "explain", "freeze.freeze", "patch",
             "onnx.export", "functional.rnn", "functional.lstm", "functional.gru", "reference.layer", "testing.compare_modules",
             "weights.build", "weights.from_keras", "weights.to_keras", "weights.from_onnx", "weights.to_onnx",
             "weights.read_onnx", "weights.from_cudnn", "weights.to_cudnn", "fuzz.random_case"]  # fmt: skip

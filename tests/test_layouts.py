@@ -78,7 +78,6 @@ def test_build_refuses():
 
 
 @pytest.mark.parametrize("name", [name for name in KERAS if name != "wrote"])
-@pytest.mark.filterwarnings("ignore:.*two products a step")
 def test_keras_wrote_it(name):
     case = KERAS[name]
     layers = [[torch.tensor(array).numpy() for array in layer] for layer in case["layers"]]

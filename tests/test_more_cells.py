@@ -1,4 +1,4 @@
-"""Layers that torch.nn has not: options that make another cell of LSTM and GRU, heads, IndRNN and SLSTM.
+"""Layers that torch.nn has not: options that make another cell of LSTM and GRU, heads, IndRNN, SLSTM, LayerNormLSTM and LayerNormGRU.
 
 They are held against a loop over steps that is written out here, from the formulas of the classes' docstrings.
 """
@@ -39,22 +39,30 @@ CASES = [
     ("IndRNN", dict(nonlinearity="identity")),
     ("SLSTM", dict()),
     ("SLSTM", dict(num_heads=2, bias=False)),
+    ("GRU", dict(reset_after=False)),
+    ("GRU", dict(reset_after=False, num_heads=2, bias=False)),
+    ("GRU", dict(reset_after=False, gate_activation="hard_sigmoid", activation="relu")),
+    ("LayerNormLSTM", dict()),
+    ("LayerNormLSTM", dict(bias=False)),
+    ("LayerNormGRU", dict()),
+    ("LayerNormGRU", dict(bias=False)),
 ]
-# For these there is a reference, and the engine may not have the cell yet.
-RESET_BEFORE = [("GRU", dict(reset_after=False)), ("GRU", dict(reset_after=False, num_heads=2, bias=False))]
-in_plain_torch = pytest.mark.filterwarnings("ignore:.*two products a step")
-ALL = [pytest.param(*case, id=f"{case[0]}-{case[1]}") for case in CASES]
-ALL += [pytest.param(*case, id=f"{case[0]}-{case[1]}", marks=in_plain_torch) for case in RESET_BEFORE]
-cases = pytest.mark.parametrize("kind, options", ALL)
-engine_cases = pytest.mark.parametrize("kind, options", [case for case in ALL if not case.marks])
+cases = pytest.mark.parametrize("kind, options", CASES, ids=str)
 ONE_OF_EACH = [("LSTM", dict(peepholes=True, num_heads=2)), ("LSTM", dict(coupled=True)), ("GRU", dict(activation="relu")),
-               ("IndRNN", dict()), ("SLSTM", dict(num_heads=2))]  # fmt: skip
+               ("GRU", dict(reset_after=False)), ("IndRNN", dict()), ("SLSTM", dict(num_heads=2)), ("LayerNormLSTM", dict()),
+               ("LayerNormGRU", dict())]  # fmt: skip
 each_class = pytest.mark.parametrize("kind, options", ONE_OF_EACH, ids=str)
-NUMBER_OF_STATES = {"LSTM": 2, "GRU": 1, "IndRNN": 1, "SLSTM": 4}
+NUMBER_OF_STATES = {"LSTM": 2, "GRU": 1, "IndRNN": 1, "SLSTM": 4, "LayerNormLSTM": 2, "LayerNormGRU": 1}
 
 
 def make(kind, options, **more):
-    return getattr(fusedrnn, kind)(*(more.pop("sizes", (I, H))), **{"dtype": torch.float64, **options, **more})
+    """The layer, with gains that are not all alike."""
+    module = getattr(fusedrnn, kind)(*(more.pop("sizes", (I, H))), **{"dtype": torch.float64, **options, **more})
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if name.startswith("norm"):
+                parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    return module
 
 
 def states_of(module, kind, batch=B, **options):
@@ -79,7 +87,7 @@ GATE = {"sigmoid": torch.sigmoid, "hard_sigmoid": lambda x: (x / 6 + 0.5).clamp(
 VALUE = {"tanh": torch.tanh, "relu": torch.relu, "identity": lambda x: x}
 
 
-NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_ch")
+NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_ch", "norm_ih", "norm_hh", "norm_c")
 
 
 def whole(weight, heads):
@@ -90,14 +98,28 @@ def whole(weight, heads):
     return weight.repeat(1, heads) * (rows[:, None] == head)
 
 
+def normalised(rows):
+    return (rows - rows.mean(-1, keepdim=True)) / (rows.var(-1, keepdim=True, unbiased=False) + 1e-5).sqrt()
+
+
 def step(module, kind, x, states, w):
     """The states after a step; w: a direction's weights by `NAMES`, None where there is none."""
-    w_ih, w_hh, b_ih, b_hh, w_ch = w
+    w_ih, w_hh, b_ih, b_hh, w_ch, norm_ih, norm_hh, norm_c = w
     zero = torch.zeros(len(w_ih), dtype=x.dtype)
     b_ih, b_hh = (zero if b is None else b for b in (b_ih, b_hh))
     h = states[0]
     if kind == "IndRNN":
         return [VALUE[module.nonlinearity](linear(x, w_ih, b_ih) + b_hh + w_hh[0] * h)]
+    if norm_ih is not None:
+        gates_x, gates_h = norm_ih * normalised(x @ w_ih.t()) + b_ih, norm_hh * normalised(h @ w_hh.t()) + b_hh
+    if kind == "LayerNormLSTM":
+        i, f, g, o = (gates_x + gates_h).chunk(4, -1)
+        c = torch.sigmoid(f) * states[1] + torch.sigmoid(i) * torch.tanh(g)
+        return [torch.sigmoid(o) * torch.tanh(norm_c[0] * normalised(c) + norm_c[1]), c]
+    if kind == "LayerNormGRU":
+        (r_x, z_x, n_x), (r_h, z_h, n_h) = gates_x.chunk(3, -1), gates_h.chunk(3, -1)
+        z = torch.sigmoid(z_x + z_h)
+        return [(1 - z) * torch.tanh(n_x + torch.sigmoid(r_x + r_h) * n_h) + z * h]
     w_hh = whole(w_hh, module.num_heads)
     gates_x, gates_h = linear(x, w_ih, b_ih), linear(h, w_hh, b_hh)
     if kind == "GRU":
@@ -257,7 +279,7 @@ def test_unbatched(kind, options):
 def test_zoneout(kind, options):
     if kind == "SLSTM":
         return  # which has none
-    module = make(kind, options, num_layers=2, bidirectional=True, zoneout=(0.3, 0.6) if kind == "LSTM" else 0.3).eval()
+    module = make(kind, options, num_layers=2, bidirectional=True, zoneout=(0.3, 0.6) if kind.endswith("LSTM") else 0.3).eval()
     input = torch.randn(T, B, I, dtype=torch.float64, requires_grad=True)
     compare(module, kind, input, states_of(module, kind, requires_grad=True), reset=torch.rand(T, B) < 0.4)
     module.train()
@@ -299,6 +321,8 @@ def test_exponential_gates_without_their_scale():
 
 # ---- derivatives, precision, threads
 
+ENGINES_OWN = ("hx", "weight_hh", "norm_hh", "norm_c")  # gradients, of a layer that normalises
+
 
 @cases
 def test_gradcheck_and_gradgradcheck(kind, options):
@@ -335,10 +359,10 @@ def test_precision(kind, options, dtype, tolerance):
         close(ours.double(), exact, rtol=tolerance, atol=tolerance * scale)
 
 
-@engine_cases
+@cases
 def test_threads(kind, options):
     """The same bits on any number of threads. Not of the products that are a matrix library's: that of the input is made exact
-    here, and the input's gradient left out."""
+    here, and the input's gradient left out. Nor of what is torch's own norm of the input."""
     module = make(kind, options, sizes=(I, 36), dtype=torch.float32, bidirectional=True)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -349,7 +373,10 @@ def test_threads(kind, options):
         torch.set_num_threads(threads)
         output, last = module(input, hx)
         tensors = [output, *as_tuple(last)]
-        found.append([*tensors, *slopes(module, tensors, as_tuple(hx))])
+        grads = slopes(module, tensors, as_tuple(hx))
+        names = ["hx"] * NUMBER_OF_STATES[kind] + [name for name, _ in module.named_parameters()]
+        engine = [grad for name, grad in zip(names, grads) if not hasattr(module, "norm_ih_l0") or name.startswith(ENGINES_OWN)]
+        found.append([*tensors, *engine])
     for others in found[1:]:
         assert all(torch.equal(one, other) for one, other in zip(found[0], others))
 
@@ -436,6 +463,8 @@ def test_shapes():
     assert shapes(make("IndRNN", dict())) == {
         "weight_ih_l0": (6, 3), "weight_hh_l0": (1, 6), "bias_ih_l0": (6,), "bias_hh_l0": (6,)}  # fmt: skip
     assert shapes(make("SLSTM", dict(num_heads=2)))["weight_hh_l0"] == (24, 3)
+    assert shapes(make("LayerNormLSTM", dict(bidirectional=True, num_layers=2, bias=False)))["norm_c_l1_reverse"] == (2, 6)
+    assert shapes(make("LayerNormGRU", dict())) == {**shapes(nn.GRU(I, H)), "norm_ih_l0": (18,), "norm_hh_l0": (18,)}
 
 
 def test_first_values():
@@ -447,11 +476,16 @@ def test_first_values():
     module = fusedrnn.IndRNN(3, 400)
     assert 0 <= module.weight_hh_l0.min() < 0.1 and 0.9 < module.weight_hh_l0.max() <= 1
     assert module.weight_ih_l0.abs().max() <= 0.05
-    for kind in ("LSTM", "SLSTM"):
-        module = make(kind, dict(num_heads=2), forget_bias=1.5)
+    for kind in ("LSTM", "SLSTM", "LayerNormLSTM"):
+        module = make(kind, dict(), forget_bias=1.5)
         forget = slice(H, 2 * H)
         assert (module.bias_ih_l0[forget] == 1.5).all() and (module.bias_hh_l0[forget] == 0).all()
         assert (module.bias_ih_l0[:H] != 1.5).all()
+    for kind in ("LayerNormLSTM", "LayerNormGRU"):
+        module = getattr(fusedrnn, kind)(I, H, bidirectional=True)
+        assert all((gain == 1).all() for name, gain in module.named_parameters() if name.startswith("norm") and "norm_c" not in name)
+    module = fusedrnn.LayerNormLSTM(I, H)
+    assert (module.norm_c_l0[0] == 1).all() and (module.norm_c_l0[1] == 0).all()
 
 
 @cases
@@ -485,6 +519,7 @@ def test_repr():
     module = fusedrnn.LSTM(3, 4, peepholes=True, gate_activation="hard_sigmoid", activation=["tanh", "relu"], cell_clip=3.0,
                            num_heads=2)
     assert repr(module) == f"LSTM(3, 4, {words})"
+    assert repr(fusedrnn.LayerNormLSTM(3, 4, zoneout=(0.1, 0.2))) == "LayerNormLSTM(3, 4, zoneout=(0.1, 0.2))"
     assert repr(fusedrnn.GRU(3, 4, reset_after=False)) == "GRU(3, 4, reset_after=False)"
     assert repr(fusedrnn.IndRNN(3, 4, 2, "tanh", zoneout=0.1)) == "IndRNN(3, 4, num_layers=2, zoneout=0.1, nonlinearity='tanh')"
     assert repr(fusedrnn.SLSTM(3, 4, num_heads=2, forget_bias=1.0)) == "SLSTM(3, 4, forget_bias=1.0, num_heads=2)"
@@ -542,7 +577,6 @@ def test_a_converted_layer_has_the_defaults():
      "LSTM: peepholes, cell_clip and projections do not go together, got proj_size=2"),
     ("LSTM", dict(proj_size=2, num_heads=2), "num_heads and projections do not go together"),
     ("LSTM", dict(coupled=True, forget_bias=1.0), "LSTM: forget_bias must be None with coupled gates, .*, got 1.0"),
-    ("GRU", dict(reset_after=False, activation="relu"), "GRU: reset_after=False goes with .* alone, got .*activation='relu'"),
     ("GRU", dict(reset_after=0), "reset_after must be True or False, got 0"),
     ("IndRNN", dict(nonlinearity="sigmoid"), "IndRNN: nonlinearity must be one of 'tanh', 'relu', 'identity', got 'sigmoid'"),
     ("IndRNN", dict(recurrent_dropout=0.1), "IndRNN: recurrent_dropout is of what weight_hh multiplies, .*; got 0.1"),
@@ -550,13 +584,18 @@ def test_a_converted_layer_has_the_defaults():
     ("SLSTM", dict(zoneout=0.1), "SLSTM: zoneout mixes the states of two steps, .*; got 0.1"),
     ("SLSTM", dict(forget_bias="x"), "SLSTM: forget_bias must be a number or None, got 'x'"),
     ("SLSTM", dict(dropout=2), "dropout should be a number in range"),
+    ("LayerNormLSTM", dict(forget_bias="x"), "LayerNormLSTM: forget_bias must be a number or None, got 'x'"),
+    ("LayerNormLSTM", dict(zoneout=(0.1, 1)), "zoneout must be a probability .*, or two of them, of h and of c, got"),
+    ("LayerNormGRU", dict(zoneout=(0.1, 0.2)), "LayerNormGRU: zoneout must be a probability from 0 to below 1, got"),
+    ("LayerNormGRU", dict(save="some"), "LayerNormGRU: save must be 'all' or 'states', got 'some'"),
 ], ids=str)  # fmt: skip
 def test_wrong_options(kind, options, words):
     with pytest.raises(ValueError, match=words):
         make(kind, options)
 
 
-OF_OTHERS = [("RNN", "num_heads"), ("GRU", "peepholes"), ("IndRNN", "num_heads"), ("SLSTM", "proj_size")]
+OF_OTHERS = [("RNN", "num_heads"), ("GRU", "peepholes"), ("IndRNN", "num_heads"), ("SLSTM", "proj_size"),
+             ("LayerNormLSTM", "num_heads"), ("LayerNormLSTM", "peepholes"), ("LayerNormGRU", "forget_bias")]  # fmt: skip
 
 
 @pytest.mark.parametrize("kind, name", OF_OTHERS)
@@ -598,11 +637,11 @@ def test_arguments_that_do_not_fit(kind, options):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("kind, options", [*CASES, *RESET_BEFORE], ids=str)
+@cases
 def test_where_torch_cannot_stand_in(kind, options, tmp_path):
     """It is refused, and nothing else computed."""
     module = make(kind, options, dtype=torch.float32)
-    input, own = torch.randn(T, B, I), kind in ("IndRNN", "SLSTM")
+    input, own = torch.randn(T, B, I), not hasattr(nn, kind)
     at_work = kind if own and not module.form() else ", ".join(module.form())
     with pytest.raises(RuntimeError, match=f"fusedrnn.{kind}: .*because torch.jit.trace records torch's own ops"):
         torch.jit.trace(module, input)
@@ -619,8 +658,7 @@ def test_where_torch_cannot_stand_in(kind, options, tmp_path):
         with pytest.raises(ValueError, match="fusedrnn.weights.to_keras: expected|must be of shape"):
             weights.to_keras(kind.lower(), module.state_dict())
     report = fusedrnn.explain(module, input)
-    runs = "runs  its reference" if "reset_after" in options else "runs  fused engine"
-    assert f"fusedrnn.{module}" in report and runs in report and "it has no" in report
+    assert f"fusedrnn.{module}" in report and "runs  fused engine" in report and "it has no" in report
     assert "runs  nothing: the call is refused" in fusedrnn.explain(module, input.double())
 
 

@@ -52,10 +52,15 @@ def layers(x: Tensor, packed: PackedSequence, either: Tensor | PackedSequence, l
     assert_type(slstm(x)[1], tuple[Tensor, Tensor, Tensor, Tensor])
     fusedrnn.LSTM(3, 5, peepholes=True, activation=("tanh", "relu"), cell_clip=1.0, num_heads=5)
     fusedrnn.GRU(3, 5, reset_after=False)
+    lstm_norm, gru_norm = fusedrnn.LayerNormLSTM(3, 5, zoneout=(0.1, 0.2)), fusedrnn.LayerNormGRU(3, 5, save="states")
+    assert_type(lstm_norm(packed), tuple[PackedSequence, Pair])
+    assert_type(gru_norm(x, return_states=True), tuple[Tensor, Tensor, tuple[Tensor, ...]])
 
     fusedrnn.LSTM(3, 5, activation="sine")  # arg-type
     fusedrnn.SLSTM(3, 5, zoneout=0.1)  # call-arg
     slstm(x, (x, x))  # arg-type
+    fusedrnn.LayerNormGRU(3, 5, zoneout=(0.1, 0.2))  # arg-type
+    fusedrnn.LayerNormLSTM(3, 5, proj_size=2)  # call-arg
     fusedrnn.LSTM(3, "x")  # arg-type
     fusedrnn.LSTM(3)  # call-arg
     fusedrnn.LSTM(3, 5, nonlinearity="relu")  # call-arg
