@@ -597,7 +597,7 @@ class GRU(OfOneState):
 
     def _cell(self) -> str:
         if not self.reset_after:
-            return "gru_reset_before"
+            return onnx.RESETS_BEFORE if onnx.is_recording() else "gru_reset_before"
         if self.gate_activation == "sigmoid" and self.activation == "tanh":
             return "gru"
         return Choice(self.gate_activation, self.activation).of("gru_general")
