@@ -18,8 +18,8 @@ from . import reference
 from .layer import by_direction, with_gaps
 from .reference import Choice
 
-#: For each cell the operator of ONNX, and the place of its gates among ours. With coupled gates ONNX has a place for f, and does not
-#: look at what is there: it is i's.
+#: For each cell the operator of ONNX, and the place of its gates among ours. With coupled gates ONNX keeps a place for f, and does
+#: not look at what is there: i once more.
 NODES = {"rnn_tanh": ("RNN", (0,)), "rnn_relu": ("RNN", (0,)), "lstm": ("LSTM", (0, 3, 1, 2)), "gru": ("GRU", (1, 0, 2)),
          "lstm_general": ("LSTM", (0, 3, 1, 2)), "lstm_coupled": ("LSTM", (0, 2, 0, 1)),
          "gru_general": ("GRU", (1, 0, 2)), "gru_reset_before": ("GRU", (1, 0, 2))}  # fmt: skip
@@ -167,7 +167,8 @@ def _(cell, input, hx, cx, weights, directions, lengths):
 
 
 def _translate(cell: str, input, hx, cx, weights, directions: int, lengths):
-    """The node. ONNX: X (T, B, I), W (D, G*H, I), R (D, G*H, H), B (D, 2*G*H), P (D, 3*H), Y (T, D, B, H), Y_h and Y_c (D, B, H)."""
+    """The node. ONNX: X (T, B, I), W (D, G*H, I), R (D, G*H, H), B (D, 2*G*H), P (D, 3*H), Y (T, D, B, H), Y_h and Y_c (D, B, H).
+    """
     from onnxscript import opset18 as op
 
     name, choice = _parts(cell)
