@@ -57,10 +57,7 @@ def has_node(cell: str) -> bool:
     Returns:
         True or False, such as of a cell whose state has a limit.
     """
-    if cell == RESETS_BEFORE:
-        return True
-    name, choice = _parts(cell)
-    return name in NODES and not choice.clip
+    return cell == RESETS_BEFORE or cell.partition(":")[0] in NODES and not _parts(cell)[1].clip
 
 
 def _parts(cell: str) -> tuple[str, Choice]:
@@ -87,7 +84,7 @@ def export(model: nn.Module, args: tuple[Any, ...], f: Any = None, **options: An
         torch's ONNXProgram.
 
     Raises:
-        ValueError: a layer has projections, cell_clip or heads, or is of a class, that ONNX has not.
+        ValueError: a layer has projections, cell_clip or heads, which ONNX has not, or is of a class that it has not.
         RuntimeError: an input is packed: give padded input and lengths instead.
 
     >>> import fusedrnn, torch

@@ -526,7 +526,7 @@ def test_there_and_back_of_a_form(form, options):
     ("GRU", dict(gate_activation="hard_sigmoid", activation="identity")),
     ("GRU", dict(reset_after=False)),
 ], ids=str)  # fmt: skip
-@every_options
+@pytest.mark.parametrize("options", [OPTIONS[0], OPTIONS[-1]], ids=str)
 def test_export_and_back(kind, form, options):
     """What fusedrnn.onnx.export says of a layer, read_onnx understands."""
     pytest.importorskip("onnxscript")
