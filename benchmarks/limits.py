@@ -20,6 +20,8 @@ import time
 
 import torch
 
+from fusedrnn import layer
+
 from .machine import ROOT, cpu_model, precision
 from .shapes import Case
 
@@ -64,7 +66,8 @@ def meeting_seconds(threads: int) -> float | None:
 
 
 def gemm_peak(seconds: float = 1.5, size: int = 1024, device: str = "cpu", dtype: str = "float32") -> float:
-    """flop/s of torch.mm on square matrices: the best half's median, the machine's arithmetic in practice.
+    """flop/s of torch.mm on square matrices, or of oneDNN where that is the faster library: the best half's median, the machine's
+    arithmetic in practice.
 
     Args:
         seconds: how long to measure.
@@ -75,8 +78,11 @@ def gemm_peak(seconds: float = 1.5, size: int = 1024, device: str = "cpu", dtype
     stored = torch.float32 if dtype == "tf32" else getattr(torch, dtype)
     a, b = (torch.rand(size, size, device=device).to(stored) for _ in range(2))
     out = torch.empty_like(a)
+    calls = [lambda: torch.mm(a, b, out=out)]
+    if device == "cpu" and layer.by_onednn(a, b) is not None:
+        calls.append(lambda: layer.by_onednn(a, b))
     with precision(dtype, device):
-        return 2.0 * size**3 / _fast_half(lambda: torch.mm(a, b, out=out), seconds, device)
+        return 2.0 * size**3 / min(_fast_half(call, seconds / len(calls), device) for call in calls)
 
 
 @functools.cache

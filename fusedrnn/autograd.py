@@ -57,7 +57,7 @@ def layer(cell: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, weight
         if _are_functorch_transforms_active():  # torch.compile cannot tell there which gradients are wanted, and gives zeros
             return reference.layer(cell, input, hx, cx, weights, ragged, batch_first, carry)
         if onnx.is_recording():
-            if carry is not NO_CARRY or return_states or cell not in onnx.NODES:
+            if carry is not NO_CARRY or return_states or not onnx.has_node(cell):
                 raise RuntimeError("fusedrnn.onnx.export: ONNX has no resets, no zoneout and no states of every step, and is not "
                                    f"written for the cell {cell}")
             return *onnx.layer(cell, input, hx, cx, weights, ragged, batch_first), None

@@ -60,7 +60,7 @@ def input_product(input, weight, bias=None):
     if work <= ONEDNN_LEAST and work <= LARGE * input.shape[-1]:
         return linear(input, weight, bias)
     rows = input.reshape(-1, input.shape[-1])
-    out = _by_onednn(rows, weight, bias)
+    out = by_onednn(rows, weight, bias)
     if out is None:
         out = _large_empty(rows, len(weight))
         if out is None:
@@ -89,8 +89,17 @@ def _mkl_is_slow() -> bool:
 MKL_IS_SLOW = _mkl_is_slow()
 
 
-def _by_onednn(rows, weight, bias=None):
-    """rows weight^T + bias, by oneDNN; None where that is no gain, or where they are not plain."""
+def by_onednn(rows, weight, bias=None):
+    """A product by oneDNN, where it is the faster library.
+
+    Args:
+        rows: (N, K).
+        weight: (M, K).
+        bias: (M,), None for zeros.
+
+    Returns:
+        rows weight^T + bias, (N, M); None where oneDNN is no gain, or where they are not plain tensors of float32 on a CPU.
+    """
     if not MKL_IS_SLOW or type(rows) is not torch.Tensor or is_compiling() or rows.numel() * len(weight) <= ONEDNN_LEAST:
         return None
     if rows.dtype != torch.float32 or not rows.is_cpu or not torch.backends.mkldnn.enabled:
@@ -375,7 +384,7 @@ def _grad_input(grad_pre, weights, shape, batch_first):
         gates = w_ih.shape[0]
         grad_gates = grad_pre if gates == grad_pre.shape[1] else grad_pre[:, d * width : d * width + gates]
         if d == 0:
-            grad_input = _by_onednn(grad_gates, w_ih.t())
+            grad_input = by_onednn(grad_gates, w_ih.t())
             if grad_input is None:
                 grad_input = torch.mm(grad_gates, w_ih, out=_large_empty(grad_gates, w_ih.shape[1]))
         else:

@@ -135,10 +135,18 @@ def nodes_of(program):
     return [node.op_type for node in program.model_proto.graph.node]
 
 
-@pytest.mark.parametrize("options, given", [({}, "nothing"), (OPTIONS[1], "both"), (dict(bias=False, bidirectional=True), "lengths")], ids=str)
+of_calls = pytest.mark.parametrize("options, given", [
+    ({}, "nothing"), (OPTIONS[1], "both"), (dict(bias=False, bidirectional=True), "lengths")], ids=str)  # fmt: skip
+
+
+@of_calls
 @kinds
 def test_onnx_nodes(kind, options, given):
     """One node a layer, in ONNX's order of gates, for any steps and rows: onnxruntime has our numbers."""
+    check_nodes(kind, options, given)
+
+
+def check_nodes(kind, options, given):
     pytest.importorskip("onnxscript")
     model = Whole(kind, **options).eval()
     some = {1: Dim.DYNAMIC}
@@ -155,7 +163,55 @@ def test_onnx_nodes(kind, options, given):
     assert nodes_of(program).count(kind) == model.rnn.num_layers and "Loop" not in nodes_of(program)
     for sizes in ((6, 3), (2, 9)):
         call = arguments(*sizes)
-        close(run_onnx(program, call), torch.utils._pytree.tree_leaves(model(*call)))
+        expected = torch.utils._pytree.tree_leaves(model(*call))
+        close(run_onnx(program, call), expected)
+    # What torch has recorded, run by torch, as its own comparison of both does.
+    close(torch.utils._pytree.tree_leaves(program.exported_program.module()(*call)), expected)
+
+
+# For each form what its node has besides the sizes, ONNX's defaults left out.
+FIFTH, SIXTH = 0.2, 1 / 6
+FORMS = [
+    ("LSTM", dict(peepholes=True), {}),
+    ("LSTM", dict(coupled=True), dict(input_forget=1)),
+    ("LSTM", dict(peepholes=True, coupled=True, activation="relu"), dict(activations=["Sigmoid", "Relu", "Relu"], input_forget=1)),
+    ("LSTM", dict(gate_activation="hard_sigmoid", activation=("identity", "tanh"), peepholes=True),
+     dict(activations=["HardSigmoid", "Affine", "Tanh"], activation_alpha=[SIXTH, 1.0], activation_beta=[0.5, 0.0])),
+    ("LSTM", dict(activation=("tanh", "identity")),
+     dict(activations=["Sigmoid", "Tanh", "Affine"], activation_alpha=[1.0], activation_beta=[0.0])),
+    ("GRU", dict(gate_activation="hard_sigmoid_of_fifths", activation="relu"),
+     dict(activations=["HardSigmoid", "Relu"], activation_alpha=[FIFTH], activation_beta=[0.5], linear_before_reset=1)),
+    ("GRU", dict(activation="identity"),
+     dict(activations=["Sigmoid", "Affine"], activation_alpha=[1.0], activation_beta=[0.0], linear_before_reset=1)),
+    ("GRU", dict(reset_after=False), {}),
+]  # fmt: skip
+forms = pytest.mark.parametrize("kind, form, attributes", FORMS, ids=[f"{kind}, {form}" for kind, form, _ in FORMS])
+
+
+@pytest.mark.filterwarnings("ignore:.*two products a step")
+@of_calls
+@forms
+def test_onnx_forms(kind, form, attributes, options, given):
+    """And of what torch.nn has not."""
+    check_nodes(kind, {**options, **form}, given)
+
+
+@forms
+def test_onnx_attributes(kind, form, attributes):
+    """A node says its form in ONNX's words, those of functions once for each direction."""
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    model = Whole(kind, bidirectional=True, **form).eval()
+    proto = fusedrnn.onnx.export(model, (torch.randn(6, 3, 4), None, None), verbose=False).model_proto
+    (node,) = (node for node in proto.graph.node if node.op_type == kind)
+    found = {each.name: onnx.helper.get_attribute_value(each) for each in node.attribute}
+    assert (found.pop("hidden_size"), found.pop("direction")) == (5, b"bidirectional")
+    assert [name.decode() for name in found.pop("activations", [])] == 2 * attributes.get("activations", [])
+    for name in ("activation_alpha", "activation_beta"):
+        assert found.pop(name, []) == pytest.approx(2 * attributes.get(name, []))
+    numbers = {name: value for name, value in attributes.items() if isinstance(value, int)}
+    assert {name: value for name, value in found.items() if value} == numbers
+    assert (len(node.input) > 7 and node.input[7] != "") == form.get("peepholes", False)
 
 
 @pytest.mark.parametrize("nonlinearity", ["tanh", "relu"])
@@ -186,6 +242,23 @@ def test_onnx_cannot_say_it():
     pytest.importorskip("onnxscript")
     with pytest.raises(ValueError, match="ONNX has no projections, and 'rnn' has proj_size=2"):
         fusedrnn.onnx.export(Whole("LSTM", proj_size=2), (torch.randn(6, 3, 4), None, None))
+    for kind, options, words in (
+        ("LSTM", dict(cell_clip=3.0, peepholes=True), "ONNX has no cell_clip, and 'rnn' has cell_clip=3.0"),
+        ("GRU", dict(num_heads=5), "ONNX has no num_heads, and 'rnn' has num_heads=5"),
+        ("IndRNN", {}, r"ONNX has no IndRNN, and 'rnn' is one: IndRNN\(4, 5\)"),
+        ("SLSTM", {}, r"ONNX has no SLSTM, and 'rnn' is one: SLSTM\(4, 5\)"),
+    ):
+        with pytest.raises(ValueError, match=f"^fusedrnn.onnx.export: {words}$"):
+            fusedrnn.onnx.export(Whole(kind, **options), (torch.randn(6, 3, 4), None, None))
+
+    class Limited(nn.Module):
+        def forward(self, input):
+            weights = [torch.zeros(20, 4), torch.zeros(20, 5)]
+            cell = fusedrnn.reference.Choice(clip=3.0).of("lstm_general")
+            return fusedrnn.functional.stack(cell, input, None, None, weights, False, 1, 0.0, False, False, False, None)[0]
+
+    with pytest.raises(torch.onnx.OnnxExporterError, match="is not written for the cell lstm_general:sigmoid,tanh,tanh,3.0"):
+        fusedrnn.onnx.export(Limited(), (torch.randn(6, 3, 4),), verbose=False)
 
     class Packed(nn.Module):
         def __init__(self):

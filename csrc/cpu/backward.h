@@ -388,8 +388,9 @@ struct BackwardPass {
       }
       cells();
 
-      // Products of nothing with the weights were all zero, and are made so again: no number then is too large for its format.
-      const bool begins = p.steps.begins(t, b, d), from_nothing = begins || (!p.hx && p.steps.row_before(t, b, d) < 0);
+      // Where h was nothing, all products were zero whatever the weights: their scale is so large that no format need hold their
+      // gradients, which nobody takes.
+      const bool from_nothing = p.steps.begins(t, b, d) || (!p.hx && p.steps.row_before(t, b, d) < 0);
       const V mean(of_row.gathered.mean(Cell::kGates * H)), mean_of_products(of_row.gathered.mean_of_products(Cell::kGates * H));
       const Norm<V> norm{V(of_row.norms[0].mean), V(of_row.norms[0].scale)};
       S* grad_pre_row = static_cast<S*>(p.grad_pre) + (row * p.D + d) * kGrads<Cell> * H;
@@ -398,9 +399,10 @@ struct BackwardPass {
         for (int64_t u = 0; u < H; u += kLanes) {
           const int n = lanes_left<F>(u, H);
           const int64_t at = g * H + u;
-          const V grad = norm.grad(load(dpre_row + at, n), norm.of(load(products + at, n)), mean, mean_of_products);
-          store(dpre_row + at, begins ? V(F(0)) : grad, n);
-          store(grad_pre_row + Cell::h_pre(g) * H + u, from_nothing ? V(F(0)) : grad, n);
+          V grad = norm.grad(load(dpre_row + at, n), norm.of(load(products + at, n)), mean, mean_of_products);
+          if (from_nothing) grad = V(F(0));
+          store(dpre_row + at, grad, n);
+          store(grad_pre_row + Cell::h_pre(g) * H + u, grad, n);
         }
     }
 

@@ -30,8 +30,8 @@ def plain(array):
     return [plain(part) for part in array] if array.ndim else float(str(array))
 
 
-def record(cell, *stack, **options):
-    """One case: each layer's weights, drawn at random, an input and Keras's output, all of float32."""
+def record(cell, *stack, form=None, **options):
+    """One case: each layer's weights, drawn at random, an input and Keras's output, all of float32; form: our layer's options."""
     generator = np.random.default_rng(0)
     input = output = draw(generator, (ROWS, STEPS, INPUT))
     for layer in stack:
@@ -39,7 +39,8 @@ def record(cell, *stack, **options):
         layer.set_weights([draw(generator, w.shape) for w in layer.get_weights()])
         output = keras.ops.convert_to_numpy(layer(output))
     weights = [[plain(array) for array in layer.get_weights()] for layer in stack]
-    return {"cell": cell, "options": options, "layers": weights, "input": plain(input), "output": plain(output)}
+    form = {"form": form} if form else {}
+    return {"cell": cell, "options": options, **form, "layers": weights, "input": plain(input), "output": plain(output)}
 
 
 cases = {}
@@ -50,7 +51,12 @@ for cell in SINGLE:
 cases["lstm, two layers"] = record("lstm", single("lstm"), single("lstm"))
 both = (layers.Bidirectional(single("gru")) for _ in range(2))
 cases["gru, two layers, bidirectional"] = record("gru", *both, bidirectional=True)
-cases["gru, resets before"] = record("gru", single("gru", reset_after=False), reset_after=False)
+cases["gru, resets before"] = record("gru", single("gru", reset_after=False), form={"reset_after": False}, reset_after=False)
+hard = single("lstm", recurrent_activation="hard_sigmoid")
+cases["lstm, hard sigmoid"] = record("lstm", hard, form={"gate_activation": "hard_sigmoid"})
+cases["lstm, relu"] = record("lstm", single("lstm", activation="relu"), form={"activation": "relu"})
+hard = single("gru", recurrent_activation="hard_sigmoid", activation="linear")
+cases["gru, hard sigmoid and linear"] = record("gru", hard, form={"gate_activation": "hard_sigmoid", "activation": "identity"})
 
 wrote = f"Keras {keras.__version__}, backend {keras.backend.backend()}"
 lines = ",\n".join(f" {json.dumps(name)}: {json.dumps(value)}" for name, value in {"wrote": wrote, **cases}.items())
