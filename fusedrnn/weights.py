@@ -365,12 +365,7 @@ def _cell_of(who: str, node: onnx.NodeProto) -> tuple[str, dict[str, Any]]:
         form = {"peepholes": any(peepholes), "coupled": bool(coupled), **form}
     else:
         form["reset_after"] = bool(attributes.get("linear_before_reset", 0))
-    form = {name: value for name, value in form.items() if value != options.FORM[name]}
-    try:
-        _module(kind.lower(), input_size=1, hidden_size=1, device="meta", **form)
-    except ValueError as error:
-        raise ValueError(f"{who}: {kind} '{node.name}' is of a form that no layer has: {error}") from None
-    return kind.lower(), form
+    return kind.lower(), {name: value for name, value in form.items() if value != options.FORM[name]}
 
 
 def _functions_of(who: str, node: onnx.NodeProto, attributes: dict[str, Any]) -> list[str]:
