@@ -302,6 +302,7 @@ FORMS = [
      dict(activation=("tanh", "identity"))),
     ("lstm", dict(activations=["Sigmoid", "Tanh", "Tanh"], activation_alpha=[0.3]), False, {}),
     ("gru", dict(linear_before_reset=0), False, dict(reset_after=False)),
+    ("gru", dict(linear_before_reset=0, activations=["Sigmoid", "Relu"]), False, dict(reset_after=False, activation="relu")),
     ("gru", dict(activations=["HardSigmoid", "Relu"], linear_before_reset=1), False,
      dict(gate_activation="hard_sigmoid_of_fifths", activation="relu")),
     ("gru", dict(activations=["HardSigmoid", "Affine"], activation_alpha=[1 / 6, 1.0], activation_beta=[0.5, 0.0],
@@ -317,7 +318,6 @@ def node_of(cell, arrays, attributes):
     return node_model(kind_of(cell), arrays, **direction, **attributes)
 
 
-@pytest.mark.filterwarnings("ignore:.*two products a step")
 @pytest.mark.parametrize("options", [options for options in OPTIONS if options["num_layers"] == 1], ids=str)
 @pytest.mark.parametrize("cell, attributes, peepholes, form", FORMS, ids=[f"{row[0]}, {row[1]}, P={row[2]}" for row in FORMS])
 def test_onnx_form(cell, attributes, peepholes, form, options):
@@ -356,8 +356,6 @@ REFUSED = [
      "activation g of GRU 'node', Affine, must have alpha=1 and beta=0, got alpha=None and beta=None"),
     ("gru", {"activations": ["HardSigmoid", "Tanh"], "activation_alpha": [0.2, 1.0]},
      "of GRU 'node' must be at most a number for each activation that takes one, 1, got activation_alpha=[0.2"),
-    ("gru", {"activations": ["Sigmoid", "Relu"], "linear_before_reset": 0},
-     "GRU 'node' is of a form that no layer has: fusedrnn.GRU: reset_after=False goes with gate_activation='sigmoid' and"),
     ("lstm", {"clip": 3.0}, "must be none, got 3.0, a limit of what activations are given; cell_clip is one of the state"),
     ("gru", {"clip": 3.0}, "clip of GRU 'node' must be none, got 3.0, a limit of what activations are given"),
     ("rnn_tanh", {"layout": 1}, "layout of RNN 'node' must be 0, steps first, got 1"),
