@@ -188,7 +188,6 @@ FORMS = [
 forms = pytest.mark.parametrize("kind, form, attributes", FORMS, ids=[f"{kind}, {form}" for kind, form, _ in FORMS])
 
 
-@pytest.mark.filterwarnings("ignore:.*two products a step")
 @of_calls
 @forms
 def test_onnx_forms(kind, form, attributes, options, given):

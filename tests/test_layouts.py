@@ -319,7 +319,6 @@ def node_of(cell, arrays, attributes):
     return node_model(kind_of(cell), arrays, **direction, **attributes)
 
 
-@pytest.mark.filterwarnings("ignore:.*two products a step")
 @pytest.mark.parametrize("options", [options for options in OPTIONS if options["num_layers"] == 1], ids=str)
 @pytest.mark.parametrize("cell, attributes, peepholes, form", FORMS, ids=[f"{row[0]}, {row[1]}, P={row[2]}" for row in FORMS])
 def test_onnx_form(cell, attributes, peepholes, form, options):
