@@ -79,7 +79,7 @@ inline std::vector<KernelCase> kernel_cases() {
     c.T = std::min(c.T, most_steps);
     c.uneven = !packed && random.below(4) == 0;
     // Where operands are rounded, the reference must see what was rounded.
-    c.save = c.save || (project && arithmetic.operand);
+    c.save = c.save || ((project || traits_of(cell).late) && arithmetic.operand);
     c.arithmetic = &arithmetic;
     c.chip = &kChips[random.below(std::size(kChips))];
     c.order = int(random.below(std::size(kOrders)));
