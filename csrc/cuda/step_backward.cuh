@@ -311,7 +311,7 @@ struct BackwardFirst : BackwardCell<Cell, A> {
     m.dh[at] = found.dh;
     if constexpr (Cell::kLate > 0) {
       const Sum late = Cell::late_backward(given_to<Cell, Sum, S>(p, at, in), found.saved, found.state, found.grad_new);
-      m.dprojected[d * m.dprojected_size + packed_state_at<A>(dprojected_blocks, b, u)] = A::element(in.runs ? late : Sum(0));
+      m.dprojected[d * m.dprojected_size + packed_state_at<A>(dprojected_blocks, b, u)] = A::element(late);
     }
   }
 };

@@ -91,6 +91,7 @@ inline std::vector<KernelCase> kernel_cases() {
     for (size_t i = 0; i < 10; ++i)
       add(cell, arithmetic, D, packed, kRows[(i + i / 5 + cases.size() / 10) % 5], kWidths[i % 5], false, 6);
     for (auto [B, H] : {std::pair<int, int>{125, 31}, {40, 131}}) add(cell, arithmetic, D, packed, B, H, false, 2);
+    if (traits_of(cell).norms) add(cell, arithmetic, D, packed, 3, fusedrnn::kRowThreads + 7, false, 2);
     add(cell, arithmetic, D, packed, 3, 7, false, 6);
     if (!packed) return;
     cases.back().T = fusedrnn::ListedRows::kMost + 14;  // more steps than a kernel's argument lists
