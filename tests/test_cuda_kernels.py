@@ -106,7 +106,7 @@ PLANTS = {
         "product.cuh", r"block < plan\.depth_blocks\) \{", "block < plan.depth_blocks + MADE) {",
         {"plain": CRASH}),
     "padded_rows": Plant(
-        "step_forward.cuh", r"plan\.cell\.padded_rows\(\), projected \?", "plan.cell.padded_rows(), projected && !MADE ?",
+        "step_forward.cuh", r"plan\.cell\.padded_rows\(\), two_products \?", "plan.cell.padded_rows(), two_products && !MADE ?",
         {"plain": CRASH}, cases=LITTLE_SHARED_MEMORY),
     # A unit's own numbers, and the choice of functions.
     "unit_of_another_gate": Plant(
@@ -235,7 +235,7 @@ PLANTS = {
         "walk.h", r"next < count \? next : count", r"MADE + (\g<0>)",
         {"plain": wrong("hy")}),
     "gate_halves": Plant(
-        "step_backward.cuh", r"grad_pre\[Cell::h_pre\(g\)\]", "grad_pre[MADE ? g : Cell::h_pre(g)]",
+        "step_backward.cuh", r"goes_on \? grads\.pre\[Cell::h_pre\(g\)\]", "goes_on ? grads.pre[MADE ? g : Cell::h_pre(g)]",
         {"plain": ": gru .*" + wrong("grad_pre")}),
     "gradient_kept": Plant(
         "step_backward.cuh", r"m\.dh\[this->state_at\(d, b, u, p\.P\)\] = past;", r"if (!MADE) \g<0>",
