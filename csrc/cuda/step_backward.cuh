@@ -194,8 +194,7 @@ struct BackwardCell : BackwardBase<A> {
   }
 
   // The gradients of the initial states, of a row that began with the later step.
-  FUSEDRNN_DEVICE void leave_initial(int d, int64_t b, int64_t u, Sum sum) const {
-    const int64_t at = this->state_at(d, b, u, p.H);
+  FUSEDRNN_DEVICE void leave_initial(int d, int64_t b, int64_t u, int64_t at, Sum sum) const {
     if (!projected()) this->leave_h(d, b, u, sum);
     for (int k = 0; k < kInner && p.grad_cx; ++k) {
       const int64_t inner_at = k * inner_size() + at;
@@ -203,92 +202,81 @@ struct BackwardCell : BackwardBase<A> {
     }
   }
 
-  // What goes into the cell.
-  struct Gathered {
+  template <class Pass>
+  FUSEDRNN_DEVICE void finish(int d, const Now& now, int64_t b, int64_t u, const Sum (&sum)[1], const Inputs& in,
+                              const Pass& pass) const {
+    const int64_t at = this->state_at(d, b, u, p.H);
+    if (b >= now.count) return leave_initial(d, b, u, at, sum[0]);
+    const Sum through = sum[0] * (projected() ? Sum(1) : this->hidden_mask(d, b, u));
+    auto cell = [&](const auto& saved, const auto& state, const auto& new_state, const auto& grad_new, auto& grad_pre, auto& grad_state) {
+      cell_backward<Cell>(given_to<Cell, Sum, S>(p, at, in), saved, state, new_state, grad_new, grad_pre, grad_state);
+      return true;
+    };
+    run_cell<true>(d, now, b, u, through, in, cell, pass);
+  }
+
+  // through: the gradient of h that comes through the product. cell(saved, state, new_state, grad_new, grad_pre, grad_state) makes the
+  // last two, or says that it was here for something else. kFirst: of the calls for a unit and step.
+  template <bool kFirst, class Function, class Pass>
+  FUSEDRNN_DEVICE void run_cell(int d, const Now& now, int64_t b, int64_t u, Sum through, const Inputs& in, const Function& cell,
+                                const Pass& pass) const {
+    const int64_t H = p.H, at = this->state_at(d, b, u, H), row = now.first + b;
     Sum saved[slots(Cell::kSaved)], state[Cell::kStates], new_state[Cell::kStates], grad_new[Cell::kStates];
-    Sum past[Cell::kStates];  // the gradient that goes past it, where there is zoneout
-    Sum dh;                   // of a row that does not run
-  };
-  // through: the gradient of h that comes through the product.
-  FUSEDRNN_DEVICE Gathered gather(int d, const Now& now, int64_t b, int64_t u, Sum through, const Inputs& in) const {
-    const int64_t H = p.H, row = now.first + b;
-    Gathered found;
+    Sum grad_pre[kGrads<Cell>], grad_state[Cell::kStates], z[Cell::kStates], past[Cell::kStates];
 #pragma unroll
-    for (int k = 0; k < Cell::kSaved; ++k) found.saved[k] = Sum(widen(in.saved[k]));
+    for (int k = 0; k < Cell::kSaved; ++k) saved[k] = Sum(widen(in.saved[k]));
 #pragma unroll
     for (int i = 0; i < Cell::kStates; ++i) {
-      found.state[i] = Sum(widen(in.state[i]));
-      found.new_state[i] = Sum(widen(in.new_state[i]));
-      found.grad_new[i] = in.grad_new[i];
+      state[i] = Sum(widen(in.state[i]));
+      new_state[i] = Sum(widen(in.new_state[i]));
+      grad_new[i] = in.grad_new[i];
     }
-    found.grad_new[0] += through;
-    found.dh = found.grad_new[0];
-    found.grad_new[0] += Sum(widen(in.grad_output));
+    grad_new[0] += through;
+    const Sum dh = grad_new[0];  // of a row that does not run
+    grad_new[0] += Sum(widen(in.grad_output));
 #pragma unroll
-    for (int k = 0; k < kInner; ++k) found.grad_new[k + 1] += Sum(widen(in.grad_states[k]));
+    for (int k = 0; k < kInner; ++k) grad_new[k + 1] += Sum(widen(in.grad_states[k]));
+    if (kFirst && !projected()) this->leave_hidden_before(d, now, b, u, in.runs ? in.state[0] : narrow<S>(Sum(0)));
 
     if (p.zoneout) {  // the gradient of what stays as it was goes past the cell
       const S* stays = static_cast<const S*>(p.zoneout) + p.zoneout_at(row, d, Cell::kStates) + u;
       const S* made = static_cast<const S*>(p.states) + ((row * p.D + d) * p.stored + kInner) * H + u;
 #pragma unroll
       for (int k = 0; k < Cell::kStates; ++k) {
-        found.new_state[k] = Sum(widen(made[k * H]));
-        found.past[k] = Sum(widen(stays[k * H])) * found.grad_new[k];
-        found.grad_new[k] -= found.past[k];
+        z[k] = Sum(widen(stays[k * H]));
+        new_state[k] = Sum(widen(made[k * H]));
+        past[k] = z[k] * grad_new[k];
+        grad_new[k] -= past[k];
       }
     }
-    return found;
-  }
 
-  // What comes out of it.
-  struct Grads {
-    Sum pre[kGrads<Cell>], state[Cell::kStates];
-  };
-  FUSEDRNN_DEVICE Grads through_cell(const Given<Sum, Cell::kUnit>& given, const Gathered& found) const {
-    Grads grads;
-    cell_backward<Cell>(given, found.saved, found.state, found.new_state, found.grad_new, grads.pre, grads.state);
-    return grads;
-  }
+    if (!cell(saved, state, new_state, grad_new, grad_pre, grad_state)) return;
 
-  template <class Pass>
-  FUSEDRNN_DEVICE void leave(int d, const Now& now, int64_t b, int64_t u, const Inputs& in, const Gathered& found, Grads& grads,
-                             const Pass& pass) const {
-    const int64_t H = p.H, at = this->state_at(d, b, u, H), row = now.first + b;
-    if (!projected()) this->leave_hidden_before(d, now, b, u, in.runs ? in.state[0] : narrow<S>(Sum(0)));
     if (p.zoneout)
 #pragma unroll
-      for (int k = 0; k < Cell::kStates; ++k) grads.state[k] += found.past[k];
+      for (int k = 0; k < Cell::kStates; ++k) grad_state[k] += past[k];
     if (!in.runs) {
 #pragma unroll
-      for (int k = 0; k < kGrads<Cell>; ++k) grads.pre[k] = Sum(0);
+      for (int k = 0; k < kGrads<Cell>; ++k) grad_pre[k] = Sum(0);
     }
     const bool goes_on = in.runs && !in.anew;
     auto next = [&](Sum grad, Sum unmoved) { return goes_on ? grad : in.runs ? Sum(0) : unmoved; };
     S* grad_pre_row = static_cast<S*>(p.grad_pre) + (row * p.D + d) * kGrads<Cell> * H + u;
 #pragma unroll
-    for (int k = 0; k < kGrads<Cell>; ++k) grad_pre_row[k * H] = narrow<S>(grads.pre[k]);
+    for (int k = 0; k < kGrads<Cell>; ++k) grad_pre_row[k * H] = narrow<S>(grad_pre[k]);
     if constexpr (Cell::kMultiplies) {
       Element* dpre = m.dpre[1 - now.turn] + d * m.dpre_size;
 #pragma unroll
       for (int g = 0; g < kEarly; ++g) {
         const int64_t place = packed_state_at<A>(dpre_blocks, b, g * H + u);
-        const Element element = A::element(goes_on ? grads.pre[Cell::h_pre(g)] : Sum(0));
+        const Element element = A::element(goes_on ? grad_pre[Cell::h_pre(g)] : Sum(0));
         dpre[place] = element;
         pass(place, element);
       }
     }
-    if (!projected()) m.dh[at] = next(grads.state[0], found.dh);
+    if (!projected()) m.dh[at] = next(grad_state[0], dh);
 #pragma unroll
-    for (int k = 0; k < kInner; ++k) m.dinner[k * inner_size() + at] = next(grads.state[k + 1], in.grad_new[k + 1]);
-  }
-
-  template <class Pass>
-  FUSEDRNN_DEVICE void finish(int d, const Now& now, int64_t b, int64_t u, const Sum (&sum)[1], const Inputs& in,
-                              const Pass& pass) const {
-    if (b >= now.count) return leave_initial(d, b, u, sum[0]);
-    const Gathered found = gather(d, now, b, u, sum[0] * (projected() ? Sum(1) : this->hidden_mask(d, b, u)), in);
-    Grads grads = through_cell(given_to<Cell, Sum, S>(p, this->state_at(d, b, u, p.H), in), found);
-    leave(d, now, b, u, in, found, grads, pass);
+    for (int k = 0; k < kInner; ++k) m.dinner[k * inner_size() + at] = next(grad_state[k + 1], in.grad_new[k + 1]);
   }
 };
 
@@ -304,15 +292,20 @@ struct BackwardFirst : BackwardCell<Cell, A> {
   int64_t dprojected_blocks;
 
   template <class Pass>
-  FUSEDRNN_DEVICE void finish(int d, const Now& now, int64_t b, int64_t u, const Sum (&sum)[1], const Inputs& in, const Pass&) const {
-    if (b >= now.count) return this->leave_initial(d, b, u, sum[0]);
+  FUSEDRNN_DEVICE void finish(int d, const Now& now, int64_t b, int64_t u, const Sum (&sum)[1], const Inputs& in,
+                              const Pass& pass) const {
     const int64_t at = this->state_at(d, b, u, p.H);
-    const typename Base::Gathered found = this->gather(d, now, b, u, sum[0] * this->hidden_mask(d, b, u), in);
-    m.dh[at] = found.dh;
-    if constexpr (Cell::kLate > 0) {
-      const Sum late = Cell::late_backward(given_to<Cell, Sum, S>(p, at, in), found.saved, found.state, found.grad_new);
-      m.dprojected[d * m.dprojected_size + packed_state_at<A>(dprojected_blocks, b, u)] = A::element(late);
-    }
+    if (b >= now.count) return this->leave_initial(d, b, u, at, sum[0]);
+    const Sum through = sum[0] * this->hidden_mask(d, b, u);
+    auto cell = [&](const auto& saved, const auto& state, const auto&, const auto& grad_new, const auto&...) {
+      if constexpr (Cell::kLate > 0) {
+        const Sum late = Cell::late_backward(given_to<Cell, Sum, S>(p, at, in), saved, state, grad_new);
+        m.dprojected[d * m.dprojected_size + packed_state_at<A>(dprojected_blocks, b, u)] = A::element(late);
+      }
+      return false;
+    };
+    this->template run_cell<true>(d, now, b, u, through, in, cell, pass);
+    m.dh[at] = in.grad_new[0] + through;
   }
 };
 
@@ -335,11 +328,13 @@ struct BackwardLate : BackwardCell<Cell, A> {
   template <class Pass>
   FUSEDRNN_DEVICE void finish(int d, const Now& now, int64_t b, int64_t u, const Sum (&sum)[1], const Inputs& in,
                               const Pass& pass) const {
-    const typename Base::Gathered found = this->gather(d, now, b, u, Sum(0), in);
     Given<Sum, Cell::kUnit> given = given_to<Cell, Sum, S>(p, this->state_at(d, b, u, p.H), in);
     given.middle = sum[0];
-    typename Base::Grads grads = this->through_cell(given, found);
-    this->leave(d, now, b, u, in, found, grads, pass);
+    auto cell = [&](auto&... arguments) {
+      cell_backward<Cell>(given, arguments...);
+      return true;
+    };
+    this->template run_cell<false>(d, now, b, u, Sum(0), in, cell, pass);
   }
 };
 
@@ -347,8 +342,6 @@ struct BackwardLate : BackwardCell<Cell, A> {
 template <class Cell, class A>
 struct BackwardRow : BackwardCell<Cell, A> {
   using Base = BackwardCell<Cell, A>;
-  using typename Base::Gathered;
-  using typename Base::Grads;
   using typename Base::Inputs;
   using typename Base::Now;
   using typename Base::S;
@@ -368,60 +361,61 @@ struct BackwardRow : BackwardCell<Cell, A> {
       norms.inner = norm_of(sums, H, 1, [&](int64_t u, int) { return Sum(widen(made[u])); });
     }
 
-    // Calls fn(inputs, what goes into the cell, what the cell is given) for a unit.
-    auto with_unit = [&](int64_t u, const auto& fn) {
-      const Inputs in = this->fetch(d, now, b, u);
-      Gathered found = this->gather(d, now, b, u, Sum(0), in);
-      Given<Sum, Cell::kUnit> given = given_to<Cell, Sum, S>(p, this->state_at(d, b, u, H), in);
-      given.products = norms.products;
-      given.inner = norms.inner;
-      fn(in, found, given);
+    // Calls fn(what the cell is given, saved, state, new_state, grad_new, grad_pre, grad_state) for this thread's units.
+    auto each = [&](const auto& fn) {
+      for_own_units(H, [&](int64_t u) {
+        const Inputs in = this->fetch(d, now, b, u);
+        Given<Sum, Cell::kUnit> given = given_to<Cell, Sum, S>(p, this->state_at(d, b, u, H), in);
+        given.products = norms.products;
+        given.inner = norms.inner;
+        auto cell = [&](auto&... arguments) { return fn(given, arguments...); };
+        this->template run_cell<false>(d, now, b, u, Sum(0), in, cell, PassNothing{});
+      });
     };
     Sum inner[2] = {}, product[2] = {};  // means over the row: of gradients, and of each times what was normalised
     if constexpr (Cell::kNorms == 2) {
-      for_own_units(H, [&](int64_t u) {
-        with_unit(u, [&](const Inputs&, const Gathered& found, const Given<Sum, Cell::kUnit>& given) {
-          const Sum grad = Cell::out_backward(given, found.saved, found.new_state, found.grad_new);
-          inner[0] += grad;
-          inner[1] += grad * given.inner.of(found.new_state[1]);
-        });
+      each([&](const auto& given, const auto& saved, const auto&, const auto& new_state, const auto& grad_new, const auto&...) {
+        const Sum grad = Cell::out_backward(given, saved, new_state, grad_new);
+        inner[0] += grad;
+        inner[1] += grad * given.inner.of(new_state[1]);
+        return false;
       });
       sums.add(inner);
       for (Sum& mean : inner) mean /= Sum(H);
     }
-    // Calls fn(unit, inputs, what goes into the cell, what comes out) for each of this thread's.
-    auto each = [&](const auto& fn) {
-      for_own_units(H, [&](int64_t u) {
-        with_unit(u, [&](const Inputs& in, Gathered& found, const Given<Sum, Cell::kUnit>& given) {
-          if constexpr (Cell::kNorms == 2) {
-            const Sum grad = Cell::out_backward(given, found.saved, found.new_state, found.grad_new);
-            found.grad_new[1] += given.inner.grad(grad, given.inner.of(found.new_state[1]), inner[0], inner[1]);
-          }
-          Grads grads = this->through_cell(given, found);
-          fn(u, in, found, grads);
-        });
-      });
+    auto backward = [&](const auto& given, const auto& saved, const auto& state, const auto& new_state, auto& grad_new, auto& grad_pre,
+                        auto& grad_state) {
+      if constexpr (Cell::kNorms == 2) {
+        const Sum grad = Cell::out_backward(given, saved, new_state, grad_new);
+        grad_new[1] += given.inner.grad(grad, given.inner.of(new_state[1]), inner[0], inner[1]);
+      }
+      cell_backward<Cell>(given, saved, state, new_state, grad_new, grad_pre, grad_state);
     };
-    each([&](int64_t, const Inputs&, const Gathered& found, const Grads& grads) {
+    each([&](const auto& given, const auto& saved, const auto& state, const auto& new_state, auto& grad_new, auto& grad_pre,
+             auto& grad_state) {
+      backward(given, saved, state, new_state, grad_new, grad_pre, grad_state);
 #pragma unroll
       for (int g = 0; g < kNormed; ++g) {
-        product[0] += grads.pre[Cell::h_pre(g)];
-        product[1] += grads.pre[Cell::h_pre(g)] * norms.products.of(found.saved[kProducts + g]);
+        product[0] += grad_pre[Cell::h_pre(g)];
+        product[1] += grad_pre[Cell::h_pre(g)] * given.products.of(saved[kProducts + g]);
       }
+      return false;
     });
     sums.add(product);
     for (Sum& mean : product) mean /= Sum(H * kNormed);
 
     const auto from = this->origin(d, now, b);
     const bool nothing = from.anew || (!from.before && !p.hx);  // was multiplied, and nobody wants the gradient
-    each([&](int64_t u, const Inputs& in, const Gathered& found, Grads& grads) {
+    each([&](const auto& given, const auto& saved, const auto& state, const auto& new_state, auto& grad_new, auto& grad_pre,
+             auto& grad_state) {
+      backward(given, saved, state, new_state, grad_new, grad_pre, grad_state);
 #pragma unroll
       for (int g = 0; g < kNormed; ++g) {
-        Sum& grad = grads.pre[Cell::h_pre(g)];
-        const Sum y = norms.products.of(found.saved[kProducts + g]);
-        grad = nothing ? Sum(0) : norms.products.grad(grad, y, product[0], product[1]);
+        Sum& grad = grad_pre[Cell::h_pre(g)];
+        const Sum y = given.products.of(saved[kProducts + g]);
+        grad = nothing ? Sum(0) : given.products.grad(grad, y, product[0], product[1]);
       }
-      this->leave(d, now, b, u, in, found, grads, PassNothing{});
+      return true;
     });
   }
 };
