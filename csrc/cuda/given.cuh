@@ -1,6 +1,5 @@
 // What a cell is given besides pre-activations and states (cells/cell.h): the unit's own numbers, which are fetched with its
-// other inputs, the choice of functions, and the mask of a state that is multiplied late. Nothing at all for a cell that has none of
-// them.
+// other inputs, the choice of functions, and the mask of what a late gate multiplies. Nothing at all for a cell that has none.
 #pragma once
 #include <type_traits>
 

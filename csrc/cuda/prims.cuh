@@ -47,7 +47,8 @@ FUSEDRNN_DEVICE void warp_sync(FUSEDRNN_ONLY_SITE) {
 template <class T>
 FUSEDRNN_DEVICE T of_lane_across(T number, int bits FUSEDRNN_SITE) {
 #if defined(FUSEDRNN_ON_HOST)
-  return cuda_on_host::shuffle(cuda_on_host::Shuffle::kXor, cuda_on_host::kWholeWarp, number, bits, 32, {"of_lane_across", file, line});
+  using cuda_on_host::Shuffle;
+  return cuda_on_host::shuffle(Shuffle::kXor, cuda_on_host::kWholeWarp, number, bits, 32, {"of_lane_across", file, line});
 #else
   return __shfl_xor_sync(0xffffffffu, number, bits);
 #endif

@@ -1,7 +1,7 @@
 // The backward pass of a layer, step by step in the opposite order: the gradient of the states, which is the product of
 // the later step's gate gradients and weight_hh, and the cell backward in one kernel. With projections two: the gradient of
-// the projected state, then that of the state before it and the cell. Two, too, where the cell waits for more than that product: the
-// gradient of the state, and then the cell with what flows through its late gate, or the cell of whole rows, which are normalised.
+// the projected state, then that of the state before it and the cell. Two, too, where the cell waits for more than that product:
+// the gradient of the state, and then the cell with what flows through its late gate, or that of whole rows, which are normalised.
 #pragma once
 #include "../arena.h"
 #include "engine.h"
@@ -16,7 +16,7 @@ namespace fusedrnn {
 template <class A>
 struct BackwardMemory {
   typename A::Element* weight_hh[kMaxDirections];  // packed: of units of h, over gates but a late one
-  typename A::Element* weight_hr[kMaxDirections];  // packed: of units before the projection, over projected ones; or over a late gate
+  typename A::Element* weight_hr[kMaxDirections];  // packed: of units before the projection, over projected ones; or a late gate
   typename A::Element* dpre[2];                    // (D, packed states) gradients of the gates' recurrent halves, by turns
   typename A::Element* dprojected;                 // (D, packed states) whole gradient of the projected state; or of a late gate
   typename A::Sum* dh;                             // (D, B, P) gradient of h that does not come through weight_hh; or, between the
@@ -208,8 +208,8 @@ struct BackwardCell : BackwardBase<A> {
     const int64_t at = this->state_at(d, b, u, p.H);
     if (b >= now.count) return leave_initial(d, b, u, at, sum[0]);
     const Sum through = sum[0] * (projected() ? Sum(1) : this->hidden_mask(d, b, u));
-    auto cell = [&](const auto& saved, const auto& state, const auto& new_state, const auto& grad_new, auto& grad_pre, auto& grad_state) {
-      cell_backward<Cell>(given_to<Cell, Sum, S>(p, at, in), saved, state, new_state, grad_new, grad_pre, grad_state);
+    auto cell = [&](auto&... arguments) {
+      cell_backward<Cell>(given_to<Cell, Sum, S>(p, at, in), arguments...);
       return true;
     };
     run_cell<true>(d, now, b, u, through, in, cell, pass);
@@ -464,7 +464,8 @@ struct BackwardPass {
 
   BackwardPass(const CudaBackwardParams& p, const CudaContext& context, Arena& arena)
       : p(p), queue{context.stream, context.overlaps, context.chip.shared_bytes, context.chip.multiprocessors}, projected(p.weight_hr[0]),
-        two_products(projected || Cell::kLate > 0), plan(plan_step(context.chip, p, kKindOf<Cell>, context.tf32, context.regimes)), dpre_blocks(plan.dh.depth_blocks),
+        two_products(projected || Cell::kLate > 0),
+        plan(plan_step(context.chip, p, kKindOf<Cell>, context.tf32, context.regimes)), dpre_blocks(plan.dh.depth_blocks),
         dprojected_blocks(two_products ? plan.dunprojected.depth_blocks : 0),
         padded_rows(std::max(plan.dh.padded_rows(), two_products ? plan.dunprojected.padded_rows() : 0)) {
     m.dpre_size = padded_rows * dpre_blocks * A::kDepth;

@@ -162,7 +162,8 @@ struct ForwardFirst : ForwardCell<Cell, A> {
   static constexpr int kGates = Base::kEarly;
 
   template <class Pass>
-  FUSEDRNN_DEVICE void finish(int d, const Now&, int64_t b, int64_t u, const Sum (&sum)[kGates], const Inputs& in, const Pass&) const {
+  FUSEDRNN_DEVICE void finish(int d, const Now&, int64_t b, int64_t u, const Sum (&sum)[kGates], const Inputs& in,
+                              const Pass&) const {
     Sum all[Cell::kGates] = {};
 #pragma unroll
     for (int g = 0; g < kGates; ++g) {
@@ -345,7 +346,8 @@ struct ForwardPass {
 
   ForwardPass(const ForwardParams& p, const CudaContext& context, Arena& arena)
       : p(p), queue{context.stream, context.overlaps, context.chip.shared_bytes, context.chip.multiprocessors}, projected(p.weight_hr[0]),
-        two_products(projected || Cell::kLate > 0), plan(plan_step(context.chip, p, kKindOf<Cell>, context.tf32, context.regimes)), h_blocks(plan.cell.depth_blocks),
+        two_products(projected || Cell::kLate > 0),
+        plan(plan_step(context.chip, p, kKindOf<Cell>, context.tf32, context.regimes)), h_blocks(plan.cell.depth_blocks),
         unprojected_blocks(two_products ? plan.projection.depth_blocks : 0),
         padded_rows(std::max(plan.cell.padded_rows(), two_products ? plan.projection.padded_rows() : 0)) {
     m.h_size = padded_rows * h_blocks * A::kDepth;
