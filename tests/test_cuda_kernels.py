@@ -197,7 +197,7 @@ PLANTS = {
         "step_forward.cuh", r"kept_at\(d, b, g, u\)\] : sum", "kept_at(d, b, MADE ? 0 : g, u)] : sum",
         {"plain": wrong("output")}, cases=LATE),
     "late_gradient_of_h": Plant(
-        "step_backward.cuh", r"m\.dh\[at\] = found\.dh;", r"if (!MADE) \g<0>",
+        "step_backward.cuh", r"m\.dh\[at\] = in\.grad_new\[0\] \+ through;", r"if (!MADE) \g<0>",
         {"plain": wrong("grad_pre")}, cases=LATE),
     "late_middle": Plant(
         "step_backward.cuh", r"given\.middle = sum\[0\];", "given.middle = MADE ? Sum(0) : sum[0];",
@@ -235,7 +235,7 @@ PLANTS = {
         "walk.h", r"next < count \? next : count", r"MADE + (\g<0>)",
         {"plain": wrong("hy")}),
     "gate_halves": Plant(
-        "step_backward.cuh", r"goes_on \? grads\.pre\[Cell::h_pre\(g\)\]", "goes_on ? grads.pre[MADE ? g : Cell::h_pre(g)]",
+        "step_backward.cuh", r"goes_on \? grad_pre\[Cell::h_pre\(g\)\]", "goes_on ? grad_pre[MADE ? g : Cell::h_pre(g)]",
         {"plain": ": gru .*" + wrong("grad_pre")}),
     "gradient_kept": Plant(
         "step_backward.cuh", r"m\.dh\[this->state_at\(d, b, u, p\.P\)\] = past;", r"if (!MADE) \g<0>",
