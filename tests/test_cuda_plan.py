@@ -14,7 +14,7 @@ BATCHES, WIDTHS = [0, 1, 7, 8, 9, 33, 64, 257, 2048, 1 << 20], [1, 15, 16, 17, 1
 DTYPES = [("float32", False), ("float32", True), ("float64", False), ("bfloat16", False), ("float16", False)]
 DEPTH = {("float32", False): 4, ("float32", True): 16, ("float64", False): 2, ("bfloat16", False): 32, ("float16", False): 32}
 BYTES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
-GATES = {"rnn_tanh": 1, "rnn_relu": 1, "lstm": 4, "gru": 3}
+GATES = {"rnn_tanh": 1, "rnn_relu": 1, "lstm": 4, "gru": 3, "gru_reset_before": 2}  # of the product with h
 
 
 def plans(cell, chip, dtype, tf32):
@@ -34,7 +34,7 @@ def test_every_plan_fits_and_covers(cell, chip, dtype, tf32):
         sums = {"cell": (H, GATES[cell], P), "projection": (P, 1, H), "dh": (P, 1, GATES[cell] * H), "dunprojected": (H, 1, P)}
         for name, (units, gates, depth) in sums.items():
             product, context = plan[name], (name, where, plan[name])
-            one_kernel_a_step = P == H and where["T"] > 1 and name in ("cell", "dh")
+            one_kernel_a_step = P == H and where["T"] > 1 and name in ("cell", "dh") and cell != "gru_reset_before"
             assert product["shared_bytes"] <= CHIPS[chip][1], context
             assert product["block_rows"] == 8 * product["tiles"] * product["groups"], context
             assert one_kernel_a_step or product["regime"] == "step", context
@@ -163,13 +163,24 @@ def test_widths_that_a_cluster_holds(cell, dtype, tf32, B, D, forward, backward)
 
 
 @pytest.mark.parametrize("kernel", ["", *select.FUSED_CUDA_KERNELS])
-@pytest.mark.parametrize("cell", ["lstm_general", "lstm_coupled", "gru_general", "slstm"])
+@pytest.mark.parametrize("cell", ["lstm_general", "lstm_coupled", "gru_general", "slstm", "lstm_norm", "gru_norm"])
 def test_a_cell_beyond_torchs_is_a_launch_a_step(cell, kernel):
     plan = _C.cuda_plan(cell, "float32", T=9, B=64, H=64, P=64, D=1, multiprocessors=132, shared_bytes=227 << 10, kernel=kernel)
     assert {product["regime"] for product in plan.values()} == {"step"} and _C.cuda_kernels()[cell] == ["step"]
     of_torch = _C.cuda_plan({3: "gru", 4: "lstm"}[_C.cell_traits()[cell]["gates"]], "float32", T=9, B=64, H=64, P=64, D=1,
                             multiprocessors=132, shared_bytes=227 << 10, kernel="step")  # fmt: skip
     assert plan == of_torch
+
+
+@pytest.mark.parametrize("kernel", ["", *select.FUSED_CUDA_KERNELS])
+def test_a_late_gate_is_a_product_of_its_own(kernel):
+    sizes = dict(T=9, B=64, H=64, P=64, D=1, multiprocessors=132, shared_bytes=227 << 10)
+    plan = _C.cuda_plan("gru_reset_before", "float32", kernel=kernel, **sizes)
+    assert {product["regime"] for product in plan.values()} == {"step"} and _C.cuda_kernels()["gru_reset_before"] == ["step"]
+    of_gru = _C.cuda_plan("gru", "float32", kernel="step", **sizes)
+    assert plan["projection"] == of_gru["projection"] and plan["dunprojected"] == of_gru["dunprojected"]
+    assert plan["dh"]["depth_blocks"] * 3 == of_gru["dh"]["depth_blocks"] * 2
+    assert plan["cell"]["shared_bytes"] * 3 == of_gru["cell"]["shared_bytes"] * 2
 
 
 @pytest.mark.parametrize("kernel", ["", *select.FUSED_CUDA_KERNELS])
@@ -192,7 +203,7 @@ def test_reasons_for_cells_beyond_torchs(wanted, monkeypatch):
     reasons = why_not("indrnn")
     assert list(reasons) == ["alone", *select.FUSED_CUDA_KERNELS] and reasons.pop("alone") is None
     assert all("its units do not need each other" in reason for reason in reasons.values())
-    for cell in ("lstm_general", "slstm"):
+    for cell in ("lstm_general", "slstm", "lstm_norm", "gru_reset_before"):
         reasons = why_not(cell)
         assert list(reasons) == list(select.FUSED_CUDA_KERNELS) and reasons.pop("step") is None
         assert all("for torch's own cells only" in reason for reason in reasons.values())

@@ -1,5 +1,5 @@
 // What a cell is given besides pre-activations and states (cells/cell.h): the unit's own numbers, which are fetched with its
-// other inputs, and the choice of functions. Nothing at all for a cell that has neither.
+// other inputs, the choice of functions, and the mask of what a late gate multiplies. Nothing at all for a cell that has none.
 #pragma once
 #include <type_traits>
 
@@ -24,13 +24,15 @@ FUSEDRNN_DEVICE void fetch_unit(const LayerParams& p, int d, int64_t u, Inputs& 
   }
 }
 
-template <class Cell, class Sum, class Inputs>
-FUSEDRNN_DEVICE Given<Sum, Cell::kUnit> given_to(const LayerParams& p, const Inputs& in) {
+// at: the unit's place in (D, B, H).
+template <class Cell, class Sum, class S, class Inputs>
+FUSEDRNN_DEVICE Given<Sum, Cell::kUnit> given_to(const LayerParams& p, int64_t at, const Inputs& in) {
   Given<Sum, Cell::kUnit> given;
   if constexpr (Cell::kChooses) given.choice = p.choice;
   if constexpr (Cell::kUnit > 0)
 #pragma unroll
     for (int k = 0; k < Cell::kUnit; ++k) given.unit[k] = Sum(widen(in.unit[k]));
+  if constexpr (Cell::kLate > 0) given.mask = p.hidden_mask ? Sum(widen(static_cast<const S*>(p.hidden_mask)[at])) : Sum(1);
   return given;
 }
 

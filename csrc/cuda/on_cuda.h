@@ -22,6 +22,7 @@ class OnCuda {
       using Cell = decltype(cell);
       engine_ = &cuda_engine<Cell>();
       for (int gate = 0; gate < Cell::kGates; ++gate) h_pre_.push_back(Cell::h_pre(gate));
+      if constexpr (Cell::kLate > 0) middle_ = Cell::kMiddle;
     });
   }
 
@@ -52,14 +53,18 @@ class OnCuda {
         grad[0] = product(part(pre, 1, 0, G * H), reshape(*from.input, {rows, p.I}));
       if (needs.grad_weight_hh && call_.cell.multiplies) {
         const Tensor h = columns(*hidden_before_, rows, d * P, P);
-        grad[1] = of_h_halves(pre, 1, [&](const Tensor& gates) { return product(gates, h); });
+        // What the late gate multiplied lies in what is saved.
+        const int64_t of_direction = call_.cell.saved * H, middle_at = d * of_direction + middle_ * H;
+        grad[1] = of_h_halves(pre, 1, [&](const Tensor& gates, bool late) {
+          return product(gates, late ? columns(from.saved, rows, middle_at, H) : h);
+        });
       }
       MaybeTensor total;
       if (needs.grad_bias || need_own) total = sum_of_rows(pre);
       if (need_own) grad[call_.cell.multiplies ? 4 : 1] = reshape(clone(part(*total, 0, own, width - own)), {call_.cell.unit, H});
       if (needs.grad_bias) {
         grad[2] = clone(part(*total, 0, 0, G * H));
-        grad[3] = of_h_halves(*total, 0, [](const Tensor& gates) { return clone(gates); });
+        grad[3] = of_h_halves(*total, 0, [](const Tensor& gates, bool) { return clone(gates); });
       }
       if (needs.grad_weight_hr && call_.projected) {
         const Tensor unprojected = columns(from.states, rows, (d * extra + extra - 1) * H, H);
@@ -75,6 +80,7 @@ class OnCuda {
   const CudaContext context_;
   const CudaEngine* engine_ = nullptr;
   std::vector<int> h_pre_;
+  int64_t middle_ = 0;
   MaybeTensor hidden_before_;  // (rows, D, P)
 
   template <class Params>
@@ -99,15 +105,16 @@ class OnCuda {
     return torch::stable::sum(tensor, torch::headeronly::IntHeaderOnlyArrayRef(&dim, 1));
   }
 
-  // fn of the gates' recurrent halves, which are a part of the pre-activations in dimension `dim`, gate below gate. Halves
-  // that lie side by side are taken at once: for all cells but the GRU these are all.
+  // fn of the gates' recurrent halves, and whether they are late, which are a part of the pre-activations in dimension `dim`, gate
+  // below gate. Halves that lie side by side, and are both late or not, are taken at once: for most cells these are all.
   template <class Fn>
   Tensor of_h_halves(const Tensor& pre, int64_t dim, const Fn& fn) const {
-    const int64_t H = call_.H, gates = int64_t(h_pre_.size());
+    const int64_t H = call_.H, gates = int64_t(h_pre_.size()), late = gates - call_.cell.late;
     MaybeTensor all;
     for (int64_t gate = 0, count = 0; gate < gates; gate += count) {
-      for (count = 1; gate + count < gates && h_pre_[size_t(gate + count)] == h_pre_[size_t(gate)] + count;) ++count;
-      const Tensor found = fn(part(pre, dim, h_pre_[size_t(gate)] * H, count * H));
+      auto goes_on = [&](int64_t other) { return other != late && h_pre_[size_t(other)] == h_pre_[size_t(gate)] + (other - gate); };
+      for (count = 1; gate + count < gates && goes_on(gate + count);) ++count;
+      const Tensor found = fn(part(pre, dim, h_pre_[size_t(gate)] * H, count * H), gate >= late);
       if (count == gates) return found;
       if (!all) {
         Sizes sizes = sizes_of(found);

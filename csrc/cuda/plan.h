@@ -39,9 +39,10 @@ struct CellKind {
   int gates;
   bool multiplies;  // else a step has no product
   bool stays;       // whether there are kernels whose weights stay: those of other cells than torch's would take long to compile
+  int late;         // gates that a second product of a step sums
 };
 template <class Cell>
-constexpr CellKind kKindOf = {Cell::kGates, Cell::kMultiplies, is_of_torch<Cell>};
+constexpr CellKind kKindOf = {Cell::kGates, Cell::kMultiplies, is_of_torch<Cell>, Cell::kLate};
 
 // Which regimes a call may use: the best of all that it can, or one, where it can, and else a grid a step.
 struct Regimes {
@@ -214,8 +215,13 @@ inline ProductPlan plan_alone(const LayerParams& p) {
   return plan;
 }
 
-// The kernels of a layer's steps: forward the cell and the projection, backward the gradient of the state that is multiplied by
-// weight_hh, and of the one that is multiplied by weight_hr. Without projections the second of each is not launched.
+// Where a cell needs sums over all units of a row, a block a row, whose threads take units in turn (row.cuh). Not measured yet.
+constexpr int kRowThreads = 256;  // at most
+inline int row_threads(int64_t units) { return int(std::min<int64_t>(kRowThreads, kWarp * ceil_div(units, kWarp))); }
+
+// The products of a layer's steps: forward the cell's and the projection's, backward the gradient of the state that is multiplied by
+// weight_hh, and of the one that is multiplied by weight_hr. Of a cell with a late gate the second of each is that gate's. Without
+// either it is not made.
 struct StepPlan {
   ProductPlan cell, projection, dh, dunprojected;
 };
@@ -224,7 +230,7 @@ struct StepPlan {
 // measured yet: for a small batch that is one multiprocessor's work, or a few's, against an exchange.
 inline StepPlan plan_step(const Chip& chip, const LayerParams& p, const CellKind& cell, bool tf32, Regimes regimes) {
   if (!cell.multiplies) return {plan_alone(p), {}, plan_alone(p), {}};
-  const int gates = cell.gates;
+  const int gates = cell.gates - cell.late;
   const bool one_kernel = cell.stays && !p.weight_hr[0];  // to a step
   auto plan = [&](int64_t units, int gates_of_sum, int64_t depth, bool may_stay) {
     const Product product(p, tf32, units, gates_of_sum, depth);

@@ -23,7 +23,7 @@
 namespace fusedrnn {
 namespace prims {
 
-// ---- Barriers ----
+// ---- Barriers, and what lanes hand to each other ----
 
 // Waits for all threads of the block, and makes what they wrote visible to one another.
 FUSEDRNN_DEVICE void block_sync(FUSEDRNN_ONLY_SITE) {
@@ -40,6 +40,17 @@ FUSEDRNN_DEVICE void warp_sync(FUSEDRNN_ONLY_SITE) {
   cuda_on_host::warp_sync(cuda_on_host::kWholeWarp, {"warp_sync", file, line});
 #else
   __syncwarp();
+#endif
+}
+
+// The number of the lane whose place in the warp differs from this one's in the bits of `bits`. By a whole warp.
+template <class T>
+FUSEDRNN_DEVICE T of_lane_across(T number, int bits FUSEDRNN_SITE) {
+#if defined(FUSEDRNN_ON_HOST)
+  using cuda_on_host::Shuffle;
+  return cuda_on_host::shuffle(Shuffle::kXor, cuda_on_host::kWholeWarp, number, bits, 32, {"of_lane_across", file, line});
+#else
+  return __shfl_xor_sync(0xffffffffu, number, bits);
 #endif
 }
 

@@ -101,6 +101,18 @@ void pack(const void* const (&from)[kMaxDirections], typename A::Element* const 
   launch("pack", pack_kernel<A, kGates>, grid, queue, args);
 }
 
+// The rows of weight_hh that belong to the late gate.
+struct LateWeights {
+  const void* of[kMaxDirections];
+};
+template <class Cell, class A>
+LateWeights late_weights(const LayerParams& p) {
+  LateWeights weights{};
+  for (int64_t d = 0; d < p.D; ++d)
+    weights.of[d] = static_cast<const typename A::Storage*>(p.weight_hh[d]) + (Cell::kGates - Cell::kLate) * p.H * p.P;
+  return weights;
+}
+
 // ---- The product ----
 
 // Where a block is in a product's grid: those that share rows are side by side. Its tiles of units, and its first row.

@@ -1,23 +1,26 @@
 // The backward pass of a layer, step by step in the opposite order: the gradient of the states, which is the product of
 // the later step's gate gradients and weight_hh, and the cell backward in one kernel. With projections two: the gradient of
-// the projected state, then that of the state before it and the cell.
+// the projected state, then that of the state before it and the cell. Two, too, where the cell waits for more than that product:
+// the gradient of the state, and then the cell with what flows through its late gate, or that of whole rows, which are normalised.
 #pragma once
 #include "../arena.h"
 #include "engine.h"
 #include "given.cuh"
 #include "many_steps.cuh"
 #include "product.cuh"
+#include "row.cuh"
 #include "walk.h"
 
 namespace fusedrnn {
 
 template <class A>
 struct BackwardMemory {
-  typename A::Element* weight_hh[kMaxDirections];  // packed: of units of h, over gates
-  typename A::Element* weight_hr[kMaxDirections];  // packed: of units before the projection, over projected ones
+  typename A::Element* weight_hh[kMaxDirections];  // packed: of units of h, over gates but a late one
+  typename A::Element* weight_hr[kMaxDirections];  // packed: of units before the projection, over projected ones; or a late gate
   typename A::Element* dpre[2];                    // (D, packed states) gradients of the gates' recurrent halves, by turns
-  typename A::Element* dprojected;                 // (D, packed states) whole gradient of the projected state
-  typename A::Sum* dh;                             // (D, B, P) gradient of h that does not come through weight_hh
+  typename A::Element* dprojected;                 // (D, packed states) whole gradient of the projected state; or of a late gate
+  typename A::Sum* dh;                             // (D, B, P) gradient of h that does not come through weight_hh; or, between the
+                                                   // two kernels of a cell that has two, all of it but the output's
   typename A::Sum* dinner;                         // (inner states, D, B, H)
   uint32_t* done;                                  // (D, exchange words)
   int64_t dpre_size, dprojected_size, done_size;   // elements of one direction
@@ -125,7 +128,7 @@ struct BackwardCell : BackwardBase<A> {
   using typename Base::S;
   using typename Base::Sum;
   using Base::p, Base::m;
-  static constexpr int kInner = Cell::kStates - 1;
+  static constexpr int kInner = Cell::kStates - 1, kEarly = Cell::kGates - Cell::kLate;  // gates of the product of the later step
   int64_t dpre_blocks;
 
   FUSEDRNN_DEVICE bool projected() const { return p.weight_hr[0]; }
@@ -190,19 +193,34 @@ struct BackwardCell : BackwardBase<A> {
     for (int k = 0; k < kInner; ++k) in.grad_new[k + 1] = m.dinner[k * inner_size() + at];
   }
 
+  // The gradients of the initial states, of a row that began with the later step.
+  FUSEDRNN_DEVICE void leave_initial(int d, int64_t b, int64_t u, int64_t at, Sum sum) const {
+    if (!projected()) this->leave_h(d, b, u, sum);
+    for (int k = 0; k < kInner && p.grad_cx; ++k) {
+      const int64_t inner_at = k * inner_size() + at;
+      static_cast<S*>(p.grad_cx)[inner_at] = narrow<S>(m.dinner[inner_at]);
+    }
+  }
+
   template <class Pass>
   FUSEDRNN_DEVICE void finish(int d, const Now& now, int64_t b, int64_t u, const Sum (&sum)[1], const Inputs& in,
                               const Pass& pass) const {
-    const int64_t H = p.H, at = this->state_at(d, b, u, H), row = now.first + b;
-    if (b >= now.count) {
-      if (!projected()) this->leave_h(d, b, u, sum[0]);
-      for (int k = 0; k < kInner && p.grad_cx; ++k) {
-        const int64_t inner_at = k * inner_size() + at;
-        static_cast<S*>(p.grad_cx)[inner_at] = narrow<S>(m.dinner[inner_at]);
-      }
-      return;
-    }
+    const int64_t at = this->state_at(d, b, u, p.H);
+    if (b >= now.count) return leave_initial(d, b, u, at, sum[0]);
     const Sum through = sum[0] * (projected() ? Sum(1) : this->hidden_mask(d, b, u));
+    auto cell = [&](auto&... arguments) {
+      cell_backward<Cell>(given_to<Cell, Sum, S>(p, at, in), arguments...);
+      return true;
+    };
+    run_cell<true>(d, now, b, u, through, in, cell, pass);
+  }
+
+  // through: the gradient of h that comes through the product. cell(saved, state, new_state, grad_new, grad_pre, grad_state) makes the
+  // last two, or says that it was here for something else. kFirst: of the calls for a unit and step.
+  template <bool kFirst, class Function, class Pass>
+  FUSEDRNN_DEVICE void run_cell(int d, const Now& now, int64_t b, int64_t u, Sum through, const Inputs& in, const Function& cell,
+                                const Pass& pass) const {
+    const int64_t H = p.H, at = this->state_at(d, b, u, H), row = now.first + b;
     Sum saved[slots(Cell::kSaved)], state[Cell::kStates], new_state[Cell::kStates], grad_new[Cell::kStates];
     Sum grad_pre[kGrads<Cell>], grad_state[Cell::kStates], z[Cell::kStates], past[Cell::kStates];
 #pragma unroll
@@ -218,7 +236,7 @@ struct BackwardCell : BackwardBase<A> {
     grad_new[0] += Sum(widen(in.grad_output));
 #pragma unroll
     for (int k = 0; k < kInner; ++k) grad_new[k + 1] += Sum(widen(in.grad_states[k]));
-    if (!projected()) this->leave_hidden_before(d, now, b, u, in.runs ? in.state[0] : narrow<S>(Sum(0)));
+    if (kFirst && !projected()) this->leave_hidden_before(d, now, b, u, in.runs ? in.state[0] : narrow<S>(Sum(0)));
 
     if (p.zoneout) {  // the gradient of what stays as it was goes past the cell
       const S* stays = static_cast<const S*>(p.zoneout) + p.zoneout_at(row, d, Cell::kStates) + u;
@@ -232,7 +250,7 @@ struct BackwardCell : BackwardBase<A> {
       }
     }
 
-    cell_backward<Cell>(given_to<Cell, Sum>(p, in), saved, state, new_state, grad_new, grad_pre, grad_state);
+    if (!cell(saved, state, new_state, grad_new, grad_pre, grad_state)) return;
 
     if (p.zoneout)
 #pragma unroll
@@ -249,7 +267,7 @@ struct BackwardCell : BackwardBase<A> {
     if constexpr (Cell::kMultiplies) {
       Element* dpre = m.dpre[1 - now.turn] + d * m.dpre_size;
 #pragma unroll
-      for (int g = 0; g < Cell::kGates; ++g) {
+      for (int g = 0; g < kEarly; ++g) {
         const int64_t place = packed_state_at<A>(dpre_blocks, b, g * H + u);
         const Element element = A::element(goes_on ? grad_pre[Cell::h_pre(g)] : Sum(0));
         dpre[place] = element;
@@ -259,6 +277,146 @@ struct BackwardCell : BackwardBase<A> {
     if (!projected()) m.dh[at] = next(grad_state[0], dh);
 #pragma unroll
     for (int k = 0; k < kInner; ++k) m.dinner[k * inner_size() + at] = next(grad_state[k + 1], in.grad_new[k + 1]);
+  }
+};
+
+// The first kernel of a step of two: the whole gradient of h, and with it that of the late gate.
+template <class Cell, class A>
+struct BackwardFirst : BackwardCell<Cell, A> {
+  using Base = BackwardCell<Cell, A>;
+  using typename Base::Inputs;
+  using typename Base::Now;
+  using typename Base::S;
+  using typename Base::Sum;
+  using Base::p, Base::m;
+  int64_t dprojected_blocks;
+
+  template <class Pass>
+  FUSEDRNN_DEVICE void finish(int d, const Now& now, int64_t b, int64_t u, const Sum (&sum)[1], const Inputs& in,
+                              const Pass& pass) const {
+    const int64_t at = this->state_at(d, b, u, p.H);
+    if (b >= now.count) return this->leave_initial(d, b, u, at, sum[0]);
+    const Sum through = sum[0] * this->hidden_mask(d, b, u);
+    auto cell = [&](const auto& saved, const auto& state, const auto&, const auto& grad_new, const auto&...) {
+      if constexpr (Cell::kLate > 0) {
+        const Sum late = Cell::late_backward(given_to<Cell, Sum, S>(p, at, in), saved, state, grad_new);
+        m.dprojected[d * m.dprojected_size + packed_state_at<A>(dprojected_blocks, b, u)] = A::element(late);
+      }
+      return false;
+    };
+    this->template run_cell<true>(d, now, b, u, through, in, cell, pass);
+    m.dh[at] = in.grad_new[0] + through;
+  }
+};
+
+// The second where a gate is late: what flows through it, and then the cell.
+template <class Cell, class A>
+struct BackwardLate : BackwardCell<Cell, A> {
+  using Base = BackwardCell<Cell, A>;
+  using typename Base::Element;
+  using typename Base::Inputs;
+  using typename Base::Now;
+  using typename Base::S;
+  using typename Base::Sum;
+  using Base::p, Base::m;
+
+  FUSEDRNN_DEVICE const Element* weights(int d) const { return m.weight_hr[d]; }
+  FUSEDRNN_DEVICE const Element* states(int d, const Now&) const { return m.dprojected + d * m.dprojected_size; }
+  FUSEDRNN_DEVICE int64_t multiplied(const Now& now) const { return now.count; }
+  FUSEDRNN_DEVICE int64_t visited(const Now& now) const { return now.count; }
+
+  template <class Pass>
+  FUSEDRNN_DEVICE void finish(int d, const Now& now, int64_t b, int64_t u, const Sum (&sum)[1], const Inputs& in,
+                              const Pass& pass) const {
+    Given<Sum, Cell::kUnit> given = given_to<Cell, Sum, S>(p, this->state_at(d, b, u, p.H), in);
+    given.middle = sum[0];
+    auto cell = [&](auto&... arguments) {
+      cell_backward<Cell>(given, arguments...);
+      return true;
+    };
+    this->template run_cell<false>(d, now, b, u, Sum(0), in, cell, pass);
+  }
+};
+
+// The second where rows are normalised.
+template <class Cell, class A>
+struct BackwardRow : BackwardCell<Cell, A> {
+  using Base = BackwardCell<Cell, A>;
+  using typename Base::Inputs;
+  using typename Base::Now;
+  using typename Base::S;
+  using typename Base::Sum;
+  using Base::p, Base::m;
+  static constexpr int kNormed = Cell::kGates, kProducts = Cell::kSaved - kNormed;  // where they lie in what is saved
+
+  FUSEDRNN_DEVICE int64_t visited(const Now& now) const { return now.count; }
+
+  FUSEDRNN_DEVICE void finish_row(int d, const Now& now, int64_t b, RowSums<Sum>& sums) const {
+    const int64_t H = p.H, place = (now.first + b) * p.D + d;
+    Given<Sum, Cell::kUnit> norms;
+    const S* products = static_cast<const S*>(p.saved) + (place * Cell::kSaved + kProducts) * H;
+    norms.products = norm_of(sums, H, kNormed, [&](int64_t u, int g) { return Sum(widen(products[g * H + u])); });
+    if constexpr (Cell::kNorms == 2) {
+      const S* made = static_cast<const S*>(p.states) + (place * p.stored + (p.zoneout ? Cell::kStates : 0)) * H;
+      norms.inner = norm_of(sums, H, 1, [&](int64_t u, int) { return Sum(widen(made[u])); });
+    }
+
+    // Calls fn(what the cell is given, saved, state, new_state, grad_new, grad_pre, grad_state) for this thread's units.
+    auto each = [&](const auto& fn) {
+      for_own_units(H, [&](int64_t u) {
+        const Inputs in = this->fetch(d, now, b, u);
+        Given<Sum, Cell::kUnit> given = given_to<Cell, Sum, S>(p, this->state_at(d, b, u, H), in);
+        given.products = norms.products;
+        given.inner = norms.inner;
+        auto cell = [&](auto&... arguments) { return fn(given, arguments...); };
+        this->template run_cell<false>(d, now, b, u, Sum(0), in, cell, PassNothing{});
+      });
+    };
+    Sum inner[2] = {}, product[2] = {};  // means over the row: of gradients, and of each times what was normalised
+    if constexpr (Cell::kNorms == 2) {
+      each([&](const auto& given, const auto& saved, const auto&, const auto& new_state, const auto& grad_new, const auto&...) {
+        const Sum grad = Cell::out_backward(given, saved, new_state, grad_new);
+        inner[0] += grad;
+        inner[1] += grad * given.inner.of(new_state[1]);
+        return false;
+      });
+      sums.add(inner);
+      for (Sum& mean : inner) mean /= Sum(H);
+    }
+    auto backward = [&](const auto& given, const auto& saved, const auto& state, const auto& new_state, auto& grad_new, auto& grad_pre,
+                        auto& grad_state) {
+      if constexpr (Cell::kNorms == 2) {
+        const Sum grad = Cell::out_backward(given, saved, new_state, grad_new);
+        grad_new[1] += given.inner.grad(grad, given.inner.of(new_state[1]), inner[0], inner[1]);
+      }
+      cell_backward<Cell>(given, saved, state, new_state, grad_new, grad_pre, grad_state);
+    };
+    each([&](const auto& given, const auto& saved, const auto& state, const auto& new_state, auto& grad_new, auto& grad_pre,
+             auto& grad_state) {
+      backward(given, saved, state, new_state, grad_new, grad_pre, grad_state);
+#pragma unroll
+      for (int g = 0; g < kNormed; ++g) {
+        product[0] += grad_pre[Cell::h_pre(g)];
+        product[1] += grad_pre[Cell::h_pre(g)] * given.products.of(saved[kProducts + g]);
+      }
+      return false;
+    });
+    sums.add(product);
+    for (Sum& mean : product) mean /= Sum(H * kNormed);
+
+    const auto from = this->origin(d, now, b);
+    const bool nothing = from.anew || (!from.before && !p.hx);  // was multiplied, and nobody wants the gradient
+    each([&](const auto& given, const auto& saved, const auto& state, const auto& new_state, auto& grad_new, auto& grad_pre,
+             auto& grad_state) {
+      backward(given, saved, state, new_state, grad_new, grad_pre, grad_state);
+#pragma unroll
+      for (int g = 0; g < kNormed; ++g) {
+        Sum& grad = grad_pre[Cell::h_pre(g)];
+        const Sum y = given.products.of(saved[kProducts + g]);
+        grad = nothing ? Sum(0) : given.products.grad(grad, y, product[0], product[1]);
+      }
+      return true;
+    });
   }
 };
 
@@ -299,21 +457,22 @@ struct BackwardPass {
   using Sum = typename A::Sum;
   const CudaBackwardParams& p;
   const Queue queue;
-  const bool projected;
+  const bool projected, two_products;
   const StepPlan plan;
   const int64_t dpre_blocks, dprojected_blocks, padded_rows;
   BackwardMemory<A> m{};
 
   BackwardPass(const CudaBackwardParams& p, const CudaContext& context, Arena& arena)
       : p(p), queue{context.stream, context.overlaps, context.chip.shared_bytes, context.chip.multiprocessors}, projected(p.weight_hr[0]),
+        two_products(projected || Cell::kLate > 0),
         plan(plan_step(context.chip, p, kKindOf<Cell>, context.tf32, context.regimes)), dpre_blocks(plan.dh.depth_blocks),
-        dprojected_blocks(projected ? plan.dunprojected.depth_blocks : 0),
-        padded_rows(std::max(plan.dh.padded_rows(), projected ? plan.dunprojected.padded_rows() : 0)) {
+        dprojected_blocks(two_products ? plan.dunprojected.depth_blocks : 0),
+        padded_rows(std::max(plan.dh.padded_rows(), two_products ? plan.dunprojected.padded_rows() : 0)) {
     m.dpre_size = padded_rows * dpre_blocks * A::kDepth;
     m.dprojected_size = padded_rows * dprojected_blocks * A::kDepth;
     for (int64_t d = 0; d < p.D; ++d) {
       m.weight_hh[d] = arena.take<Element>(packed_weight_count<A>(plan.dh, 1));
-      m.weight_hr[d] = arena.take<Element>(projected ? packed_weight_count<A>(plan.dunprojected, 1) : 0);
+      m.weight_hr[d] = arena.take<Element>(two_products ? packed_weight_count<A>(plan.dunprojected, 1) : 0);
     }
     for (Element*& dpre : m.dpre) dpre = arena.take<Element>(p.D * m.dpre_size);
     m.dprojected = arena.take<Element>(p.D * m.dprojected_size);
@@ -325,7 +484,10 @@ struct BackwardPass {
 
   void run() const {
     const int D = int(p.D);
-    if constexpr (Cell::kMultiplies) pack<A, 1>(p.weight_hh, m.weight_hh, p.P, Cell::kGates * p.H, 1, p.P, plan.dh, D, queue);
+    const int64_t depth = (Cell::kGates - Cell::kLate) * p.H;
+    if constexpr (Cell::kMultiplies) pack<A, 1>(p.weight_hh, m.weight_hh, p.P, depth, 1, p.P, plan.dh, D, queue);
+    if constexpr (Cell::kLate > 0)
+      pack<A, 1>(late_weights<Cell, A>(p).of, m.weight_hr, p.H, p.H, 1, p.H, plan.dunprojected, D, queue);
     if (projected) pack<A, 1>(p.weight_hr, m.weight_hr, p.H, p.P, 1, p.H, plan.dunprojected, D, queue);
     const EnterBackward<A> enter{p, m};
     const int64_t places = Cell::kMultiplies ? m.dpre_size : p.steps.B * p.H;
@@ -336,7 +498,9 @@ struct BackwardPass {
     cell.dpre_blocks = dpre_blocks;
     const Walk walk{p.steps, true};
     const int64_t steps = p.steps.T + 1;  // and one that leaves the gradients of the initial states
-    if constexpr (Cell::kMultiplies) run_steps(cell, walk, steps);
+    if constexpr (Cell::kLate > 0) run_two(cell, BackwardLate<Cell, A>{cell}, walk, steps);
+    else if constexpr (Cell::kNorms > 0) run_two(cell, BackwardRow<Cell, A>{cell}, walk, steps);
+    else if constexpr (Cell::kMultiplies) run_steps(cell, walk, steps);
     else launch_alone(Cell::kName, cell, walk, p.D, steps, queue);
   }
 
@@ -352,6 +516,21 @@ struct BackwardPass {
       if constexpr (can_project<Cell>)
         if (projected) launch_step("projection backward", projection, D, s > 0, queue);
       launch_step(Cell::kName, cell, D, s > 0 || projected, queue);
+    }
+  }
+
+  // Steps of two kernels, of which the second is the cell. It has nothing to do with the gradients of the initial states.
+  template <class Second>
+  void run_two(const BackwardCell<Cell, A>& cell, Second second, const Walk& walk, int64_t steps) const {
+    const int D = int(p.D);
+    BackwardFirst<Cell, A> first{cell, dprojected_blocks};
+    if (two_products) second.plan = plan.dunprojected;
+    for (int64_t s = 0; s < steps; ++s) {
+      for (int64_t d = 0; d < p.D; ++d) first.step[d] = second.step[d] = step_at(p, walk, d, s, walk.first(d, s));
+      launch_step("products backward", first, D, s > 0, queue);
+      if (s == p.steps.T) break;
+      if constexpr (Cell::kLate > 0) launch_step(Cell::kName, second, D, true, queue);
+      else launch_rows(Cell::kName, second, p.steps.B, p.H, D, queue);
     }
   }
 

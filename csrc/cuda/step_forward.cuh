@@ -1,11 +1,14 @@
 // The forward pass of a layer, step by step: the recurrent product and the cell in one kernel, and with projections a second
-// kernel for theirs. Both directions are in one grid (blockIdx.z).
+// kernel for theirs. Two kernels, too, where the cell waits for more than one product of a unit: the first makes that product, and
+// the second is the cell with a late gate's product, or the cell of whole rows, which are normalised. Both directions are in one
+// grid (blockIdx.z).
 #pragma once
 #include "../arena.h"
 #include "engine.h"
 #include "given.cuh"
 #include "many_steps.cuh"
 #include "product.cuh"
+#include "row.cuh"
 #include "walk.h"
 
 namespace fusedrnn {
@@ -13,11 +16,12 @@ namespace fusedrnn {
 // The memory of a pass, besides its tensors.
 template <class A>
 struct ForwardMemory {
-  typename A::Element* weight_hh[kMaxDirections];  // packed
-  typename A::Element* weight_hr[kMaxDirections];
+  typename A::Element* weight_hh[kMaxDirections];  // packed: but for a late gate
+  typename A::Element* weight_hr[kMaxDirections];  // or a late gate's
   typename A::Element* h[2];                       // (D, packed states) the hidden state before and after a step, by turns
-  typename A::Element* unprojected;                // (D, packed states)
+  typename A::Element* unprojected;                // (D, packed states) or what a late gate multiplies
   typename A::Sum* state;                          // (states, D, B, H) as the cell has them; 0 is not kept if it is projected
+  typename A::Sum* kept;                           // (D, B, ForwardCell::kKept, H) between the kernels of a step
   uint32_t* done;                                  // (D, exchange words)
   int64_t h_size, unprojected_size, done_size;     // elements of one direction
 };
@@ -31,6 +35,9 @@ struct ForwardCell {
   using Now = ForwardStep;
   static constexpr int kGates = Cell::kGates, kInner = Cell::kStates - 1;
   static constexpr bool kBackward = false;
+  static constexpr bool kTwoKernels = Cell::kLate > 0 || Cell::kNorms > 0;
+  static constexpr int kEarly = kGates - Cell::kLate;  // gates of the first product
+  static constexpr int kKept = kTwoKernels ? kEarly + (Cell::kNorms == 2) : 0;  // their sums, and state 1 as the cell makes it
 
   ForwardParams p;
   ForwardMemory<A> m;
@@ -45,6 +52,7 @@ struct ForwardCell {
   FUSEDRNN_DEVICE int64_t visited(const Now& now) const { return now.count; }
   FUSEDRNN_DEVICE int64_t state_at(int d, int64_t b, int64_t u) const { return (d * p.steps.B + b) * p.H + u; }
   FUSEDRNN_DEVICE int64_t state_size() const { return p.D * p.steps.B * p.H; }
+  FUSEDRNN_DEVICE int64_t kept_at(int d, int64_t b, int k, int64_t u) const { return ((d * p.steps.B + b) * kKept + k) * p.H + u; }
 
   // What a unit reads besides its sums.
   struct PlainInputs {
@@ -76,19 +84,28 @@ struct ForwardCell {
     for (int k = 0; k < Cell::kStates; ++k) in.state[k] = m.state[k * state_size() + state_at(d, b, u)];
   }
 
-  template <class Pass>
-  FUSEDRNN_DEVICE void finish(int d, const Now& now, int64_t b, int64_t u, const Sum (&sum)[kGates], const Inputs& in,
-                              const Pass& pass) const {
-    const bool projected = p.weight_hr[0];
-    const int64_t H = p.H, row = now.first + b, at = state_at(d, b, u);
-    Sum pre[Cell::kPre] = {}, new_state[Cell::kStates], saved[slots(Cell::kSaved)];
+  FUSEDRNN_DEVICE void add_up(const Sum (&sum)[kGates], const Inputs& in, Sum (&pre)[Cell::kPre]) const {
 #pragma unroll
     for (int g = 0; g < kGates; ++g) {
       pre[Cell::x_pre(g)] += Sum(widen(in.gates_x[g]));
       pre[Cell::h_pre(g)] += sum[g] + Sum(widen(in.bias[g]));
     }
+  }
 
-    cell_forward<Cell>(given_to<Cell, Sum>(p, in), pre, in.state, new_state, saved);
+  template <class Pass>
+  FUSEDRNN_DEVICE void finish(int d, const Now& now, int64_t b, int64_t u, const Sum (&sum)[kGates], const Inputs& in,
+                              const Pass& pass) const {
+    finish_given(d, now, b, u, sum, in, given_to<Cell, Sum, S>(p, state_at(d, b, u), in), pass);
+  }
+  template <class Pass>
+  FUSEDRNN_DEVICE void finish_given(int d, const Now& now, int64_t b, int64_t u, const Sum (&sum)[kGates], const Inputs& in,
+                                    const Given<Sum, Cell::kUnit>& given, const Pass& pass) const {
+    const bool projected = p.weight_hr[0];
+    const int64_t H = p.H, row = now.first + b, at = state_at(d, b, u);
+    Sum pre[Cell::kPre] = {}, new_state[Cell::kStates], saved[slots(Cell::kSaved)];
+    add_up(sum, in, pre);
+
+    cell_forward<Cell>(given, pre, in.state, new_state, saved);
 
     if (p.zoneout) {
       const S* z = static_cast<const S*>(p.zoneout) + p.zoneout_at(row, d, Cell::kStates) + u;
@@ -130,6 +147,103 @@ struct ForwardCell {
 #pragma unroll
     for (int k = 1; k <= kInner; ++k) states_row[(k - 1) * H] = seen(new_state[k]);
     if (projected) states_row[kInner * H] = seen(new_state[0]);
+  }
+};
+
+// The first kernel of a step of two: it keeps its sums, and makes what the late gate multiplies.
+template <class Cell, class A>
+struct ForwardFirst : ForwardCell<Cell, A> {
+  using Base = ForwardCell<Cell, A>;
+  using typename Base::Inputs;
+  using typename Base::Now;
+  using typename Base::S;
+  using typename Base::Sum;
+  using Base::p, Base::m;
+  static constexpr int kGates = Base::kEarly;
+
+  template <class Pass>
+  FUSEDRNN_DEVICE void finish(int d, const Now&, int64_t b, int64_t u, const Sum (&sum)[kGates], const Inputs& in,
+                              const Pass&) const {
+    Sum all[Cell::kGates] = {};
+#pragma unroll
+    for (int g = 0; g < kGates; ++g) {
+      all[g] = sum[g];
+      m.kept[this->kept_at(d, b, g, u)] = sum[g];
+    }
+    if constexpr (Cell::kLate > 0) {
+      Sum pre[Cell::kPre] = {};
+      this->add_up(all, in, pre);
+      const Sum middle = Cell::middle(given_to<Cell, Sum, S>(p, this->state_at(d, b, u), in), pre, in.state);
+      m.unprojected[d * m.unprojected_size + packed_state_at<A>(this->unprojected_blocks, b, u)] = A::element(middle);
+    }
+  }
+};
+
+// The second where a gate is late: its product, and then the cell.
+template <class Cell, class A>
+struct ForwardLate : ForwardCell<Cell, A> {
+  using Base = ForwardCell<Cell, A>;
+  using typename Base::Element;
+  using typename Base::Inputs;
+  using typename Base::Now;
+  using typename Base::Sum;
+  using Base::m;
+  static constexpr int kGates = Cell::kLate;
+
+  FUSEDRNN_DEVICE const Element* weights(int d) const { return m.weight_hr[d]; }
+  FUSEDRNN_DEVICE const Element* states(int d, const Now&) const { return m.unprojected + d * m.unprojected_size; }
+
+  template <class Pass>
+  FUSEDRNN_DEVICE void finish(int d, const Now& now, int64_t b, int64_t u, const Sum (&sum)[kGates], const Inputs& in,
+                              const Pass& pass) const {
+    Sum all[Cell::kGates];
+#pragma unroll
+    for (int g = 0; g < Cell::kGates; ++g) all[g] = g < Base::kEarly ? m.kept[this->kept_at(d, b, g, u)] : sum[g - Base::kEarly];
+    Base::finish(d, now, b, u, all, in, pass);
+  }
+};
+
+// The second where rows are normalised.
+template <class Cell, class A>
+struct ForwardRow : ForwardCell<Cell, A> {
+  using Base = ForwardCell<Cell, A>;
+  using typename Base::Inputs;
+  using typename Base::Now;
+  using typename Base::S;
+  using typename Base::Sum;
+  using Base::p, Base::m, Base::kGates;
+
+  FUSEDRNN_DEVICE void finish_row(int d, const Now& now, int64_t b, RowSums<Sum>& sums) const {
+    Given<Sum, Cell::kUnit> norms;
+    norms.products = norm_of(sums, p.H, kGates, [&](int64_t u, int g) { return m.kept[this->kept_at(d, b, g, u)]; });
+    // Calls fn(sums, inputs, what the cell is given) for a unit.
+    auto with_unit = [&](int64_t u, const auto& fn) {
+      const Inputs in = this->fetch(d, now, b, u);
+      Sum sum[kGates];
+#pragma unroll
+      for (int g = 0; g < kGates; ++g) sum[g] = m.kept[this->kept_at(d, b, g, u)];
+      Given<Sum, Cell::kUnit> given = given_to<Cell, Sum, S>(p, this->state_at(d, b, u), in);
+      given.products = norms.products;
+      given.inner = norms.inner;
+      fn(sum, in, given);
+    };
+    if constexpr (Cell::kNorms == 2) {
+      norms.inner = {Sum(0), Sum(1)};  // state 1 does not depend on it
+      for_own_units(p.H, [&](int64_t u) {
+        with_unit(u, [&](const Sum(&sum)[kGates], const Inputs& in, const Given<Sum, Cell::kUnit>& given) {
+          Sum pre[Cell::kPre] = {}, new_state[Cell::kStates], saved[slots(Cell::kSaved)];
+          this->add_up(sum, in, pre);
+          cell_forward<Cell>(given, pre, in.state, new_state, saved);
+          m.kept[this->kept_at(d, b, kGates, u)] = new_state[1];
+        });
+      });
+      norms.inner = norm_of(sums, p.H, 1, [&](int64_t u, int) { return m.kept[this->kept_at(d, b, kGates, u)]; });
+    }
+    for_own_units(p.H, [&](int64_t u) {
+      with_unit(u, [&](const Sum(&sum)[kGates], const Inputs& in, const Given<Sum, Cell::kUnit>& given) {
+        this->finish_given(d, now, b, u, sum, in, given, PassNothing{});
+      });
+    });
   }
 };
 
@@ -198,10 +312,9 @@ __global__ void enter_forward_kernel(const __grid_constant__ EnterForward<A> arg
     args.m.h[0][at] = h;
     args.m.h[1][at] = h;
   });
-  if (projected)
-    for_each_place(args.padded_rows, args.unprojected_blocks * A::kDepth, [&](int64_t b, int64_t k) {
-      args.m.unprojected[d * args.m.unprojected_size + packed_state_at<A>(args.unprojected_blocks, b, k)] = A::element(Sum(0));
-    });
+  for_each_place(args.padded_rows, args.unprojected_blocks * A::kDepth, [&](int64_t b, int64_t k) {
+    args.m.unprojected[d * args.m.unprojected_size + packed_state_at<A>(args.unprojected_blocks, b, k)] = A::element(Sum(0));
+  });
   for_each_place(1, args.m.done_size, [&](int64_t, int64_t i) { args.m.done[d * args.m.done_size + i] = 0; });
   for_each_place(p.steps.B, p.H, [&](int64_t b, int64_t u) {
     const int64_t at = (d * p.steps.B + b) * p.H + u;
@@ -226,32 +339,36 @@ struct ForwardPass {
   using Sum = typename A::Sum;
   const ForwardParams& p;
   const Queue queue;
-  const bool projected;
+  const bool projected, two_products;
   const StepPlan plan;
   const int64_t h_blocks, unprojected_blocks, padded_rows;
   ForwardMemory<A> m{};
 
   ForwardPass(const ForwardParams& p, const CudaContext& context, Arena& arena)
       : p(p), queue{context.stream, context.overlaps, context.chip.shared_bytes, context.chip.multiprocessors}, projected(p.weight_hr[0]),
+        two_products(projected || Cell::kLate > 0),
         plan(plan_step(context.chip, p, kKindOf<Cell>, context.tf32, context.regimes)), h_blocks(plan.cell.depth_blocks),
-        unprojected_blocks(projected ? plan.projection.depth_blocks : 0),
-        padded_rows(std::max(plan.cell.padded_rows(), projected ? plan.projection.padded_rows() : 0)) {
+        unprojected_blocks(two_products ? plan.projection.depth_blocks : 0),
+        padded_rows(std::max(plan.cell.padded_rows(), two_products ? plan.projection.padded_rows() : 0)) {
     m.h_size = padded_rows * h_blocks * A::kDepth;
     m.unprojected_size = padded_rows * unprojected_blocks * A::kDepth;
     for (int64_t d = 0; d < p.D; ++d) {
-      m.weight_hh[d] = arena.take<Element>(packed_weight_count<A>(plan.cell, Cell::kGates));
-      m.weight_hr[d] = arena.take<Element>(projected ? packed_weight_count<A>(plan.projection, 1) : 0);
+      m.weight_hh[d] = arena.take<Element>(packed_weight_count<A>(plan.cell, Cell::kGates - Cell::kLate));
+      m.weight_hr[d] = arena.take<Element>(two_products ? packed_weight_count<A>(plan.projection, 1) : 0);
     }
     for (Element*& h : m.h) h = arena.take<Element>(p.D * m.h_size);
     m.unprojected = arena.take<Element>(p.D * m.unprojected_size);
     m.state = arena.take<Sum>(Cell::kStates * p.D * p.steps.B * p.H);
+    m.kept = arena.take<Sum>(p.D * p.steps.B * ForwardCell<Cell, A>::kKept * p.H);
     m.done_size = exchange_words(plan.cell);
     m.done = arena.take<uint32_t>(p.D * m.done_size);
   }
 
   void run() const {
     if constexpr (Cell::kMultiplies)
-      pack<A, Cell::kGates>(p.weight_hh, m.weight_hh, p.H, p.P, p.P, 1, plan.cell, int(p.D), queue);
+      pack<A, Cell::kGates - Cell::kLate>(p.weight_hh, m.weight_hh, p.H, p.P, p.P, 1, plan.cell, int(p.D), queue);
+    if constexpr (Cell::kLate > 0)
+      pack<A, 1>(late_weights<Cell, A>(p).of, m.weight_hr, p.H, p.H, p.H, 1, plan.projection, int(p.D), queue);
     if (projected) pack<A, 1>(p.weight_hr, m.weight_hr, p.P, p.H, p.H, 1, plan.projection, int(p.D), queue);
     const EnterForward<A> enter{p, m, padded_rows, h_blocks, unprojected_blocks};
     const int64_t places = Cell::kMultiplies ? padded_rows * h_blocks * A::kDepth : p.steps.B * p.H;
@@ -259,7 +376,9 @@ struct ForwardPass {
 
     ForwardCell<Cell, A> cell{p, m, {}, plan.cell, p.H, unprojected_blocks};
     const Walk walk{p.steps, false};
-    if constexpr (Cell::kMultiplies) run_steps(cell, walk);
+    if constexpr (Cell::kLate > 0) run_two(cell, ForwardLate<Cell, A>{cell}, walk);
+    else if constexpr (Cell::kNorms > 0) run_two(cell, ForwardRow<Cell, A>{cell}, walk);
+    else if constexpr (Cell::kMultiplies) run_steps(cell, walk);
     else launch_alone(Cell::kName, cell, walk, p.D, p.steps.T, queue);
   }
 
@@ -272,6 +391,19 @@ struct ForwardPass {
       launch_step(Cell::kName, cell, int(p.D), s > 0, queue);
       if constexpr (can_project<Cell>)
         if (projected) launch_step("projection", projection, int(p.D), true, queue);
+    }
+  }
+
+  // Steps of two kernels, of which the second is the cell.
+  template <class Second>
+  void run_two(const ForwardCell<Cell, A>& cell, Second second, const Walk& walk) const {
+    ForwardFirst<Cell, A> first{cell};
+    if (two_products) second.plan = plan.projection;
+    for (int64_t s = 0; s < p.steps.T; ++s) {
+      for (int64_t d = 0; d < p.D; ++d) first.step[d] = second.step[d] = step_at(p, walk, d, s, walk.first(d, s));
+      launch_step("products", first, int(p.D), s > 0, queue);
+      if constexpr (Cell::kLate > 0) launch_step(Cell::kName, second, int(p.D), true, queue);
+      else launch_rows(Cell::kName, second, p.steps.B, p.H, int(p.D), queue);
     }
   }
 };

@@ -152,8 +152,9 @@ void reference_forward(const ForwardParams& p, const ForwardParams& multiplied) 
         auto multiply = [&](int first_gate, int end_gate, const double* what) {
           for (int64_t u = 0; u < H; ++u)
             for (int g = first_gate; g < end_gate; ++g) {
+              const double* weights = in(multiplied.weight_hh[d]) + (g * H + u) * P;
               double sum = p.bias_hh[d] ? in(p.bias_hh[d])[g * H + u] : 0;
-              for (int64_t k = 0; k < P && what && Cell::kMultiplies; ++k) sum += in(multiplied.weight_hh[d])[(g * H + u) * P + k] * what[k];
+              for (int64_t k = 0; k < P && what && Cell::kMultiplies; ++k) sum += weights[k] * what[k];
               units[size_t(u)].pre[Cell::h_pre(g)] += sum;
             }
         };
@@ -172,11 +173,16 @@ void reference_forward(const ForwardParams& p, const ForwardParams& multiplied) 
           if (saves) std::copy(middle.begin(), middle.end(), out(p.saved) + at_middle);
           multiply(G - Cell::kLate, G, saves ? in(multiplied.saved) + at_middle : middle.data());
         }
-        if constexpr (Cell::kNorms > 0) give_products(units, [&](int64_t u, int g) { return units[size_t(u)].pre[Cell::h_pre(g)]; });
-        for (int times = 0; times < (Cell::kNorms == 2 ? 2 : 1); ++times) {  // the first time for the sake of state 1
+        auto product = [&](int64_t u, int g) { return units[size_t(u)].pre[Cell::h_pre(g)]; };
+        auto run_cells = [&] {
           for (Unit<Cell>& unit : units) fusedrnn::cell_forward<Cell>(unit.given, unit.pre, unit.state, unit.new_state, unit.saved);
-          if constexpr (Cell::kNorms == 2) give_inner(units);
+        };
+        if constexpr (Cell::kNorms > 0) give_products(units, product);
+        if constexpr (Cell::kNorms == 2) {
+          run_cells();  // for the sake of state 1
+          give_inner(units);
         }
+        run_cells();
         std::vector<double> h_new(static_cast<size_t>(H));
         for (int64_t u = 0; u < H; ++u) {
           Unit<Cell>& unit = units[size_t(u)];
@@ -269,9 +275,9 @@ void reference_backward(const BackwardParams& p, const BackwardParams& multiplie
             const Unit<Cell>& unit = units[size_t(u)];
             grad_pre_row[Cell::h_pre(kLast) * H + u] = Cell::late_backward(unit.given, unit.saved, unit.state, unit.grad_new);
           }
+          const double *grad = grad_multiplied + Cell::h_pre(kLast) * H, *weights = in(multiplied.weight_hh[d]) + kLast * H * P;
           for (int64_t k = 0; k < H; ++k)
-            for (int64_t u = 0; u < H; ++u)
-              units[size_t(k)].given.middle += grad_multiplied[Cell::h_pre(kLast) * H + u] * in(multiplied.weight_hh[d])[(kLast * H + u) * P + k];
+            for (int64_t u = 0; u < H; ++u) units[size_t(k)].given.middle += grad[u] * weights[u * P + k];
         }
         auto product = [&](int64_t u, int g) { return units[size_t(u)].saved[Cell::kSaved - G + g]; };
         if constexpr (Cell::kNorms > 0) give_products(units, product);
@@ -286,8 +292,8 @@ void reference_backward(const BackwardParams& p, const BackwardParams& multiplie
           const double mean_y = mean_of(H, 1, [&](int64_t u, int) { return grad[size_t(u)] * y[size_t(u)]; });
           for (size_t u = 0; u < units.size(); ++u) units[u].grad_new[1] += units[u].given.inner.grad(grad[u], y[u], mean, mean_y);
         }
-        for (Unit<Cell>& unit : units)
-          fusedrnn::cell_backward<Cell>(unit.given, unit.saved, unit.state, unit.new_state, unit.grad_new, unit.grad_pre, unit.grad_state);
+        for (auto& [given, pre, state, new_state, saved, grad_new, past, grad_pre, grad_state] : units)
+          fusedrnn::cell_backward<Cell>(given, saved, state, new_state, grad_new, grad_pre, grad_state);
         if constexpr (Cell::kNorms > 0) {
           auto grad = [&](int64_t u, int g) -> double& { return units[size_t(u)].grad_pre[Cell::h_pre(g)]; };
           auto y = [&](int64_t u, int g) { return units[size_t(u)].given.products.of(product(u, g)); };

@@ -63,6 +63,12 @@ struct Coverage {
   } grids, clusters;
   int tiles_in_turn = 0;  // of units, of a block of a cluster
   int alone = 0, alone_blocks = 0;  // one grid for all steps, of a cell without a product; of several blocks
+  int late = 0, rows = 0, long_rows = 0;  // steps of two kernels: of a late gate, of whole rows, of more units than threads
+  void add_cell(const test::Traits& traits, int64_t units) {
+    late += traits.late > 0;
+    rows += traits.norms > 0;
+    long_rows += traits.norms > 0 && units > fusedrnn::kRowThreads;
+  }
   // `more` is of the second kernel of a step with projections.
   void add(const fusedrnn::ProductPlan& plan, const fusedrnn::ProductPlan* more = nullptr) {
     if (plan.regime == fusedrnn::Regime::kBlock) {
@@ -100,7 +106,8 @@ struct Coverage {
                 block_turns, block_tiles);
     grids.print("grid");
     clusters.print("cluster");
-    std::printf(", %d of units in turn; %d without a product, %d of several blocks\n", tiles_in_turn, alone, alone_blocks);
+    std::printf(", %d of units in turn; %d without a product, %d of several blocks; %d of a late gate; %d of normalised rows, %d of "
+                "more units than threads\n", tiles_in_turn, alone, alone_blocks, late, rows, long_rows);
   }
 };
 
@@ -119,7 +126,9 @@ void run_case(const KernelCase& c, size_t number, const Options& options, Report
   KernelProblem problem(c);
   const fusedrnn::StepPlan plan = problem.plan();
   report.forward.add(plan.cell, c.P ? &plan.projection : nullptr);
+  report.forward.add_cell(problem.traits, c.H);
   if (c.save) report.backward.add(plan.dh, c.P ? &plan.dunprojected : nullptr);
+  if (c.save) report.backward.add_cell(problem.traits, c.H);
   try {
     const double error = problem.run(*test::engine_of(c.cell), options.spoiled);
     if (error > report.worst) report.worst = error, report.worst_case = name;

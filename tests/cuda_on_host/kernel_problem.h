@@ -79,7 +79,7 @@ inline std::vector<KernelCase> kernel_cases() {
     c.T = std::min(c.T, most_steps);
     c.uneven = !packed && random.below(4) == 0;
     // Where operands are rounded, the reference must see what was rounded.
-    c.save = c.save || (project && arithmetic.operand);
+    c.save = c.save || ((project || traits_of(cell).late) && arithmetic.operand);
     c.arithmetic = &arithmetic;
     c.chip = &kChips[random.below(std::size(kChips))];
     c.order = int(random.below(std::size(kOrders)));
@@ -91,6 +91,7 @@ inline std::vector<KernelCase> kernel_cases() {
     for (size_t i = 0; i < 10; ++i)
       add(cell, arithmetic, D, packed, kRows[(i + i / 5 + cases.size() / 10) % 5], kWidths[i % 5], false, 6);
     for (auto [B, H] : {std::pair<int, int>{125, 31}, {40, 131}}) add(cell, arithmetic, D, packed, B, H, false, 2);
+    if (traits_of(cell).norms) add(cell, arithmetic, D, packed, 3, fusedrnn::kRowThreads + 7, false, 2);
     add(cell, arithmetic, D, packed, 3, 7, false, 6);
     if (!packed) return;
     cases.back().T = fusedrnn::ListedRows::kMost + 14;  // more steps than a kernel's argument lists
