@@ -147,8 +147,9 @@ def test_instruction_set_is_forced(monkeypatch):
 def test_traits_of_the_cells():
     traits = _C.cell_traits()
     assert list(traits) == CELLS
-    assert traits["gru"] == {"gates": 3, "pre": 4, "states": 1, "saved": 4, "unit": 0, "chooses": False, "multiplies": True,
-                             "x_pre": [0, 1, 2], "h_pre": [0, 1, 3]}  # fmt: skip
+    assert traits["gru"] == {"gates": 3, "pre": 4, "states": 1, "saved": 4, "unit": 0, "norms": 0, "late": 0, "chooses": False,
+                             "multiplies": True, "x_pre": [0, 1, 2], "h_pre": [0, 1, 3]}  # fmt: skip
+    assert [cell for cell in CELLS if traits[cell]["norms"] or traits[cell]["late"]] == ["lstm_norm", "gru_norm", "gru_reset_before"]
     for cell in traits.values():
         assert len(cell["x_pre"]) == len(cell["h_pre"]) == cell["gates"]
 
