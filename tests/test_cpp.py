@@ -69,7 +69,7 @@ def workshop(request, tmp_path_factory):
     for isa in ISAS:
         shop.compile(f"probe_{isa}", "engine_probe.cpp", f"-fopenmp {define_flags(isa, ours=True)}")
         if native(isa):
-            shop.compile(f"engine_{isa}", f"cpu/engine_{isa}.cpp", f"-O3 {setup.MATH} {setup.ISA_FLAGS[isa]}")
+            shop.take(f"engine_{isa}", f"cpu/engine_{isa}.cpp", f"-O3 {setup.MATH} {setup.ISA_FLAGS[isa]}")
         else:
             keep_dtypes(shop.copy(f"emulated_{isa}"), EMULATED_DTYPES)
             shop.compile(f"engine_{isa}", f"cpu/engine_{isa}.cpp", f"-O1 {setup.MATH} {machine_flags(isa)}", f"emulated_{isa}")

@@ -6,7 +6,8 @@ import os
 import re
 import shutil
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
+import sysconfig
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -107,6 +108,16 @@ class EngineWorkshop(Workshop):
         if ours:
             inputs += [path for tests in self.tests for path in sorted(tests.iterdir())]
         super().compile(name, ours[0] if ours else folder / source, flags, f"-I{folder} {self.includes}", inputs)
+
+    def take(self, name, source, flags):
+        """The object that the library's own build made of `source`, if nothing has changed since, or else `compile`."""
+        built = ROOT / "build" / str(sysconfig.get_config_var("SOABI")) / "_ops" / "csrc" / f"{source}.o"
+        inputs = [CSRC / source, *(path for part in self.parts for path in (CSRC / part).iterdir())]
+        inputs += [CSRC / header for header in self.SHARED]
+        if not built.exists() or built.stat().st_mtime <= max(path.stat().st_mtime for path in inputs):
+            return self.compile(name, source, flags)
+        self.futures[name] = Future()
+        self.futures[name].set_result(built)
 
 
 def edit(path, pattern, replacement):
