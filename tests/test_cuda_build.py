@@ -25,7 +25,11 @@ SHORT = {
 
 
 def build(folder):
-    """Builds the sources in a folder of their own, where an earlier build's objects may lie; returns what it printed."""
+    """Builds the sources in a folder of their own, where an earlier build's objects may lie, or else those of the CPU's build, which
+    have the same commands; returns what it printed."""
+    for objects in ROOT.glob("build/cpython-*"):
+        if not (folder / "build" / objects.name).exists():
+            shutil.copytree(objects, folder / "build" / objects.name)
     for name in SOURCES:
         if (ROOT / name).is_dir():
             ignored = shutil.ignore_patterns("*.so", "__pycache__")
