@@ -34,20 +34,25 @@ def pytest_report_header(config):
 
 
 @pytest.fixture(scope="session")
-def hosted_kernels(request, tmp_path_factory):
-    """torch.ops.fusedrnn_on_host, built."""
+def hosted_objects(request, tmp_path_factory):
+    """A workshop that compiles the CUDA kernels for the CPU, an object for each cell, and "ops", the operators that run them."""
     shop = Workshop(request, tmp_path_factory, "kernels_on_host")
     hosted, csrc, torch_folder = ROOT / "tests" / "cuda_on_host", ROOT / "csrc", Path(torch.__file__).parent
     includes = f"-I{hosted} -I{csrc} -isystem {torch_folder}/include {cuda_headers()}"
     flags = f"-std=c++20 -O1 -g1 -fPIC -fvisibility=hidden -DFUSEDRNN_ON_HOST {setup.STABLE_ABI} -x c++"
     inputs = sorted(path for folder in (hosted, csrc) for path in folder.rglob("*.*"))
-    sources = [*sorted((csrc / "cuda").glob("*.cu")), hosted / "ops.cpp"]
-    for source in sources:
+    for source in [*sorted((csrc / "cuda").glob("*.cu")), hosted / "ops.cpp"]:
         shop.compile(source.stem, source, flags, includes, inputs)
-    library = shop.link("on_host.so", [source.stem for source in sources],
-                        f"-shared -Wl,--no-as-needed -L{torch_folder}/lib -ltorch_cpu -lc10")
-    torch.ops.load_library(library)
+    yield shop
     shop.close()
+
+
+@pytest.fixture(scope="session")
+def hosted_kernels(hosted_objects):
+    """torch.ops.fusedrnn_on_host, built."""
+    library = hosted_objects.link("on_host.so", list(hosted_objects.futures),
+                                  f"-shared -Wl,--no-as-needed -L{Path(torch.__file__).parent}/lib -ltorch_cpu -lc10")
+    torch.ops.load_library(library)
     return torch.ops.fusedrnn_on_host
 
 

@@ -374,13 +374,6 @@ def plant(tree):
     edit(tree / "cells" / "cells.h", r"(#pragma once\n)", '\\1#include "../params.h"\n')
 
 
-def compile_kernels(shop, name, cells, mode, tree):
-    """Starts to compile the kernels of some cells, and what depends on which they are."""
-    for cell in cells:
-        shop.compile(f"{name}_{cell}", f"cuda/{cell}.cu", f"{ON_HOST} {MODES[mode]}", tree)
-    shop.compile(f"{name}_probe", "kernel_probe.cpp", f"{ON_HOST} {MODES[mode]}", tree)
-
-
 @pytest.fixture(scope="module")
 def program(request, tmp_path_factory):
     """engine_test: program("all") is the path of that with all kernels; program(mode) of one that can make mistakes, and that
@@ -392,14 +385,18 @@ def program(request, tmp_path_factory):
     shop = EngineWorkshop(request, tmp_path_factory, "cuda_kernels", "cuda", [HOSTED, CPP], emulator,
                           cuda_headers())
     shop.compile("engine_test", "engine_test.cpp", "-std=c++20 -O1")
-    compile_kernels(shop, "all", CELLS, "plain", "csrc")
+    kernels = request.getfixturevalue("hosted_objects")
+    shop.futures |= {f"all_{cell}": kernels.futures[cell] for cell in CELLS}
+    shop.compile("all_probe", "kernel_probe.cpp", f"{ON_HOST} {MODES['plain']}")
     for mode, arithmetics in PLANTED_ARITHMETICS.items():
         tree = shop.copy(mode)
         keep_cells(tree, PLANTED_CELLS[mode])
         keep_arithmetics(tree, arithmetics)
         shutil.copy(HOSTED / "guarded_arena.h", tree / "arena.h")
         plant(tree)
-        compile_kernels(shop, mode, PLANTED_CELLS[mode], mode, mode)
+        for cell in PLANTED_CELLS[mode]:
+            shop.compile(f"{mode}_{cell}", f"cuda/{cell}.cu", f"{ON_HOST} {MODES[mode]}", mode)
+        shop.compile(f"{mode}_probe", "kernel_probe.cpp", f"{ON_HOST} {MODES[mode]}", mode)
     made = {}
 
     def linked(name):
