@@ -17,6 +17,7 @@ from torch.nn.functional import linear
 
 from . import _C
 from .ops import SAVE_ALL, TRAITS, recurrence_backward, recurrence_forward
+from .reference import without_padding
 
 
 def forward(cell, ragged, batch_first, carry, input, hx, cx, weights, save):
@@ -35,13 +36,18 @@ def forward(cell, ragged, batch_first, carry, input, hx, cx, weights, save):
     for d, (w_ih, w_hh, b_ih, b_hh, w_hr) in enumerate(groups):
         if b_hh is not None:
             bias_hh.append(b_hh)
-        gates = input_product(input, w_ih, b_ih) if len(w_ih) else input.chunk(len(groups), -1)[d]
-        gates_x.append(gates.transpose(0, 1) if batch_first else gates)
+        gates_x.append(_gates_of(input, w_ih, b_ih, d, len(groups), batch_first))
         weight_hh.append(w_hh)
         if w_hr is not None:
             weight_hr.append(w_hr)
     return recurrence_forward(cell, gates_x, weight_hh, bias_hh or None, weight_hr or None, hx, cx, ragged, *carry, save,
                               allows_tf32(input, ragged, batch_first))
+
+
+def _gates_of(input, w_ih, b_ih, direction, directions, batch_first):
+    """The input's half of a direction's gates, steps first; without a weight_ih the input has those of all directions."""
+    gates = input_product(input, w_ih, b_ih) if len(w_ih) else input.chunk(directions, -1)[direction]
+    return gates.transpose(0, 1) if batch_first else gates
 
 
 def input_product(input, weight, bias=None):
@@ -199,8 +205,7 @@ def backward(kept, grads, wanted):
     steps_first = input.transpose(0, 1) if batch_first else input
     tf32 = allows_tf32(input, ragged, batch_first)
     if ragged is not None and input.dim() == 3 and len(weights[0][0]) and input.device.type not in SKIPS_PADDING:
-        runs = torch.arange(len(steps_first), device=input.device).unsqueeze(-1) < ragged
-        steps_first = torch.where(runs.unsqueeze(-1), steps_first, 0)  # it may be NaN behind an end, and zero times that is not zero
+        steps_first = without_padding(steps_first, ragged, False)
     want_weights = wanted[3:] if len(weights) == 1 else [any(both) for both in zip(*by_direction(wanted[3:]))]
     want_ih, want_hh, want_b_ih, want_b_hh, want_hr = want_weights
     by_mkl = output.is_cpu and output.dtype in (torch.float32, torch.float64)
@@ -316,8 +321,7 @@ def _saved_again(cell, lengths, batch_first, carry, output, states, input, hx, c
             c = before(None if cx is None else cx[d], states[:, :, d, 0]).reshape(1, rows, -1)
         elif inner:
             c = torch.stack([before(None if cx is None else cx[k, d], states[:, :, d, k]).reshape(1, rows, -1) for k in range(inner)])
-        gates = input_product(input, w_ih, b_ih) if len(w_ih) else input.chunk(len(weights), -1)[d]
-        gates = (gates.transpose(0, 1) if batch_first else gates).reshape(1, rows, -1)
+        gates = _gates_of(input, w_ih, b_ih, d, len(weights), batch_first).reshape(1, rows, -1)
         saved = recurrence_forward(cell, [gates], [w_hh], None if b_hh is None else [b_hh], None if w_hr is None else [w_hr],
                                    h.reshape(1, rows, -1), c, None, None, None, None, SAVE_ALL, tf32)[3]
         each.append(saved.view(steps, batch, 1, *saved.shape[3:]))

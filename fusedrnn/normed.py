@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from torch.nn.functional import layer_norm, linear
 
 from .layer import input_product
-from .reference import Weights
+from .reference import Weights, without_padding
 
 
 def group_normed(cell: str, params: Sequence[Tensor | None], has_biases: bool, num_layers: int,
@@ -63,9 +63,8 @@ def normed_gates(input: Tensor, weights: list[Weights], gains: list[Tensor], rag
         what `fusedrnn.autograd.layer` takes in their place: the gates of all directions side by side, and the weights without
         weight_ih.
     """
-    if ragged is not None and input.dim() == 3:  # it may be NaN behind an end, and gradients of zero times that are not zero
-        runs = torch.arange(input.shape[1 if batch_first else 0], device=input.device) < ragged.to(input.device).unsqueeze(-1)
-        input = torch.where((runs if batch_first else runs.t()).unsqueeze(-1), input, 0)
+    if ragged is not None and input.dim() == 3:
+        input = without_padding(input, ragged.to(input.device), batch_first)
     product: Any = linear if torch.is_grad_enabled() or forward_ad._current_level >= 0 else input_product
     gates = [layer_norm(product(input, group[0]), gain.shape, gain, group[2]) for group, gain in zip(weights, gains)]
     left: list[Weights] = [(group[1].new_empty(0, 0), group[1], None, None, group[4]) for group in weights]

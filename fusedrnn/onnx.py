@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from . import ops  # noqa: F401  which loads the operators
 from . import reference
 from .layer import by_direction, with_gaps
-from .reference import Choice
+from .reference import Choice, named
 
 #: For each cell the operator of ONNX, and the place of its gates among ours. With coupled gates ONNX keeps a place for f, and does
 #: not look at what is there: i once more.
@@ -55,14 +55,8 @@ def has_node(cell: str) -> bool:
     Returns:
         True or False, such as of a cell whose state has a limit.
     """
-    return cell.partition(":")[0] in NODES and not _parts(cell)[1].clip
-
-
-def _parts(cell: str) -> tuple[str, Choice]:
-    """A cell without its choice, and the choice."""
-    name, _, words = cell.partition(":")
-    gate, candidate, output, clip = words.split(",") if words else Choice()
-    return name, Choice(gate, candidate, output, float(clip))
+    name, choice = named(cell)
+    return name in NODES and not choice.clip
 
 
 def export(model: nn.Module, args: tuple[Any, ...], f: Any = None, **options: Any) -> Any:
@@ -139,7 +133,7 @@ def layer(cell, input, hx, cx, weights, ragged, batch_first):
     flat = [tensor for group in weights for tensor in group if tensor is not None]
     hx, cx = (None if state is None else state.contiguous() for state in (hx, cx))
     output, hy, cy = _layer(cell, input.transpose(0, 1) if batch_first else input, hx, cx, flat, len(weights), ragged)
-    return output, hy, cy if _parts(cell)[0] in reference.INNER else None
+    return output, hy, cy if named(cell)[0] in reference.INNER else None
 
 
 @torch.library.custom_op("fusedrnn::onnx_layer", mutates_args=())
@@ -165,7 +159,7 @@ def _translate(cell: str, input, hx, cx, weights, directions: int, lengths):
     """
     from onnxscript import opset18 as op
 
-    name, choice = _parts(cell)
+    name, choice = named(cell)
     kind, order = NODES[name]
     H, each = weights[1].shape[1], len(weights) // directions
 

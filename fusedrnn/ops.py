@@ -25,7 +25,7 @@ class _Traits(dict[str, Any]):
 
 #: For each cell: gates, pre (pre-activations per unit), states, saved, unit (numbers that each unit has of its own), norms, late,
 #: chooses, multiplies, and the maps x_pre and h_pre from gate to pre-activation; csrc/cells/cell.h says what these are. A cell that chooses
-#: is asked for by its name, a colon, and what `fusedrnn.reference.choice` makes of the choice.
+#: is asked for by its name, a colon, and what `fusedrnn.reference.Choice.of` makes of the choice.
 TRAITS = _Traits(_C.cell_traits())
 
 #: (cell, gates_x, weight_hh, bias_hh, weight_hr, hx, cx, ragged, reset, zoneout, hidden_mask, save, allow_tf32)

@@ -114,6 +114,20 @@ class Choice(NamedTuple):
         return f"{cell}:{self.gate},{self.candidate},{self.output},{self.clip!r}"
 
 
+def named(cell: str) -> tuple[str, Choice]:
+    """What `Choice.of` has put together.
+
+    Args:
+        cell: a key of `CELLS`, with a choice behind it or without.
+
+    Returns:
+        the key, and the choice, or the usual one.
+    """
+    name, _, words = cell.partition(":")
+    gate, candidate, output, clip = words.split(",") if words else Choice()
+    return name, Choice(gate, candidate, output, float(clip))
+
+
 def lstm_general(gates_x: Tensor, gates_h: Tensor, states: tuple[Tensor, ...], unit: Tensor | None,
                  choice: Choice) -> tuple[Tensor, ...]:
     """The LSTM with functions to choose, peepholes and a limit c may not pass. Gers, Schraudolph, Schmidhuber, "Learning precise
@@ -305,15 +319,14 @@ def step_of(cell: str, weights: Weights) -> Step:
     Returns:
         (gates_x, gates_h, states) -> the states after the step; of "indrnn" gates_h is bias_hh, and of `MULTIPLIES` it is h.
     """
-    name, _, words = cell.partition(":")
+    name, choice = named(cell)
     step = CELLS[name]
     if name in MULTIPLIES:
         step = partial(step, weight_hh=weights[1], bias_hh=weights[3])
     if name in OWN_NUMBERS:
         step = partial(step, unit=weights[1] if name == "indrnn" else weights[4])
     if name in CHOOSES:
-        gate, candidate, output, clip = words.split(",") if words else Choice()
-        step = partial(step, choice=Choice(gate, candidate, output, float(clip)))
+        step = partial(step, choice=choice)
     return step
 
 
@@ -383,6 +396,21 @@ def scan(cell: str, inputs: list[Tensor], states: tuple[Tensor, ...], weights: W
     return outputs[::-1] if reverse else outputs, states
 
 
+def without_padding(input: Tensor, lengths: Tensor, batch_first: bool) -> Tensor:
+    """Padded sequences with zeros behind their ends: what is there may be NaN, and zero times that is not zero.
+
+    Args:
+        input: (T, B, I), or (B, T, I) if batch_first.
+        lengths: (B,), where the input is.
+        batch_first: see input.
+
+    Returns:
+        a copy.
+    """
+    runs = torch.arange(input.size(1 if batch_first else 0), device=input.device) < lengths.unsqueeze(-1)
+    return torch.where((runs if batch_first else runs.transpose(0, 1)).unsqueeze(-1), input, 0)
+
+
 def layer(cell: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, weights: list[Weights],
           ragged: Tensor | None = None, batch_first: bool = False,
           carry: Carry = NO_CARRY) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -408,9 +436,8 @@ def layer(cell: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, weight
     """
     packed = input.dim() == 2
     lengths = None if packed or ragged is None else ragged.to(input.device)
-    if lengths is not None:  # what lies behind an end is multiplied by zeros below, and may be NaN
-        runs = torch.arange(input.size(1 if batch_first else 0), device=input.device) < lengths.unsqueeze(-1)
-        input = torch.where((runs if batch_first else runs.transpose(0, 1)).unsqueeze(-1), input, 0)
+    if lengths is not None:  # what lies behind an end is multiplied by zeros below
+        input = without_padding(input, lengths, batch_first)
     if packed:
         inputs = list(input.split(ragged.tolist()))  # type: ignore[union-attr]
     else:

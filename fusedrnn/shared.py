@@ -45,7 +45,7 @@ def signature_of(declared: Callable[P, R]) -> Callable[[Callable[..., Any]], Cal
 
 
 def renamed(function: FunctionType, name: str) -> Any:
-    """A function that does the same and goes by another name.
+    """A function that does the same, goes by another name, and has code of its own: torch.compile counts recompilations by code.
 
     Args:
         function: a plain function.
@@ -54,7 +54,7 @@ def renamed(function: FunctionType, name: str) -> Any:
     Returns:
         the other one.
     """
-    same = FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
+    same = FunctionType(function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__, function.__closure__)
     same.__kwdefaults__ = function.__kwdefaults__
     functools.update_wrapper(same, function)
     del same.__dict__["__wrapped__"]  # it wraps nothing

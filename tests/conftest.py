@@ -56,6 +56,14 @@ def hosted_kernels(hosted_objects):
     return torch.ops.fusedrnn_on_host
 
 
+@pytest.fixture
+def nothing_compiled():
+    """torch.compile without what it remembers of other tests, whose recompilations it counts."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
 @pytest.fixture(params=ISAS)
 def isa(request, monkeypatch):
     """Runs the test under each instruction set of the CPU; the engine reads the variable at every call."""

@@ -379,6 +379,7 @@ def test_gradcheck_and_gradgradcheck(cell, kind):
     assert gradgradcheck(run, (input, hx, *there), fast_mode=True)
 
 
+@pytest.mark.usefixtures("nothing_compiled")
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_compiled(cell, backend):
@@ -399,6 +400,7 @@ def test_compiled(cell, backend):
         close(compiled(input, reset=reset, return_states=True), expected)
 
 
+@pytest.mark.usefixtures("nothing_compiled")
 def test_compiled_masks():
     ours = fusedrnn.LSTM(3, 7, zoneout=0.2, recurrent_dropout=0.3, weight_dropout=0.1)
     compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)

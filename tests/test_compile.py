@@ -14,18 +14,12 @@ from documents import ROOT
 from models import KINDS, Model, all_kinds, input_for, kinds
 from same import compare
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*functools.lru_cache", "ignore::DeprecationWarning")
+pytestmark = [pytest.mark.usefixtures("nothing_compiled"),
+              pytest.mark.filterwarnings("ignore:.*functools.lru_cache", "ignore::DeprecationWarning")]
 DEEP = dict(num_layers=2, bidirectional=True, batch_first=True)
 WAYS = [(kind, "aot_eager", True, {}, with_lengths) for kind in KINDS for with_lengths in (False, True)]
 WAYS += [("LSTM", "aot_eager", None, DEEP, False), ("GRU", "aot_eager", None, {}, True)]
 WAYS += [("LSTM", "inductor", True, DEEP, True), ("GRU", "inductor", True, {}, False), ("RNN", "inductor", None, {}, True)]
-
-
-@pytest.fixture(autouse=True)
-def nothing_compiled():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])

@@ -115,13 +115,6 @@ def by_onednn(kind, dtype):
 formats = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 
 
-@pytest.fixture
-def nothing_compiled():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 @kinds
 def test_compile_refuses(kind, nothing_compiled):
     layer, _, input = stock(kind)

@@ -192,6 +192,7 @@ def test_without_gradients_the_product_may_be_another_librarys(kind):
         close((found[0], as_tuple(found[1])), (output, as_tuple(last)), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.usefixtures("nothing_compiled")
 @pytest.mark.parametrize("save", ["all", "states"])
 @kinds
 def test_compiled_with_lengths_and_resets(kind, save):

@@ -384,6 +384,7 @@ def test_threads(kind, options):
 # ---- compilers and transforms
 
 
+@pytest.mark.usefixtures("nothing_compiled")
 @each_class
 def test_compiled(kind, options):
     module = make(kind, options, num_layers=2)
