@@ -13,9 +13,12 @@ from torch._C import _are_functorch_transforms_active
 from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling, is_exporting
+from torch.nn.functional import linear
 
 from . import onnx, reference, select
 from .layer import FIRST_TENSOR, FIRST_WEIGHT, backward, by_direction, forward, with_gaps
+from .layer import input_product as plain_product
+from .layer import sum_of_rows
 from .ops import SAVE_ALL, SAVE_NOTHING, SAVE_STATES, TRAITS
 from .reference import NO_CARRY, Carry, Weights
 
@@ -150,12 +153,16 @@ def _of_results(cell, grad_output, grad_hy, grad_cy, grad_states=None):
     return grad_output, grad_hy, grad_cy if inner else None, grad_states if inner else None
 
 
+def _are_transformed(grads):
+    """Whether it is forward mode over reverse mode, or is_grads_batched."""
+    return forward_ad._current_level >= 0 or any(grad is not None and is_legacy_batchedtensor(grad) for grad in grads)
+
+
 def _gradients(ctx, grads, wanted):
     """`fusedrnn.layer.backward`, in a form that can be differentiated and transformed where that will happen."""
     if all(grad is None for grad in grads):
         return [None] * len(wanted)
-    if forward_ad._current_level >= 0 or any(grad is not None and is_legacy_batchedtensor(grad) for grad in grads):
-        # forward mode over reverse mode, and is_grads_batched
+    if _are_transformed(grads):
         everything = ctx.saved_tensors
         ragged, *carry = everything[:4]
         tensors = everything[FIRST_TENSOR:]
@@ -446,3 +453,54 @@ def _reference_gradients(cell, ragged, batch_first, carry, wanted, grads, tensor
     _, pullback = torch.func.vjp(run, *(tensors[i] for i in chosen))  # type: ignore[misc]
     found = iter(pullback(tuple(grads[k][..., :inner, :] if k == 3 else grads[k] for k in given)))
     return [next(found) if want else None for want in wanted]
+
+
+def input_product(input: Tensor, weight: Tensor) -> Tensor:
+    """Run torch.nn.functional.linear, by the library that is the faster one, which `fusedrnn.layer.input_product` knows.
+
+    Args:
+        input: (..., I).
+        weight: (G*H, I).
+
+    Returns:
+        (..., G*H).
+    """
+    if is_compiling() or _are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return linear(input, weight)
+    return InputProduct.apply(input, weight) if torch.is_grad_enabled() else plain_product(input, weight)
+
+
+class InputProduct(torch.autograd.Function):
+    """`input_product` for autograd where no transform is present."""
+
+    @staticmethod
+    def forward(ctx, input, weight):
+        """Multiply, and keep both.
+
+        Args:
+            ctx: autograd's.
+            input, weight: as in `input_product`.
+
+        Returns:
+            what it returns.
+        """
+        ctx.save_for_backward(input, weight)
+        return plain_product(input, weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        """Compute the gradients of both.
+
+        Args:
+            ctx: as forward left it.
+            grad: (..., G*H).
+
+        Returns:
+            a gradient for each, None where none is wanted.
+        """
+        input, weight = ctx.saved_tensors
+        want_input, want_weight = ctx.needs_input_grad
+        differs = torch.is_grad_enabled() or _are_functorch_transforms_active() or _are_transformed([grad])
+        product, sums = (linear, lambda a, b: a.t() @ b) if differs else (plain_product, sum_of_rows)
+        rows, grads = (each.reshape(-1, each.shape[-1]) for each in (input, grad))
+        return product(grad, weight.t()) if want_input else None, sums(grads, rows) if want_weight else None

@@ -115,6 +115,30 @@ def by_onednn(rows, weight, bias=None):
     return torch.ops.mkldnn._linear_pointwise(rows, weight.contiguous(), bias, "none", [], "")
 
 
+SHORT = 256  # rows that oneDNN adds up in one chain: of more its sums are less accurate than MKL's
+
+
+def sum_of_rows(grads, rows):
+    """The gradient of a weight, without derivatives, by oneDNN where that is worth it.
+
+    Args:
+        grads: (N, M) of its product.
+        rows: (N, K) that it was multiplied with.
+
+    Returns:
+        grads^T rows, (M, K).
+    """
+    if not MKL_IS_SLOW:
+        return grads.t() @ rows
+    total: Any = None
+    for some, others in zip(grads.split(SHORT), rows.split(SHORT)):
+        part = by_onednn(some.t(), others.t())
+        if part is None:
+            part = some.t() @ others
+        total = part if total is None else total.add_(part)
+    return total
+
+
 LARGE = 1 << 20  # numbers of a result for which large pages are worth asking for; csrc/pages.h has the limit in bytes
 
 

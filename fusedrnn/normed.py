@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.nn.functional import layer_norm, linear
+from torch.nn.functional import layer_norm
 
-from .layer import input_product
+from .autograd import input_product
 from .reference import Weights, without_padding
 
 
@@ -65,7 +64,6 @@ def normed_gates(input: Tensor, weights: list[Weights], gains: list[Tensor], rag
     """
     if ragged is not None and input.dim() == 3:
         input = without_padding(input, ragged.to(input.device), batch_first)
-    product: Any = linear if torch.is_grad_enabled() or forward_ad._current_level >= 0 else input_product
-    gates = [layer_norm(product(input, group[0]), gain.shape, gain, group[2]) for group, gain in zip(weights, gains)]
+    gates = [layer_norm(input_product(input, group[0]), gain.shape, gain, group[2]) for group, gain in zip(weights, gains)]
     left: list[Weights] = [(group[1].new_empty(0, 0), group[1], None, None, group[4]) for group in weights]
     return gates[0] if len(gates) == 1 else torch.cat(gates, -1), left

@@ -3,6 +3,8 @@
 What they share with the other layers is in tests/test_more_cells.py, their cells at the operators in tests/test_cells_of_choice.py.
 """
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -11,7 +13,7 @@ from torch.nn.functional import linear
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fusedrnn
-from fusedrnn import layer, normed, ops
+from fusedrnn import autograd, layer, normed, ops
 from test_more_cells import as_tuple, make, states_of
 
 close = torch.testing.assert_close
@@ -183,13 +185,30 @@ def test_many_rows(kind, options, by_library, monkeypatch):
             close(one, two, rtol=1e-11, atol=1e-11 * (1 + two.abs().max().item()))
 
 
+@pytest.mark.parametrize("onednn", [False, True])
 @kinds
-def test_without_gradients_the_product_may_be_another_librarys(kind):
-    module, input = make(kind, {}, sizes=(40, 384), dtype=torch.float32), torch.randn(60, 20, 40)
-    output, last = module(input)
+def test_the_product_may_be_another_librarys(kind, onednn, monkeypatch):
+    """With gradients, without, and with gradients of gradients; as near to float64 as by torch's own."""
+    monkeypatch.setattr(layer, "MKL_IS_SLOW", onednn and torch.backends.mkldnn.is_available())
+    module, input = make(kind, {}, sizes=(40, 384), dtype=torch.float32), torch.randn(60, 20, 40, requires_grad=True)
+
+    def results(module, input):
+        output, last = module(input)
+        leaves = [input, module.weight_ih_l0, module.norm_ih_l0]
+        slopes = torch.autograd.grad(output.pow(2).sum(), leaves, retain_graph=True)
+        twice = torch.autograd.grad(output[-1].sum(), leaves, create_graph=True)
+        one, two = torch.autograd.grad(output[-1].sum(), leaves, torch.tensor([1.0, 2.0]).to(input), True, is_grads_batched=True)[0]
+        return [output, *as_tuple(last), *slopes, *torch.autograd.grad(sum(grad.pow(2).sum() for grad in twice), leaves), one, two]
+
+    found, exact = results(module, input), results(copy.deepcopy(module).double(), input.double().detach().requires_grad_())
     with torch.no_grad():
-        found = module(input)
-        close((found[0], as_tuple(found[1])), (output, as_tuple(last)), rtol=1e-4, atol=1e-5)
+        for one, two in zip(module(input), found):
+            close(as_tuple(one)[0], as_tuple(two)[0], rtol=1e-4, atol=1e-5)
+    monkeypatch.setattr(autograd, "plain_product", linear)
+    monkeypatch.setattr(layer, "MKL_IS_SLOW", False)
+    for one, torchs, true in zip(found, results(module, input), exact, strict=True):
+        error, allowed = ((each - true).abs().max().item() for each in (one, torchs))
+        assert error <= 2 * allowed + 4 * torch.finfo(torch.float32).eps * true.abs().max().item()
 
 
 @pytest.mark.usefixtures("nothing_compiled")
