@@ -26,9 +26,9 @@ TORCH_TARGET = (2, 10)  # the oldest torch that is served, whatever the headers 
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x{:02x}{:02x}000000000000".format(*TORCH_TARGET)
 # Not -ffast-math: infinities and NaN must come out as torch lets them out.
 MATH = "-fopenmp -fno-math-errno -fno-trapping-math -ffp-contract=fast"
+AVX512 = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mf16c -mprefer-vector-width=512"
 ISA_FLAGS = {  # a file of csrc/cpu whose name ends so is compiled with these besides, and no other file is
-    "baseline": "", "avx2": "-mavx2 -mfma -mf16c",
-    "avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mf16c -mprefer-vector-width=512"}
+    "baseline": "", "avx2": "-mavx2 -mfma -mf16c", "avx512": AVX512, "avx512dots": AVX512 + " -mavx512vnni -mavx512bf16"}
 SPILLS = "-Xptxas -v,-warn-spills,-warn-lmem-usage,-Werror"  # an error; what a kernel needs of a GPU is left beside its object
 # No OpenMP library at the link: its functions are found in the runtime that torch brings, so that there is only one.
 RULES = """rule compile

@@ -102,5 +102,6 @@ struct FrozenEngine {
 namespace baseline { extern const FrozenEngine kFrozenEngine; }
 namespace avx2 { extern const FrozenEngine kFrozenEngine; }
 namespace avx512 { extern const FrozenEngine kFrozenEngine; }
+namespace avx512dots { extern const FrozenEngine kFrozenEngine; }
 
 }  // namespace fusedrnn

@@ -34,7 +34,8 @@ def freeze(module: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
     called as the layer was, with tensors of float32 or bfloat16, and gives what it gave in eval mode. It has no parameters
     and no gradients; its weights are one buffer, `packed`, so that state_dict, pickle and deepcopy work. The weights are
     rounded to `dtype`, int8 with a scale for each row, and all arithmetic is float32; but what int8 weights multiply is
-    rounded to 16 bits, with a scale for each vector, and an infinity in it comes out as NaN.
+    rounded to 16 bits, with a scale for each vector, and an infinity in it comes out as NaN. Where the processor multiplies pairs of
+    bfloat16 (AVX512_BF16), the input of a layer with such weights is rounded to bfloat16 too, and its state to 16 bits.
 
     Args:
         module: torch.nn's or fusedrnn's RNN, LSTM, GRU, RNNCell, LSTMCell or GRUCell, or a model that has such inside. It

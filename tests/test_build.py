@@ -23,7 +23,7 @@ from fusedrnn import _C, info
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = Path(fusedrnn.__file__).resolve().parent
 OBJECTS = ROOT / "build" / sysconfig.get_config_var("SOABI") / "_ops/csrc"
-ISAS = ("baseline", "avx2", "avx512")
+ISAS = ("baseline", "avx2", "avx512", "avx512dots")
 CELLS = ["rnn_tanh", "rnn_relu", "lstm", "gru", "lstm_general", "lstm_coupled", "gru_general", "indrnn", "slstm", "lstm_norm", "gru_norm",
          "gru_reset_before"]  # fmt: skip
 

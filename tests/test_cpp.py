@@ -14,7 +14,15 @@ import pytest
 from workshop import CSRC, ROOT, THREAD, UNDEFINED, EngineWorkshop, edit, run, run_sanitized, setup
 
 CPP = ROOT / "tests" / "cpp"
-ISAS = list(setup.ISA_FLAGS) if platform.machine() in ("x86_64", "AMD64") else ["baseline"]
+
+
+def isas_of(engine):
+    """The instruction sets that csrc/cpu/<engine>_*.cpp are compiled for on a machine of this kind."""
+    everywhere = platform.machine() in ("x86_64", "AMD64")
+    return [isa for isa in (setup.ISA_FLAGS if everywhere else ["baseline"]) if (CSRC / "cpu" / f"{engine}_{isa}.cpp").exists()]
+
+
+ISAS = isas_of("engine")
 DTYPES = {"f32": "kFloat32", "f64": "kFloat64", "bf16": "kBFloat16", "f16": "kFloat16"}
 # On the engine, whose every access is checked by calls (inlined checks take the compiler many minutes), only those of
 # UBSan's checks that the other two do not imply.
@@ -32,7 +40,7 @@ def native(isa):
     """Whether this processor runs code compiled for `isa`."""
     needed = set(re.findall(r"-m(\w+)(?= |$)", setup.ISA_FLAGS[isa]))
     cpuinfo = Path("/proc/cpuinfo").read_text() if needed else ""
-    return needed <= set(" ".join(re.findall(r"^flags\s*:(.*)", cpuinfo, re.M)).split())
+    return needed <= set(" ".join(re.findall(r"^flags\s*:(.*)", cpuinfo, re.M)).replace("_", "").split())
 
 
 def machine_flags(isa):

@@ -4,10 +4,11 @@ AddressSanitizer and UBSan, and under ThreadSanitizer, which must find every bar
 import re
 
 import pytest
-from test_cpp import ADDRESS, CPP, ISAS, machine_flags, native
+from test_cpp import ADDRESS, CPP, isas_of, machine_flags, native
 from workshop import THREAD, EngineWorkshop, edit, run, run_sanitized, setup
 
 TEST, THREADS = "frozen_test.cpp", "threads.cpp"
+ISAS = isas_of("frozen")
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +17,8 @@ def workshop(request, tmp_path_factory):
     shop.compile("threads", THREADS, "-O2")
     for isa in ISAS:
         source, level = f"cpu/frozen_{isa}.cpp", "-O3" if native(isa) else "-O1"
-        shop.compile(f"test_{isa}", TEST, f"-O2 -DENGINE={isa}")
+        rounds = "-DPAIRS_OF_BFLOAT16" if "bf16" in machine_flags(isa) else ""
+        shop.compile(f"test_{isa}", TEST, f"-O2 -DENGINE={isa} {rounds}")
         shop.compile(f"frozen_{isa}", source, f"{level} {setup.MATH} {machine_flags(isa)}")
     shop.compile("frozen_address", "cpu/frozen_baseline.cpp", f"{ADDRESS} {setup.MATH} {machine_flags('baseline')}")
     tree, number = shop.copy("thread"), iter(range(100))

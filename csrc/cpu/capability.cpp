@@ -24,6 +24,12 @@ bool supported(Isa isa) {
 #endif
 }
 
+// What FUSEDRNN_CPU_ISA says, or null.
+const char* wanted_isa() {
+  const char* wanted = std::getenv("FUSEDRNN_CPU_ISA");
+  return wanted && *wanted ? wanted : nullptr;
+}
+
 }  // namespace
 
 const char* isa_name(Isa isa) {
@@ -46,8 +52,8 @@ std::vector<Isa> available_isas() {
 
 Isa selected_isa() {
   static const std::vector<Isa> available = available_isas();
-  const char* wanted = std::getenv("FUSEDRNN_CPU_ISA");
-  if (!wanted || !*wanted) return available.back();
+  const char* wanted = wanted_isa();
+  if (!wanted) return available.back();
   std::string names;
   for (Isa isa : available) {
     if (std::string(wanted) == isa_name(isa)) return isa;
@@ -55,6 +61,15 @@ Isa selected_isa() {
   }
   throw std::runtime_error("fusedrnn: FUSEDRNN_CPU_ISA must be one of " + names + " on this processor, got '" + wanted +
                            "'");
+}
+
+bool selects_dots() {
+#if defined(__x86_64__)
+  static const bool has = supported(Isa::kAvx512) && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
+  return has && !wanted_isa();
+#else
+  return false;
+#endif
 }
 
 }  // namespace fusedrnn

@@ -11,5 +11,8 @@ std::vector<Isa> available_isas();    // built in and supported by this processo
 // The best one, or the one that the environment variable FUSEDRNN_CPU_ISA names. It is read at every call.
 // Throws std::runtime_error if the name is unknown or that instruction set is not available.
 Isa selected_isa();
+// Whether a call on packed weights takes AVX-512's products of pairs besides (VNNI and BF16): where the processor has them, and
+// FUSEDRNN_CPU_ISA names no instruction set.
+bool selects_dots();
 
 }  // namespace fusedrnn

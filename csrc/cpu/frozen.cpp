@@ -22,7 +22,7 @@ constexpr char kOp[] = "fusedrnn::frozen_forward";
 const FrozenEngine& frozen_engine(Isa isa) {
 #if defined(__x86_64__)
   if (isa == Isa::kAvx2) return avx2::kFrozenEngine;
-  if (isa == Isa::kAvx512) return avx512::kFrozenEngine;
+  if (isa == Isa::kAvx512) return selects_dots() ? avx512dots::kFrozenEngine : avx512::kFrozenEngine;
 #endif
   (void)isa;
   return baseline::kFrozenEngine;

@@ -2,8 +2,13 @@
 //
 // A thread owns blocks of units. It takes in what it multiplies, of the input and of the state, into memory of its own, in
 // the form that the format of the weights is multiplied with: float32 for float32 and bfloat16, 16-bit integers with a scale
-// for int8. The input's products are taken for a number of steps at once.
+// for int8. Where the processor multiplies pairs of bfloat16 (AVX512_BF16), the state is two of these to a number for bfloat16, and
+// the input one. The input's products are taken for a number of steps at once.
 #pragma once
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
 #include "../arena.h"
 #include "../frozen.h"
 #include "team.h"
@@ -33,24 +38,45 @@ FUSEDRNN_INLINE I32 multiply_pairs(I32 a, I32 b) {
 }
 
 // How a format is multiplied. A word holds kParts parts; part j of a vector of words times part j of a group of activations,
-// the same for all lanes, is added to Sum.
+// the same for all lanes, is added to Sum. kChains: what a tile of 3 to 7 vectors of sums is split into, so that additions need not
+// wait for each other. OfInput: how the input is multiplied, where that is a little less exact.
 struct Float32Lines {
+  using OfInput = Float32Lines;
   using Activation = float;
   using Part = F32;
   using Sum = F32;
-  static constexpr int kGroup = 1, kParts = 1;
+  static constexpr int kGroup = 1, kParts = 1, kChains = 2;
   static FUSEDRNN_INLINE Part part(U32 word, int) { return (F32)word; }
   static FUSEDRNN_INLINE Part spread(const float* a, int j) { return Vec<float>(a[j]).raw; }
   static FUSEDRNN_INLINE Sum add(Sum c, Part a, Part w) { return a * w + c; }
 };
 
+#if defined(__AVX512BF16__) && FUSEDRNN_VECTOR_BYTES == 64
+// A pair of activations is a word of the two rounded to bfloat16, and a word of what that has taken from them.
+struct BFloat16Rounded {
+  using Activation = uint32_t;
+  using Part = U32;
+  using Sum = F32;
+  static constexpr int kGroup = 2, kParts = 1, kChains = 4;
+  static FUSEDRNN_INLINE Part part(U32 word, int) { return word; }
+  static FUSEDRNN_INLINE Part spread(const uint32_t* a, int j) { return a[j] + U32{}; }
+  static FUSEDRNN_INLINE Sum add(Sum c, Part a, Part w) { return (F32)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)w); }
+};
+struct BFloat16Lines : BFloat16Rounded {
+  using OfInput = BFloat16Rounded;  // many rows at once, bound by multiplying and not by reading as the state's
+  static constexpr int kParts = 2;
+};
+#else
 struct BFloat16Lines : Float32Lines {
+  using OfInput = BFloat16Lines;
   static constexpr int kGroup = 2, kParts = 2;
   static FUSEDRNN_INLINE Part part(U32 word, int j) { return (F32)(j ? word & 0xffff0000u : word << 16); }
 };
+#endif
 
 // Exact in 32 bits for as many inputs as a pass has (kPassGroups): 512 * 127 * 32767 < 2^31.
 struct Int8Lines {
+  using OfInput = Int8Lines;
   using Activation = int16_t;
   using Part = I32;
   using Sum = I32;
@@ -62,7 +88,13 @@ struct Int8Lines {
     __builtin_memcpy(&pair, a + 2 * j, sizeof pair);
     return pair - I32{};
   }
+#if defined(__AVX512VNNI__) && FUSEDRNN_VECTOR_BYTES == 64
+  static constexpr int kChains = 4;
+  static FUSEDRNN_INLINE Sum add(Sum c, Part a, Part w) { return (I32)__builtin_ia32_vpdpwssd_v16si(c, a, w); }
+#else
+  static constexpr int kChains = 1;
   static FUSEDRNN_INLINE Sum add(Sum c, Part a, Part w) { return c + multiply_pairs(a, w); }
+#endif
 };
 
 // -------------------------------------------------------------------------------------------------- activations
@@ -80,6 +112,28 @@ FUSEDRNN_INLINE void put(Dtype dtype, void* to, int64_t at, Vec<float> v, int n)
 FUSEDRNN_INLINE void take_in(float* to, float&, Dtype dtype, const void* from, int64_t at, int64_t count) {
   for (int64_t k = 0; k < count; k += kFloatLanes) store(to + k, get(dtype, from, at + k, lanes_left<float>(k, count)));
 }
+
+#if defined(__AVX512BF16__) && FUSEDRNN_VECTOR_BYTES == 64
+// As words of pairs, each followed by what is missing to it. What bfloat16 cannot hold is an infinity, and nothing is missing.
+FUSEDRNN_INLINE void take_in(uint32_t* to, float&, Dtype dtype, const void* from, int64_t at, int64_t count) {
+  typedef uint32_t Pairs __attribute__((vector_size(FUSEDRNN_VECTOR_BYTES / 2)));
+  constexpr int32_t kInfinity = 0x7f800000;
+  auto pairs = [](const Bf16* values) __attribute__((always_inline)) {
+    Pairs found;
+    __builtin_memcpy(&found, values, sizeof found);
+    return found;
+  };
+  for (int64_t k = 0; k < count; k += kFloatLanes) {
+    const Vec<float> x = get(dtype, from, at + k, lanes_left<float>(k, count));
+    Bf16 rounded[kFloatLanes], missing[kFloatLanes];
+    store(rounded, x);
+    const F32 most = load(rounded).raw;
+    store(missing, Vec<float>(((I32)most & kInfinity) == kInfinity ? F32{} : x.raw - most));
+    const U32 words = __builtin_shufflevector(pairs(rounded), pairs(missing), 0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15);
+    __builtin_memcpy(to + k, &words, sizeof words);
+  }
+}
+#endif
 
 // As integers of 16 bits times `scale`. A NaN or an infinity among them makes the scale, and with it all sums, NaN.
 FUSEDRNN_INLINE void take_in(int16_t* to, float& scale, Dtype dtype, const void* from, int64_t at, int64_t count) {
@@ -123,7 +177,7 @@ FUSEDRNN_INLINE void frozen_tile(const typename Lines::Activation* a, int64_t a_
   using Sum = typename Lines::Sum;
   using Part = typename Lines::Part;
   constexpr int kSums = kRows * kVectors, kParts = Lines::kParts;
-  constexpr int kChains = Lines::kGroup == Int8Lines::kGroup || kSums >= 8 ? 1 : kSums >= 3 ? 2 : 4;
+  constexpr int kChains = kSums >= 8 || Lines::kChains == 1 ? 1 : kSums >= 3 ? Lines::kChains : 4;
   constexpr int kUnroll = kChains > kParts ? kChains / kParts : 1;
   Sum c[kChains][kRows][kVectors] = {};
   auto word = [&](int64_t i, int v) __attribute__((always_inline)) {
@@ -398,7 +452,7 @@ struct FrozenPass {
       const float* start = reinterpret_cast<const float*>(at);
       float* sums = sums_at(block, 0);
       for (int64_t m = 0; m < rows; ++m) __builtin_memcpy(sums + m * kSumRow, start, sizeof(float) * kSumRow);
-      frozen_multiply<Lines, Cell::kGates>({own.x, pass.x_row, own.x_scales, at + layout.ih(),
+      frozen_multiply<typename Lines::OfInput, Cell::kGates>({own.x, pass.x_row, own.x_scales, at + layout.ih(),
                                             reinterpret_cast<const float*>(at + layout.ih_scales()),
                                             layout.groups(layout.depth(layer)), sums, kSumRow, kXSlots.at}, rows);
     }
