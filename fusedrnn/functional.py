@@ -205,14 +205,13 @@ def stack_cast(dtype: torch.dtype, cell: str, input: Tensor, hx: Tensor | None, 
     Returns:
         what `stack` does.
     """
-    *others, more = options
-    begun = (more.reset_hx, more.reset_cx)
-    tensors: list[Any] = [None if t is None else t.to(dtype) for t in (input, hx, cx, *begun, *params)]
+    more: Options = options[-1]
+    tensors: list[Any] = [None if t is None else t.to(dtype) for t in (input, hx, cx, more.reset_hx, more.reset_cx, *params)]
     input, hx, cx, reset_hx, reset_cx, *params = tensors
     if reset_hx is not None:
-        more = more._replace(reset_hx=reset_hx, reset_cx=reset_cx)
+        options = (*options[:-1], more._replace(reset_hx=reset_hx, reset_cx=reset_cx))
     with torch.autocast(input.device.type, enabled=False):
-        return stack(cell, input, hx, cx, params, *others, more)
+        return stack(cell, input, hx, cx, params, *options)
 
 
 def zero_states(cell: str, input: Tensor, batch: int, layers: list[list[Weights]],

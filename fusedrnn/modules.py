@@ -634,7 +634,7 @@ class GRU(OfOneState):
 def _h_and_c(states: tuple[Any, ...]) -> tuple[Any, Any]:
     """A layer's states as the engine takes them: h, and the inner ones in one tensor."""
     if len(states) < 3:
-        return (*states, None, None)[:2]  # type: ignore[return-value]
+        return (*states, None, None)[:2]
     return states[0], torch.stack(states[1:])
 
 
