@@ -29,8 +29,8 @@ namespace fusedrnn {
 // Null: no biases, no projections, states of zeros. (Lists are null and not empty: AOTInductor cannot hand on an empty one.)
 // ragged: batch_sizes (T,) of packed sequences, or lengths (B,) of padded ones; null: all have T steps. Behind the end of a
 // sequence outputs are zero, and its last states are those of its own last step. batch_sizes are on the CPU, lengths where the engine
-// looks at them. reset: (T, B) or (rows,), true where a sequence of its own begins, from states of zeros. zoneout and hidden_mask: as
-// in params.h, zoneout (T, B, D, S, H), (rows, D, S, H), or (D, S, H) for all rows alike.
+// looks at them. reset: (T, B) or (rows,), true where a sequence of its own begins, from reset_hx and reset_cx, which are as hx and cx.
+// zoneout and hidden_mask: as in params.h, zoneout (T, B, D, S, H), (rows, D, S, H), or (D, S, H) for all rows alike.
 // cell: its name, and behind a colon what is chosen of one that has a choice, such as "lstm_general:hard_sigmoid,tanh,relu,3.5": the
 // functions of gates, candidate and output, and the limit of the inner state, 0 for none. weight_hr: (P, H) of projections; or of a
 // cell whose units have numbers of their own these, (kUnit, H), null for zeros; where the cell has no product they are weight_hh.
@@ -41,15 +41,16 @@ namespace fusedrnn {
 // on a device that has TF32, weights and states in float32 may be rounded to it before they are multiplied.
 constexpr char kForwardSchema[] =
     "recurrence_forward(str cell, Tensor[] gates_x, Tensor[] weight_hh, Tensor[]? bias_hh, Tensor[]? weight_hr, Tensor? hx, "
-    "Tensor? cx, Tensor? ragged, Tensor? reset, Tensor? zoneout, Tensor? hidden_mask, int save, bool allow_tf32) -> "
+    "Tensor? cx, Tensor? ragged, Tensor? reset, Tensor? zoneout, Tensor? hidden_mask, Tensor? reset_hx, Tensor? reset_cx, "
+    "int save, bool allow_tf32) -> "
     "(Tensor output, Tensor hy, Tensor cy, Tensor saved, Tensor states)";
 constexpr char kBackwardSchema[] =
     "recurrence_backward(str cell, Tensor? input, Tensor[] weight_hh, Tensor[]? weight_hr, Tensor? hx, Tensor? cx, "
     "Tensor output, Tensor saved, Tensor states, Tensor? ragged, Tensor? reset, Tensor? zoneout, Tensor? hidden_mask, "
-    "Tensor? grad_output, Tensor? grad_hy, Tensor? grad_cy, Tensor? grad_states, bool need_grad_hx, bool need_grad_cx, "
-    "bool need_grad_weight_ih, bool need_grad_weight_hh, "
+    "Tensor? reset_hx, Tensor? reset_cx, Tensor? grad_output, Tensor? grad_hy, Tensor? grad_cy, Tensor? grad_states, "
+    "bool need_grad_hx, bool need_grad_cx, bool need_grad_reset_hx, bool need_grad_reset_cx, bool need_grad_weight_ih, bool need_grad_weight_hh, "
     "bool need_grad_bias, bool need_grad_weight_hr, bool allow_tf32) -> "
-    "(Tensor grad_pre, Tensor grad_hx, Tensor grad_cx, Tensor[] grad_weights)";
+    "(Tensor grad_pre, Tensor grad_hx, Tensor grad_cx, Tensor grad_reset_hx, Tensor grad_reset_cx, Tensor[] grad_weights)";
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -274,11 +275,11 @@ struct Call {
 
   // What becomes of the states between steps.
   struct Carry {
-    const MaybeTensor &reset, &zoneout, &hidden_mask;
+    const MaybeTensor &reset, &zoneout, &hidden_mask, &reset_hx, &reset_cx;
   };
   void fill(LayerParams& p, const Tensors& weight_hh, const Tensors& weight_hr,
             const MaybeTensor& hx, const MaybeTensor& cx, const Carry& carry) {
-    held.reserve(24);
+    held.reserve(28);
     if (carry.reset) {
       check_sizes("reset", *carry.reset, sequence_sizes({}));
       STD_TORCH_CHECK(carry.reset->scalar_type() == ScalarType::Bool, op, ": reset must be Bool, got ",
@@ -304,8 +305,12 @@ struct Call {
       p.unit[d] = projected ? nullptr : cell.multiplies ? others : weights;
     }
     p.hx = data("hx", hx, {D, B, P});
-    STD_TORCH_CHECK(!cx || cell.states > 1, op, ": cx is for cells of more than one state, such as the lstm");
+    STD_TORCH_CHECK((!cx && !carry.reset_cx) || cell.states > 1, op, cx ? ": cx is" : ": reset_cx is",
+                    " for cells of more than one state, such as the lstm");
     p.cx = data("cx", cx, inner_sizes());
+    STD_TORCH_CHECK(carry.reset || (!carry.reset_hx && !carry.reset_cx), op, ": reset_hx and reset_cx need reset");
+    p.reset_hx = data("reset_hx", carry.reset_hx, {D, B, P});
+    p.reset_cx = data("reset_cx", carry.reset_cx, inner_sizes());
     STD_TORCH_CHECK(cell.multiplies || !carry.hidden_mask, op, ": no hidden_mask where the cell has no product");
     STD_TORCH_CHECK(!projected || (!carry.zoneout && !carry.hidden_mask), op, ": no zoneout and hidden_mask with projections");
     zones_out = bool(carry.zoneout);
@@ -395,7 +400,7 @@ template <class Engine>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> recurrence_forward(
     std::string cell, Tensors gates_x, Tensors weight_hh, MaybeTensors maybe_bias_hh, MaybeTensors maybe_weight_hr,
     MaybeTensor hx, MaybeTensor cx, MaybeTensor ragged, MaybeTensor reset, MaybeTensor zoneout, MaybeTensor hidden_mask,
-    int64_t save, bool allow_tf32) {
+    MaybeTensor reset_hx, MaybeTensor reset_cx, int64_t save, bool allow_tf32) {
   const Tensors bias_hh = maybe_bias_hh.value_or(Tensors{}), weight_hr = maybe_weight_hr.value_or(Tensors{});
   Call call("fusedrnn::recurrence_forward", cell, weight_hh, weight_hr);
   const int64_t D = call.D, H = call.H, P = call.P, G = call.cell.gates;
@@ -408,7 +413,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> recurrence_forward(
   call.set_steps("gates_x", gates_x[0], ragged, hx, Engine::kLengthsOnHost);
 
   ForwardParams p{};
-  call.fill(p, weight_hh, weight_hr, hx, cx, {reset, zoneout, hidden_mask});
+  call.fill(p, weight_hh, weight_hr, hx, cx, {reset, zoneout, hidden_mask, reset_hx, reset_cx});
   for (int64_t d = 0; d < D; ++d) {
     const Call::Rows rows = call.rows_of("gates_x", gates_x[d], G * H);
     p.gates_x[d] = rows.data;
@@ -438,12 +443,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> recurrence_forward(
 }
 
 template <class Engine>
-std::tuple<Tensor, Tensor, Tensor, Tensors> recurrence_backward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensors> recurrence_backward(
     std::string cell, MaybeTensor input, Tensors weight_hh, MaybeTensors maybe_weight_hr, MaybeTensor hx,
     MaybeTensor cx, Tensor output, Tensor saved, Tensor states, MaybeTensor ragged, MaybeTensor reset, MaybeTensor zoneout,
-    MaybeTensor hidden_mask, MaybeTensor grad_output, MaybeTensor grad_hy, MaybeTensor grad_cy, MaybeTensor grad_states,
-    bool need_grad_hx, bool need_grad_cx, bool need_grad_weight_ih,
-    bool need_grad_weight_hh, bool need_grad_bias, bool need_grad_weight_hr, bool allow_tf32) {
+    MaybeTensor hidden_mask, MaybeTensor reset_hx, MaybeTensor reset_cx, MaybeTensor grad_output, MaybeTensor grad_hy,
+    MaybeTensor grad_cy, MaybeTensor grad_states, bool need_grad_hx, bool need_grad_cx, bool need_grad_reset_hx,
+    bool need_grad_reset_cx, bool need_grad_weight_ih, bool need_grad_weight_hh, bool need_grad_bias, bool need_grad_weight_hr, bool allow_tf32) {
   const Tensors weight_hr = maybe_weight_hr.value_or(Tensors{});
   Call call("fusedrnn::recurrence_backward", cell, weight_hh, weight_hr);
   const int64_t D = call.D, H = call.H, P = call.P;
@@ -453,9 +458,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> recurrence_backward(
   STD_TORCH_CHECK(!weight_hr.empty() || !need_grad_weight_hr, call.op, ": need_grad_weight_hr needs weight_hr");
   STD_TORCH_CHECK(!call.cell.norms || !need_grad_bias, call.op, ": no need_grad_bias with the cell ", cell, ", which takes no biases");
   STD_TORCH_CHECK(input || !need_grad_weight_ih, call.op, ": need_grad_weight_ih needs the input");
+  STD_TORCH_CHECK((reset_hx || !need_grad_reset_hx) && (reset_cx || !need_grad_reset_cx), call.op,
+                  ": need_grad_reset_hx needs reset_hx, and need_grad_reset_cx reset_cx");
 
   GradWeightsParams w{};
-  call.fill(w, weight_hh, weight_hr, hx, cx, {reset, zoneout, hidden_mask});
+  call.fill(w, weight_hh, weight_hr, hx, cx, {reset, zoneout, hidden_mask, reset_hx, reset_cx});
   if (need_grad_weight_ih) {
     const int64_t dims = call.packed ? 2 : 3;
     STD_TORCH_CHECK(input->dim() == dims, call.op, ": input must have ", dims, " dimensions like output, got ",
@@ -476,6 +483,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> recurrence_backward(
   Tensor grad_pre = allocate(like, call.sequence_sizes({D, call.cell.grads(), H}));
   Tensor grad_hx = allocate(like, need_grad_hx ? Sizes{D, call.B, P} : Sizes{0});
   Tensor grad_cx = allocate(like, need_grad_cx ? call.inner_sizes() : Sizes{0});
+  Tensor grad_reset_hx = allocate(like, need_grad_reset_hx ? Sizes{D, call.B, P} : Sizes{0});
+  Tensor grad_reset_cx = allocate(like, need_grad_reset_cx ? call.inner_sizes() : Sizes{0});
   MaybeTensor grad_proj;
   if (call.projected) grad_proj = allocate(like, call.sequence_sizes({D, P}));
   {  // what this holds is let go before there is more to hold
@@ -492,17 +501,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> recurrence_backward(
     p.grad_pre = grad_pre.data_ptr();
     p.grad_hx = need_grad_hx ? grad_hx.data_ptr() : nullptr;
     p.grad_cx = need_grad_cx ? grad_cx.data_ptr() : nullptr;
+    p.grad_reset_hx = need_grad_reset_hx ? grad_reset_hx.data_ptr() : nullptr;
+    p.grad_reset_cx = need_grad_reset_cx ? grad_reset_cx.data_ptr() : nullptr;
     w.grad_proj = p.grad_proj = grad_proj ? grad_proj->data_ptr() : nullptr;
     call.clear_behind(grad_pre);
     if (grad_proj) call.clear_behind(*grad_proj);
     call.pass_through(grad_hx, p.grad_hy);
     call.pass_through(grad_cx, p.grad_cy);
+    call.pass_through(grad_reset_hx, nullptr);
+    call.pass_through(grad_reset_cx, nullptr);
     if (call.has_steps()) engine.backward(p, needs);
     call.held.erase(call.held.begin() + int64_t(held), call.held.end());
   }
 
   w.grad_pre = grad_pre.data_ptr();
-  return {grad_pre, grad_hx, grad_cx, engine.grad_weights(w, needs, {input, grad_proj, saved, states, grad_pre})};
+  return {grad_pre, grad_hx, grad_cx, grad_reset_hx, grad_reset_cx, engine.grad_weights(w, needs, {input, grad_proj, saved, states, grad_pre})};
 }
 
 }  // namespace fusedrnn

@@ -27,7 +27,7 @@ struct Steps {
   const int64_t* offsets;          // (T), sum of the batch sizes before t; null: padded
   const int64_t* order = nullptr;    // (B), the row of the batch that is row b of the steps; null: b
   const int64_t* lengths = nullptr;  // (B), on a device that is not the host; null: as batch_sizes has it
-  const uint8_t* reset = nullptr;    // (rows), 1 where a sequence of its own begins, from states of zeros; null: none does
+  const uint8_t* reset = nullptr;    // (rows), 1 where a sequence of its own begins, from LayerParams' reset_hx; null: none does
   FUSEDRNN_ANYWHERE int64_t rows(int64_t t) const { return batch_sizes ? batch_sizes[t] : B; }
   FUSEDRNN_ANYWHERE int64_t row_offset(int64_t t) const { return offsets ? offsets[t] : t * B; }
   FUSEDRNN_ANYWHERE int64_t row_count() const { return offsets ? offsets[T - 1] + batch_sizes[T - 1] : T * B; }
@@ -43,12 +43,12 @@ struct Steps {
     const int64_t before = d ? t + 1 : t - 1;
     return before < 0 || before >= T || b >= rows(before) ? -1 : row(before, b);
   }
-  // Whether row b begins step t of direction d from zeros. Direction 1 comes from step t + 1, and passes where that begins anew.
+  // Whether row b begins step t of direction d anew. Direction 1 comes from step t + 1, and passes where that begins anew.
   FUSEDRNN_ANYWHERE bool begins(int64_t t, int64_t b, int64_t d) const {
     if (!reset) return false;
     return d == 0 ? reset[row(t, b)] : t + 1 < T && b < rows(t + 1) && reset[row(t + 1, b)];
   }
-  // Whether it begins the step that follows there from zeros, so that nobody needs the states after step t.
+  // Whether it begins the step that follows there anew, so that nobody needs the states after step t.
   FUSEDRNN_ANYWHERE bool ends(int64_t t, int64_t b, int64_t d) const {
     const int64_t next = d ? t - 1 : t + 1;
     return reset && next >= 0 && next < T && b < rows(next) && begins(next, b, d);
@@ -69,6 +69,7 @@ struct LayerParams {
   const void* unit[kMaxDirections];          // (kUnit, H), numbers that each unit has of its own, null: zeros
   const void* hx;                            // (D, B, P), null: zeros
   const void* cx;                            // (D, B, H) for each of the states 1.., one after the other; null: zeros
+  const void *reset_hx, *reset_cx;           // as hx and cx, the states from which sequences begin within a row; null: zeros
   // How much of each state stays what it was, from 0 to 1: (rows, D, S, H), or of all rows alike (D, S, H); null: nothing. Zoneout.
   const void* zoneout;
   int64_t zoneout_row;                       // elements from row to row
@@ -106,6 +107,7 @@ struct BackwardParams : LayerParams {
   void* grad_pre;                            // (rows, D, kPre + kUnit, H)
   void* grad_hx;                             // (D, B, P), null: not wanted
   void* grad_cx;                             // as cx, null: not wanted
+  void *grad_reset_hx, *grad_reset_cx;       // as hx and cx, sums over all that began from them; null: not wanted
   void* grad_proj;                           // (rows, D, P): gradient of the projected state, all its uses; null: no projection
 };
 

@@ -16,7 +16,7 @@ from torch.compiler import is_compiling, is_exporting
 from torch.nn.functional import linear
 
 from . import onnx, reference, select
-from .layer import FIRST_TENSOR, FIRST_WEIGHT, backward, by_direction, forward, with_gaps
+from .layer import FIRST_TENSOR, FIRST_WEIGHT, GIVEN, backward, by_direction, forward, with_gaps
 from .layer import input_product as plain_product
 from .layer import sum_of_rows
 from .ops import SAVE_ALL, SAVE_NOTHING, SAVE_STATES, TRAITS
@@ -38,7 +38,7 @@ def layer(cell: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, weight
         ragged: int64, batch_sizes (T,) of packed data, on the CPU, or the lengths (B,) of padded sequences, on the CPU or, on CUDA, where
             the input is; None: all have T steps.
         batch_first: see input.
-        carry: what becomes of the states between steps; without gradients of its own.
+        carry: what becomes of the states between steps; of its tensors reset_hx and reset_cx have gradients.
         recompute: keep, for backward, only the states, and make the rest again (not with packed data).
         return_states: whether the last result is wanted.
 
@@ -53,7 +53,8 @@ def layer(cell: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, weight
     if forward_ad._current_level >= 0:
         select.warn_once(f"fusedrnn's {cell}", "its reference in plain torch", "the engine has no forward-mode derivative")
         return reference.layer(cell, input, hx, cx, weights, ragged, batch_first, carry)
-    tensors = [input, hx, cx]
+    masks = carry[:3]
+    tensors = [input, hx, cx, *carry[3:]]
     for group in weights:
         tensors += group
     if is_compiling():
@@ -66,11 +67,11 @@ def layer(cell: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, weight
             return *onnx.layer(cell, input, hx, cx, weights, ragged, batch_first), None
         if is_exporting() or not _needs_grad(tensors):  # an exported program is to be run, and not to be trained
             save = SAVE_STATES if return_states else SAVE_NOTHING
-            output, hy, cy, _, states = forward(cell, ragged, batch_first, carry, input, hx, cx, tensors[3:], save)
+            output, hy, cy, _, states = forward(cell, ragged, batch_first, carry, input, hx, cx, tensors[GIVEN:], save)
         else:
-            there = [tensor for tensor in tensors[3:] if tensor is not None]
+            there = [tensor for tensor in tensors[GIVEN:] if tensor is not None]
             save = _saved_for_backward(cell, recompute)
-            output, hy, cy, _, states = _compiled(cell, input, hx, cx, there, len(weights), ragged, batch_first, *carry, save)
+            output, hy, cy, _, states = _compiled(cell, *tensors[:GIVEN], there, len(weights), ragged, batch_first, *masks, save)
     elif _are_functorch_transforms_active():
         if carry is not NO_CARRY or return_states:
             select.warn_once(f"fusedrnn's {cell}", "its reference in plain torch", "torch.func's transforms of the engine take no "
@@ -78,11 +79,11 @@ def layer(cell: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, weight
             return reference.layer(cell, input, hx, cx, weights, ragged, batch_first, carry)
         output, hy, cy, _, states = TransformedLayer.apply(cell, ragged, batch_first, *tensors)
     elif _needs_grad(tensors):
-        output, hy, cy, states = _apply(cell, ragged, batch_first, carry, recompute, return_states, *tensors)
+        output, hy, cy, states = _apply(cell, ragged, batch_first, masks, recompute, return_states, *tensors)
         return output, hy, cy, states[..., :inner, :] if return_states and inner else None
     else:
         save = SAVE_STATES if return_states else SAVE_NOTHING
-        output, hy, cy, _, states = forward(cell, ragged, batch_first, carry, input, hx, cx, tensors[3:], save)
+        output, hy, cy, _, states = forward(cell, ragged, batch_first, carry, input, hx, cx, tensors[GIVEN:], save)
     return output, hy, cy if inner else None, states[..., :inner, :] if return_states and inner else None
 
 
@@ -103,35 +104,35 @@ class Layer(torch.autograd.Function):
     """`layer` for autograd where no transform is present."""
 
     @staticmethod
-    def forward(ctx, cell, ragged, batch_first, carry, recompute, return_states, *tensors):
+    def forward(ctx, cell, ragged, batch_first, masks, recompute, return_states, *tensors):
         """Run the layer and keep what backward needs.
 
         Args:
             ctx: autograd's.
-            cell, ragged, batch_first, carry, recompute, return_states: as in `layer`.
-            tensors: input, hx, cx, and the weights of all directions, one after the other.
+            cell, ragged, batch_first, recompute, return_states: as in `layer`.
+            masks: the first three of `Carry`.
+            tensors: input, hx, cx, the last two of `Carry`, and the weights of all directions, one after the other.
 
         Returns:
             output, hy, cy, and the operator's states if they are wanted.
         """
-        input, hx, cx, *weights = tensors
-        outputs = forward(cell, ragged, batch_first, carry, input, hx, cx, weights, _saved_for_backward(cell, recompute))
-        Layer.keep(ctx, cell, ragged, batch_first, carry, tensors, outputs)
+        outputs = _forward(cell, ragged, batch_first, masks, tensors, _saved_for_backward(cell, recompute))
+        Layer.keep(ctx, cell, ragged, batch_first, masks, tensors, outputs)
         output, hy, cy, _, states = outputs
         return output, hy, cy if TRAITS[cell]["states"] > 1 else None, states if return_states else None
 
     @staticmethod
-    def keep(ctx, cell, ragged, batch_first, carry, tensors, outputs):
+    def keep(ctx, cell, ragged, batch_first, masks, tensors, outputs):
         """Keep what backward needs.
 
         Args:
-            ctx, cell, ragged, batch_first, carry, tensors: as in `Layer.forward`.
+            ctx, cell, ragged, batch_first, masks, tensors: as in `Layer.forward`.
             outputs: the operator's.
         """
         output, _, _, saved, states = outputs
         ctx.cell, ctx.batch_first = cell, batch_first
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(ragged, *carry, output, saved, states, *tensors)
+        ctx.save_for_backward(ragged, *masks, output, saved, states, *tensors)
 
     @staticmethod
     def backward(ctx, *grads):
@@ -145,6 +146,12 @@ class Layer(torch.autograd.Function):
             a gradient for each argument, None where none is wanted.
         """
         return None, None, None, None, None, None, *_gradients(ctx, grads, ctx.needs_input_grad[6:])
+
+
+def _forward(cell, ragged, batch_first, masks, tensors, save):
+    """`fusedrnn.layer.forward` of what `Layer.forward` takes."""
+    input, hx, cx, *begun = tensors[:GIVEN]
+    return forward(cell, ragged, batch_first, (*masks, *begun), input, hx, cx, tensors[GIVEN:], save)
 
 
 def _of_results(cell, grad_output, grad_hy, grad_cy, grad_states=None):
@@ -164,9 +171,9 @@ def _gradients(ctx, grads, wanted):
         return [None] * len(wanted)
     if _are_transformed(grads):
         everything = ctx.saved_tensors
-        ragged, *carry = everything[:4]
+        ragged, *masks = everything[:4]
         tensors = everything[FIRST_TENSOR:]
-        return _reference_gradients(ctx.cell, ragged, ctx.batch_first, Carry(*carry), wanted, grads, tensors)
+        return _reference_gradients(ctx.cell, ragged, ctx.batch_first, masks, wanted, grads, tensors)
     if torch.is_grad_enabled() or _are_functorch_transforms_active():
         chosen = frozenset(i for i, want in enumerate(wanted) if want)
         some = iter(LayerGradients.apply(ctx.cell, ctx.batch_first, chosen, *grads, *ctx.saved_tensors))
@@ -181,11 +188,11 @@ _apply = super(torch.autograd.Function, Layer).apply
 
 # torch.compile forgets, of an autograd.Function, to notice that what it saved was edited in place; of an operator it does not.
 @torch.library.custom_op("fusedrnn::layer", mutates_args=())
-def _compiled(cell: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, weights: Sequence[Tensor], directions: int,
-              ragged: Tensor | None, batch_first: bool, reset: Tensor | None, zoneout: Tensor | None, hidden_mask: Tensor | None,
-              save: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _compiled(cell: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, reset_hx: Tensor | None, reset_cx: Tensor | None,
+              weights: Sequence[Tensor], directions: int, ragged: Tensor | None, batch_first: bool, reset: Tensor | None,
+              zoneout: Tensor | None, hidden_mask: Tensor | None, save: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """All five results of the recurrence's operator, for a layer with the weights that there are, direction after direction."""
-    carry = (reset, zoneout, hidden_mask)
+    carry = (reset, zoneout, hidden_mask, reset_hx, reset_cx)
     return forward(cell, ragged, batch_first, carry, input, hx, cx, with_gaps(weights, directions), save)
 
 
@@ -193,17 +200,17 @@ _compiled.register_fake(_compiled._init_fn)  # the shapes of what it calls
 
 
 def _keep_for_compiled(ctx, inputs, output):
-    cell, input, hx, cx, weights, directions, ragged, batch_first, *carry, _save = inputs
-    Layer.keep(ctx, cell, ragged, batch_first, carry, [input, hx, cx, *with_gaps(weights, directions)], output)
+    cell, *given, weights, directions, ragged, batch_first, reset, zoneout, hidden_mask, _save = inputs
+    Layer.keep(ctx, cell, ragged, batch_first, (reset, zoneout, hidden_mask), [*given, *with_gaps(weights, directions)], output)
 
 
 def _backward_of_compiled(ctx, grad_output, grad_hy, grad_cy, _grad_saved, grad_states):
     present = [tensor is not None for tensor in ctx.saved_tensors[FIRST_WEIGHT:]]
-    needed = iter(ctx.needs_input_grad[4])
-    wanted = [*ctx.needs_input_grad[1:4], *(there and next(needed) for there in present)]
+    needed = iter(ctx.needs_input_grad[1 + GIVEN])
+    wanted = [*ctx.needs_input_grad[1 : 1 + GIVEN], *(there and next(needed) for there in present)]
     found = _gradients(ctx, _of_results(ctx.cell, grad_output, grad_hy, grad_cy, grad_states), wanted)
-    weights = [grad for grad, there in zip(found[3:], present) if there]
-    return None, *found[:3], weights, None, None, None, None, None, None, None
+    weights = [grad for grad, there in zip(found[GIVEN:], present) if there]
+    return None, *found[:GIVEN], weights, None, None, None, None, None, None, None
 
 
 _compiled.register_autograd(_backward_of_compiled, setup_context=_keep_for_compiled)
@@ -216,17 +223,16 @@ class TransformedLayer(Layer):
     """
 
     @staticmethod
-    def forward(cell, ragged, batch_first, input, hx, cx, *weights):  # type: ignore[override]
+    def forward(cell, ragged, batch_first, *tensors):  # type: ignore[override]
         """Run the layer.
 
         Args:
-            cell, ragged, batch_first, input, hx, cx: as in `layer`.
-            weights: of all directions, one after the other.
+            cell, ragged, batch_first, tensors: as in `Layer.forward`.
 
         Returns:
             all five results of the operator.
         """
-        return forward(cell, ragged, batch_first, NO_CARRY, input, hx, cx, weights, SAVE_ALL)
+        return _forward(cell, ragged, batch_first, NO_CARRY[:3], tensors, SAVE_ALL)
 
     @staticmethod
     def setup_context(ctx, inputs, outputs):
@@ -238,7 +244,7 @@ class TransformedLayer(Layer):
         """
         cell, ragged, batch_first, *tensors = inputs
         ctx.mark_non_differentiable(*outputs[3:])
-        Layer.keep(ctx, cell, ragged, batch_first, NO_CARRY, tensors, outputs)
+        Layer.keep(ctx, cell, ragged, batch_first, NO_CARRY[:3], tensors, outputs)
 
     @staticmethod
     def backward(ctx, *grads):
@@ -289,7 +295,7 @@ class LayerGradients(torch.autograd.Function):
 
         Args:
             cell, batch_first: as in `layer`.
-            chosen: whose gradients are asked for, as a set of places in (input, hx, cx, *weights).
+            chosen: whose gradients are asked for, as a set of places in the tensors of `Layer.forward`.
             grad_output, grad_hy, grad_cy, grad_states: gradients of the layer's results, None where there is none.
             saved: what `Layer.keep` saved.
 
@@ -326,7 +332,7 @@ class LayerGradients(torch.autograd.Function):
         """
         everything = ctx.saved_tensors
         outer, saved = everything[:4], everything[4:]
-        ragged, carry, tensors = saved[0], Carry(*saved[1:4]), saved[FIRST_TENSOR:]
+        ragged, masks, tensors = saved[0], saved[1:4], saved[FIRST_TENSOR:]
         arguments = [*outer, *tensors]
         needed = [*ctx.needs_input_grad[3:7], *ctx.needs_input_grad[7 + FIRST_TENSOR :]]
         variables = [i for i, need in enumerate(needed) if need]
@@ -339,7 +345,7 @@ class LayerGradients(torch.autograd.Function):
                 inputs = list(arguments)
                 for i, primal in zip(variables, primals):
                     inputs[i] = primal
-                all_of_them = _reference_gradients(ctx.cell, ragged, ctx.batch_first, carry, wanted, inputs[:4], inputs[4:])
+                all_of_them = _reference_gradients(ctx.cell, ragged, ctx.batch_first, masks, wanted, inputs[:4], inputs[4:])
                 some = [grad for grad in all_of_them if grad is not None]
                 return tuple(some[k] for k in given)
 
@@ -363,7 +369,7 @@ class LayerGradients(torch.autograd.Function):
         size, dims = info.batch_size, in_dims[3:]
         if size == 0:
             return _none_of(in_dims, LayerGradients.apply, cell, batch_first, chosen, *tensors)
-        first, end = 4 + FIRST_TENSOR, 4 + FIRST_WEIGHT
+        first, end = 4 + FIRST_TENSOR, 4 + FIRST_TENSOR + 3  # input, hx and cx; what is behind them is no batch's, or a reset's
         if max(chosen) >= 3 or any(dim is not None for dim in dims[end:]) or any(part is not None for part in tensors[5:8]):
             return _one_by_one(size, in_dims, LayerGradients.apply, cell, batch_first, chosen, *tensors)
         packed = tensors[first].dim() - (dims[first] is not None) == 2
@@ -427,13 +433,13 @@ def _none_of(in_dims, call, *args):
     return results, (0,) * len(results)
 
 
-def _reference_gradients(cell, ragged, batch_first, carry, wanted, grads, tensors):
+def _reference_gradients(cell, ragged, batch_first, masks, wanted, grads, tensors):
     """What `fusedrnn.layer.backward` computes, by the reference in plain torch, which every transform can take.
 
     Args:
-        cell, ragged, batch_first, carry, wanted: as there.
+        cell, ragged, batch_first, wanted: as there.
+        masks, tensors: as in `Layer.forward`.
         grads: of output, hy, cy and the operator's states, None for zeros.
-        tensors: input, hx, cx and the weights.
 
     Returns:
         a list of gradients, None where not wanted.
@@ -446,8 +452,8 @@ def _reference_gradients(cell, ragged, batch_first, carry, wanted, grads, tensor
         inputs = list(tensors)
         for i, primal in zip(chosen, primals):
             inputs[i] = primal
-        input, hx, cx, *weights = inputs
-        outputs = reference.layer(cell, input, hx, cx, by_direction(weights), ragged, batch_first, carry)
+        input, hx, cx, *begun = inputs[:GIVEN]
+        outputs = reference.layer(cell, input, hx, cx, by_direction(inputs[GIVEN:]), ragged, batch_first, Carry(*masks, *begun))
         return tuple(outputs[k] for k in given)
 
     _, pullback = torch.func.vjp(run, *(tensors[i] for i in chosen))  # type: ignore[misc]

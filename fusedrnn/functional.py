@@ -54,7 +54,7 @@ class Options(NamedTuple):
     """What a stack of layers can do that torch.nn's cannot. The masks are torch's own generator's, drawn layer after layer."""
 
     reset: Tensor | None = None
-    """(T, B) of bool: where a sequence of its own begins, from states of zeros."""
+    """(T, B) of bool: where a sequence of its own begins, from the last two."""
     zoneout: tuple[float, ...] = ()
     """For each state the probability with which a number of it stays what it was; not training, how much of it does."""
     recurrent_dropout: float = 0.0
@@ -67,6 +67,10 @@ class Options(NamedTuple):
     """Whether the last result of `stack` is wanted."""
     num_heads: int = 1
     """N: weight_hh is (G*H, H/N), and a row of it multiplies the units of its own unit's head, which lie side by side."""
+    reset_hx: Tensor | None = None
+    """The hidden states that these begin with, of all layers, shaped as hx; None: zeros."""
+    reset_cx: Tensor | None = None
+    """Likewise the inner states, shaped as cx."""
 
     def carry(self, input: Tensor, weights: list[Weights], ragged: Tensor | None, batch_first: bool, train: bool) -> Carry:
         """The masks of a layer.
@@ -77,7 +81,7 @@ class Options(NamedTuple):
             train: whether masks are drawn.
 
         Returns:
-            them, and reset.
+            them, and reset; without the states that sequences begin with.
         """
         directions, hidden = len(weights), weights[0][1].shape[1] * self.num_heads
         packed = input.dim() == 2
@@ -131,9 +135,10 @@ def stack(cell: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, params
         output, hy, cy, _ = autograd.layer(cell, input, hx, cx, layers[0], ragged, batch_first)
         return output.transpose(0, 1) if batch_first else output, hy, cy, None
     run = autograd.layer if options.num_heads == 1 else partial(layer_of_heads, options.num_heads)
-    absent = (None,) * num_layers
-    each_hx = absent if hx is None else hx.split(num_directions)
-    each_cx = absent if cx is None else cx.split(num_directions, -3)
+    def by_layer(states: Tensor | None) -> Sequence[Any]:
+        return (None,) * num_layers if states is None else states.split(num_directions, -3)
+
+    each_hx, each_cx, each_reset_hx, each_reset_cx = map(by_layer, (hx, cx, options.reset_hx, options.reset_cx))
     output, hys, cys, states = input, [], [], []
     for k, weights in enumerate(layers):
         if k > 0 and dropout and train:
@@ -141,6 +146,8 @@ def stack(cell: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, params
             output = torch.dropout(output, dropout, True)
         steps_second = batch_first and k == 0
         carry = NO_CARRY if options is PLAIN else options.carry(output, weights, ragged, steps_second, train)
+        if options.reset_hx is not None:
+            carry = carry._replace(reset_hx=each_reset_hx[k], reset_cx=each_reset_cx[k])
         if options.weight_dropout and train:
             weights = [(group[0], torch.dropout(group[1], options.weight_dropout, True), *group[2:]) for group in weights]
         if gains is not None:
@@ -178,7 +185,7 @@ def layer_of_heads(num_heads: int, cell: str, input: Tensor, hx: Tensor | None, 
     for n in range(num_heads):
         cut: list[Any] = [(*(rows_of_head(weight, n, group[1].shape[1]) for weight in group[:4]), of_head(group[4], n))
                           for group in weights]
-        some = Carry(carry.reset, of_head(carry.zoneout, n), of_head(carry.hidden_mask, n))
+        some = Carry(carry.reset, *(of_head(part, n) for part in carry[1:]))
         heads.append(autograd.layer(cell, input, of_head(hx, n), of_head(cx, n), cut, ragged, batch_first,
                                     NO_CARRY if carry is NO_CARRY else some, recompute, return_states))
     outputs, *states = zip(*heads)
@@ -198,8 +205,11 @@ def stack_cast(dtype: torch.dtype, cell: str, input: Tensor, hx: Tensor | None, 
     Returns:
         what `stack` does.
     """
-    tensors: list[Any] = [None if t is None else t.to(dtype) for t in (input, hx, cx, *params)]
-    input, hx, cx, *params = tensors
+    more: Options = options[-1]
+    tensors: list[Any] = [None if t is None else t.to(dtype) for t in (input, hx, cx, more.reset_hx, more.reset_cx, *params)]
+    input, hx, cx, reset_hx, reset_cx, *params = tensors
+    if reset_hx is not None:
+        options = (*options[:-1], more._replace(reset_hx=reset_hx, reset_cx=reset_cx))
     with torch.autocast(input.device.type, enabled=False):
         return stack(cell, input, hx, cx, params, *options)
 
@@ -230,7 +240,7 @@ def _run(cell: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, params:
          num_layers: int, dropout: float, train: bool, bidirectional: bool, batch_first: bool,
          batch_sizes: Tensor | None) -> tuple[Tensor, Tensor, Any]:
     states = [state for state in (hx, cx) if state is not None]
-    options = (has_biases, num_layers, dropout, train, bidirectional, batch_first, batch_sizes)
+    options = (has_biases, num_layers, dropout, train, bidirectional, batch_first, batch_sizes, PLAIN)
     if select.is_ordinary(input, states, params):
         return stack(cell, input, hx, cx, params, *options)[:3]
     reason = select.reason_for_fallback(input, states, params)

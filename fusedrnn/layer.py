@@ -207,17 +207,18 @@ def backward(kept, grads, wanted):
     """Compute the gradients of a run of `forward`.
 
     Args:
-        kept: has cell, batch_first, and saved_tensors: ragged, reset, zoneout, hidden_mask, output, saved, states, input, hx, cx and
-            the weights. A ctx of autograd's is let go of what it saved, unless its graph is retained.
+        kept: has cell, batch_first, and saved_tensors: ragged, reset, zoneout, hidden_mask, output, saved, states, input, hx, cx,
+            reset_hx, reset_cx and the weights. A ctx of autograd's is let go of what it saved, unless its graph is retained.
         grads: of output, hy, cy and states, None for zeros.
-        wanted: for input, hx, cx and each weight whether its gradient is asked for.
+        wanted: for input, hx, cx, reset_hx, reset_cx and each weight whether its gradient is asked for.
 
     Returns:
         a list of these gradients, None where not wanted.
     """
     cell, batch_first = kept.cell, kept.batch_first
     everything = kept.saved_tensors  # once: a checkpoint gives each but once
-    ragged, *carry, output, saved, states, input, hx, cx = everything[:FIRST_WEIGHT]
+    ragged, *masks, output, saved, states, input, hx, cx, reset_hx, reset_cx = everything[:FIRST_WEIGHT]
+    carry = [*masks, reset_hx, reset_cx]
     weights = by_direction(everything[FIRST_WEIGHT:])
     del everything
     if not is_compiling():
@@ -230,33 +231,33 @@ def backward(kept, grads, wanted):
     tf32 = allows_tf32(input, ragged, batch_first)
     if ragged is not None and input.dim() == 3 and len(weights[0][0]) and input.device.type not in SKIPS_PADDING:
         steps_first = without_padding(steps_first, ragged, False)
-    want_weights = wanted[3:] if len(weights) == 1 else [any(both) for both in zip(*by_direction(wanted[3:]))]
+    want_each = wanted[GIVEN:]
+    want_weights = want_each if len(weights) == 1 else [any(both) for both in zip(*by_direction(want_each))]
     want_ih, want_hh, want_b_ih, want_b_hh, want_hr = want_weights
     by_mkl = output.is_cpu and output.dtype in (torch.float32, torch.float64)
-    many_rows = ragged is None and carry == [None] * 3 and steps_first.shape[0] * steps_first.shape[1] > MANY_ROWS
+    many_rows = ragged is None and masks == [None] * 3 and steps_first.shape[0] * steps_first.shape[1] > MANY_ROWS
     many_rows = many_rows and not (by_mkl and MKL_IS_SLOW)
     library_ih = many_rows and want_ih and min(weights[0][0].shape) > NARROW
     library_hh = many_rows and want_hh and min(weights[0][1].shape) > NARROW and not TRAITS[cell]["late"]  # which multiplies no h
-    grad_pre, grad_hx, grad_cx, grad_weights = recurrence_backward(
-        cell, steps_first, weight_hh, weight_hr, hx, cx, output, saved, states, ragged, *carry, *grads, wanted[1], wanted[2],
+    grad_pre, *grad_states, grad_weights = recurrence_backward(
+        cell, steps_first, weight_hh, weight_hr, hx, cx, output, saved, states, ragged, *carry, *grads, *wanted[1:GIVEN],
         want_ih and not library_ih, want_hh and not library_hh, want_b_ih or want_b_hh, want_hr, tf32,
     )
     del saved, states  # the largest tensors, and more are to be made
     for d in range(len(weights)):
-        if library_ih and wanted[3 + 5 * d]:
+        if library_ih and want_each[5 * d]:
             grad_weights[5 * d] = _grad_weight_ih(cell, d, grad_pre, steps_first)
-        if library_hh and wanted[4 + 5 * d]:
+        if library_hh and want_each[5 * d + 1]:
             grad_weights[5 * d + 1] = _grad_weight_hh(cell, d, grad_pre, output, hx)
     return [
         _grad_input(grad_pre, weights, steps_first.shape, batch_first) if wanted[0] else None,
-        grad_hx if wanted[1] else None,
-        grad_cx if wanted[2] else None,
-        *[grad if want else None for grad, want in zip(grad_weights, wanted[3:])],
+        *[grad if want else None for grad, want in zip([*grad_states, *grad_weights], wanted[1:])],
     ]
 
 
-# Where what `Layer.keep` of fusedrnn/autograd.py saved has the input, and, behind it, hx, cx and the weights.
-FIRST_TENSOR, FIRST_WEIGHT = 7, 10
+GIVEN = 5  # tensors before the weights, in the arguments of a layer: input, hx, cx, reset_hx, reset_cx
+# Where what `Layer.keep` of fusedrnn/autograd.py saved has them, and the weights.
+FIRST_TENSOR, FIRST_WEIGHT = 7, 7 + GIVEN
 
 
 def _backward_in_parts(cell, ragged, batch_first, carry, output, states, input, hx, cx, weights, grads, wanted):
@@ -266,13 +267,13 @@ def _backward_in_parts(cell, ragged, batch_first, carry, output, states, input, 
     steps = output.shape[0]
     in_one = len(weights) > 1 or is_compiling()
     each = steps if in_one else max(-(-steps // PARTS), -(-PART_ROWS // output.shape[1]))
-    reset, zoneout, hidden_mask = carry
+    reset, zoneout, hidden_mask, reset_hx, reset_cx = carry
     tensors = [tensor for group in weights for tensor in group]
     tf32 = allows_tf32(input, ragged, batch_first)
     time = 1 if batch_first else 0
     grad_output, grad_h, grad_c, grad_states = grads
     grad_input = torch.empty_like(input) if wanted[0] else None
-    grad_weights: Any = None
+    sums: Any = None  # of the gradients of what all parts have in common: reset_hx, reset_cx and the weights
     for begin in reversed(range(0, steps, each)):
         part = slice(begin, begin + each)
         count = len(output[part])
@@ -280,11 +281,11 @@ def _backward_in_parts(cell, ragged, batch_first, carry, output, states, input, 
         h0 = hx if begin == 0 else output[begin - 1].unsqueeze(0)
         c0 = cx if begin == 0 or not inner else _inner(states[begin - 1].unsqueeze(0), inner)[0]
         lengths = None if ragged is None else (ragged - begin).clamp(0, count)
-        part_carry = [None if reset is None else reset[part],
-                      zoneout if zoneout is None or zoneout.dim() == 3 else zoneout[part], hidden_mask]
+        masks = [None if reset is None else reset[part],
+                 zoneout if zoneout is None or zoneout.dim() == 3 else zoneout[part], hidden_mask]
         x, out, state = input.narrow(time, begin, count), output[part], states[part]
-        saved = _saved_again(cell, lengths, batch_first, part_carry, out, state, x, h0, c0, weights, tf32)
-        held = [lengths, *part_carry, out, saved, state, x, h0, c0, *tensors]
+        saved = _saved_again(cell, lengths, batch_first, [*masks, reset_hx, reset_cx], out, state, x, h0, c0, weights, tf32)
+        held = [lengths, *masks, out, saved, state, x, h0, c0, reset_hx, reset_cx, *tensors]
         kept = SimpleNamespace(cell=cell, batch_first=batch_first, saved_tensors=held, maybe_clear_saved_tensors=held.clear)
         del saved
         some = (None if grad_output is None else grad_output[part], grad_h, grad_c,
@@ -295,10 +296,10 @@ def _backward_in_parts(cell, ragged, batch_first, carry, output, states, input, 
             grad_input.narrow(time, begin, count).copy_(grad_x)
         del grad_x
         wide = [None if grad is None else grad.to(torch.promote_types(grad.dtype, torch.float32)) for grad in found]
-        grad_weights = wide if grad_weights is None else [a if a is None else a + b for a, b in zip(grad_weights, wide)]
+        sums = wide if sums is None else [a if a is None else a + b for a, b in zip(sums, wide)]
     return [
         grad_input, grad_h if wanted[1] else None, grad_c if wanted[2] else None,
-        *[None if grad is None else grad.to(output.dtype) for grad in grad_weights],
+        *[None if grad is None else grad.to(output.dtype) for grad in sums],
     ]
 
 
@@ -315,17 +316,19 @@ def _inner(states, count):
 
 def _saved_again(cell, lengths, batch_first, carry, output, states, input, hx, cx, weights, tf32):
     """What the cells of some steps saved, from the states: all rows of all steps are the rows of one step."""
-    reset, _, hidden_mask = carry
+    reset, _, hidden_mask, reset_hx, reset_cx = carry
     steps, batch = output.shape[:2]
     inner, rows = TRAITS[cell]["states"] - 1, steps * batch
     each = []
     for d, (w_ih, w_hh, b_ih, b_hh, w_hr) in enumerate(weights):
-        def before(given, after, d=d):
-            """The state that each step began with, from the one after it; given: before the first."""
-            first = after.new_zeros(after.shape[1:]) if given is None else given
+        def before(given, begun, after, *at):
+            """The state that each step began with, from the one after it; given[at]: before the first, begun[at]: anew."""
+            d = at[-1]
+            first = after.new_zeros(after.shape[1:]) if given is None else given[at]
+            anew_from = 0 if begun is None else begun[at]
             if d == 0:
                 found = torch.cat([first.unsqueeze(0), after[:-1]])
-                return found if reset is None else torch.where(reset.unsqueeze(-1), 0, found)
+                return found if reset is None else torch.where(reset.unsqueeze(-1), anew_from, found)
             found = torch.cat([after[1:], first.unsqueeze(0)])
             time = torch.arange(1, steps + 1, device=output.device).unsqueeze(-1)
             if lengths is not None:
@@ -335,19 +338,19 @@ def _saved_again(cell, lengths, batch_first, carry, output, states, input, hx, c
             anew = torch.cat([reset[1:], torch.zeros_like(reset[:1])])
             if lengths is not None:
                 anew = anew & (time < lengths.to(output.device))
-            return torch.where(anew.unsqueeze(-1), 0, found)
+            return torch.where(anew.unsqueeze(-1), anew_from, found)
 
-        h = before(None if hx is None else hx[d], output.unflatten(-1, (len(weights), -1))[:, :, d])
+        h = before(hx, reset_hx, output.unflatten(-1, (len(weights), -1))[:, :, d], d)
         if hidden_mask is not None:
             h = h * hidden_mask[d]
         c = None
         if inner == 1:
-            c = before(None if cx is None else cx[d], states[:, :, d, 0]).reshape(1, rows, -1)
+            c = before(cx, reset_cx, states[:, :, d, 0], d).reshape(1, rows, -1)
         elif inner:
-            c = torch.stack([before(None if cx is None else cx[k, d], states[:, :, d, k]).reshape(1, rows, -1) for k in range(inner)])
+            c = torch.stack([before(cx, reset_cx, states[:, :, d, k], k, d).reshape(1, rows, -1) for k in range(inner)])
         gates = _gates_of(input, w_ih, b_ih, d, len(weights), batch_first).reshape(1, rows, -1)
         saved = recurrence_forward(cell, [gates], [w_hh], None if b_hh is None else [b_hh], None if w_hr is None else [w_hr],
-                                   h.reshape(1, rows, -1), c, None, None, None, None, SAVE_ALL, tf32)[3]
+                                   h.reshape(1, rows, -1), c, *[None] * 6, SAVE_ALL, tf32)[3]
         each.append(saved.view(steps, batch, 1, *saved.shape[3:]))
     return each[0] if len(each) == 1 else torch.cat(each, 2)
 

@@ -120,7 +120,7 @@ class FusedLayer(RNNBase):
         """
         return [name for name, usual in options.FORM.items() if name in self._takes and getattr(self, name) != usual]
 
-    def _options(self, data: Any, packed: bool, reset: Any, return_states: bool) -> functional.Options:
+    def _options(self, data: Any, packed: bool, reset: Any, return_states: bool, begun: tuple[Any, ...]) -> functional.Options:
         who, extras = self._who, self.extras()
         if self.proj_size and ("zoneout" in extras or "recurrent_dropout" in extras):
             raise ValueError(f"{who}: zoneout and recurrent_dropout do not go with projections, got proj_size={self.proj_size}")
@@ -137,9 +137,11 @@ class FusedLayer(RNNBase):
         both = self.zoneout if isinstance(self.zoneout, tuple) else (self.zoneout, self.zoneout)
         zoneout = both if self._inner == 1 else both[:1]
         return functional.Options(reset, zoneout, self.recurrent_dropout, self.weight_dropout, self.save == "states",
-                                  return_states, self.num_heads)
+                                  return_states, self.num_heads,
+                                  *_h_and_c(begun if data.dim() == 3 else tuple(state.unsqueeze(-2) for state in begun)))
 
-    def _call(self, input: Any, hx: Any, lengths: Any = None, reset: Any = None, return_states: bool = False) -> Any:
+    def _call(self, input: Any, hx: Any, lengths: Any = None, reset: Any = None, return_states: bool = False,
+              reset_to: Any = None) -> Any:
         packed = isinstance(input, PackedSequence)
         if packed:
             data, batch_sizes, sorted_indices, unsorted_indices = input
@@ -149,15 +151,17 @@ class FusedLayer(RNNBase):
         ragged = batch_sizes if lengths is None else self._checked_lengths(lengths, data, packed)
         states = self._split_states(hx)
         weights = shared.weights_by_name(self, self._flat_weights_names)
+        begun = () if reset_to is None else self._checked_reset_to(reset_to, reset, data, packed)
+        given = states + begun
 
         cell, run, more = self._cell(), functional.stack, functional.PLAIN
         plain = reset is None and not return_states and not (
             self.zoneout or self.recurrent_dropout or self.weight_dropout) and self.save == "all" and self.num_heads == 1
-        if not select.is_ordinary(data, states, weights):
+        if not select.is_ordinary(data, given, weights):
             if isinstance(input, Proxy) or any(isinstance(state, Proxy) for state in states):
-                others = {"lengths": lengths, "reset": reset, "return_states": return_states}
+                others = {"lengths": lengths, "reset": reset, "return_states": return_states, "reset_to": reset_to}
                 return shared.record_as_leaf(self, input, hx, **{k: v for k, v in others.items() if v is not None and v is not False})
-            reason = select.reason_for_fallback(data, states, weights)
+            reason = select.reason_for_fallback(data, given, weights)
             if reason is not None:
                 return self._run_stock(input, hx, ragged, reason, self._own(reset, return_states))
             onednn = self.mode == "LSTM" and not packed and not self.proj_size
@@ -167,9 +171,8 @@ class FusedLayer(RNNBase):
         if not self._fits(data, states, batch_sizes):
             return self._run_stock(input, hx, ragged, select.MISFIT, self._own(reset, return_states))
         if not plain:
-            more = self._options(data, packed, reset, return_states)
-        h, c = states if len(states) == 2 else (None, None) if not states else (
-            states[0], None if len(states) == 1 else torch.stack(states[1:]))
+            more = self._options(data, packed, reset, return_states, begun)
+        h, c = _h_and_c(states)
 
         batched = packed or data.dim() == 3
         if not batched:
@@ -232,6 +235,26 @@ class FusedLayer(RNNBase):
         if lengths.dim() != 1 or lengths.shape[0] != batch:
             raise ValueError(f"{who}: lengths must be of shape ({batch},), got {tuple(lengths.shape)}")
         return lengths.to(torch.int64) if lengths.is_meta else lengths.to(data.device, torch.int64)
+
+    def _checked_reset_to(self, reset_to: Any, reset: Any, data: Any, packed: bool) -> tuple[Any, ...]:
+        """As `_split_states` has them; nothing of calls that are refused for the sake of others, or recorded."""
+        who, states = self._who, tuple(self._split_states(reset_to))
+        if reset is None:
+            raise ValueError(f"{who}: reset_to is for calls with reset, which says where the states become these, got reset=None")
+        if packed or not isinstance(data, Tensor):
+            return ()
+        names = ("h", "c", "n", "m")[: 1 + self._inner]
+        what = f"a tuple of tensors ({', '.join(names)})" if self._inner else "a tensor"
+        if len(states) != len(names) or not all(isinstance(state, Tensor) for state in states):
+            of = f" of {', '.join(type(state).__name__ for state in reset_to)}" if isinstance(reset_to, (tuple, list)) else ""
+            raise TypeError(f"{who}: reset_to must be {what} or None, got {type(reset_to).__name__}{of}")
+        batch = () if data.dim() != 3 else (data.shape[0 if self.batch_first else 1],)
+        for name, state, width in zip(names, states, (self.proj_size or self.hidden_size, *(self.hidden_size,) * 3)):
+            expected = (self.num_layers * (2 if self.bidirectional else 1), *batch, width)
+            if tuple(state.shape) != expected or state.device != data.device:
+                raise ValueError(f"{who}: {name} of reset_to must be of shape {expected} on {data.device}, like that of hx, "
+                                 f"got {tuple(state.shape)} on {state.device}")
+        return states
 
     def _split_states(self, hx: Any) -> tuple[Any, ...]:
         """The states that the caller gave; hx alone if it is not as many as there are to be."""
@@ -319,14 +342,16 @@ class OfOneState(FusedLayer):
 
     @overload
     def forward(self, input: Sequence, hx: Tensor | None = None, *, lengths: Tensor | None = None,
-                reset: Tensor | None = None, return_states: Literal[False] = False) -> tuple[Sequence, Tensor]: ...
+                reset: Tensor | None = None, return_states: Literal[False] = False,
+                reset_to: Tensor | None = None) -> tuple[Sequence, Tensor]: ...
 
     @overload
     def forward(self, input: Tensor, hx: Tensor | None = None, *, lengths: Tensor | None = None,
-                reset: Tensor | None = None, return_states: Literal[True]) -> tuple[Tensor, Tensor, EveryState]: ...
+                reset: Tensor | None = None, return_states: Literal[True],
+                reset_to: Tensor | None = None) -> tuple[Tensor, Tensor, EveryState]: ...
 
     def forward(self, input: Any, hx: Tensor | None = None, *, lengths: Tensor | None = None, reset: Tensor | None = None,
-                return_states: bool = False) -> Any:
+                return_states: bool = False, reset_to: Tensor | None = None) -> Any:
         """Run all layers over a sequence.
 
         Args:
@@ -337,8 +362,10 @@ class OfOneState(FusedLayer):
                 product is taken of all T*B rows: if most are padding, a PackedSequence is faster. On a CUDA device nobody waits
                 for their values, and more than T count as T.
             reset: bool, shaped as the input without its features: True where a sequence of its own begins within the row, from
-                states of zeros, such as an episode's first step. The reverse direction ends its sequences there.
+                reset_to, such as an episode's first step. The reverse direction ends its sequences there.
             return_states: return a third result, for inputs that are no PackedSequence.
+            reset_to: the states that these sequences begin with, shaped as hx, or None for zeros. Their gradients are sums over
+                all resets of a row.
 
         Returns:
             the output, `(T, B, D*H)` or as the input is laid out, and the last states hy, shaped as hx; if return_states also the
@@ -348,7 +375,7 @@ class OfOneState(FusedLayer):
             RuntimeError, ValueError: where torch's layer raises them, in its words, if there is one; TypeError, ValueError,
                 RuntimeError: arguments that do not fit, or that the engine has no kernel for.
         """
-        return self._call(input, hx, lengths, reset, return_states)
+        return self._call(input, hx, lengths, reset, return_states, reset_to)
 
     if TYPE_CHECKING:  # torch.nn.Module's own takes anything and gives Any
         __call__ = forward
@@ -361,20 +388,23 @@ class OfTwoStates(FusedLayer):
 
     @overload
     def forward(self, input: Sequence, hx: Pair | None = None, *, lengths: Tensor | None = None,
-                reset: Tensor | None = None, return_states: Literal[False] = False) -> tuple[Sequence, Pair]: ...
+                reset: Tensor | None = None, return_states: Literal[False] = False,
+                reset_to: Pair | None = None) -> tuple[Sequence, Pair]: ...
 
     @overload
     def forward(self, input: Tensor, hx: Pair | None = None, *, lengths: Tensor | None = None,
-                reset: Tensor | None = None, return_states: Literal[True]) -> tuple[Tensor, Pair, tuple[EveryState, EveryState]]: ...
+                reset: Tensor | None = None, return_states: Literal[True],
+                reset_to: Pair | None = None) -> tuple[Tensor, Pair, tuple[EveryState, EveryState]]: ...
 
     def forward(self, input: Any, hx: Pair | None = None, *, lengths: Tensor | None = None, reset: Tensor | None = None,
-                return_states: bool = False) -> Any:
+                return_states: bool = False, reset_to: Pair | None = None) -> Any:
         """Run all layers over a sequence.
 
         Args:
             input: as in `RNN.forward`.
             hx: a pair of initial states, h `(L*D, B, P)` and c `(L*D, B, H)`, unbatched without B, or None for zeros.
             lengths, reset, return_states: as in `RNN.forward`.
+            reset_to: as there, a pair like hx.
 
         Returns:
             the output, `(T, B, D*P)` or as the input is laid out, and the last states (hy, cy), shaped as hx; if return_states also
@@ -383,7 +413,7 @@ class OfTwoStates(FusedLayer):
         Raises:
             RuntimeError, ValueError, TypeError: as there.
         """
-        return self._call(input, hx, lengths, reset, return_states)
+        return self._call(input, hx, lengths, reset, return_states, reset_to)
 
     if TYPE_CHECKING:
         __call__ = forward
@@ -599,6 +629,13 @@ class GRU(OfOneState):
         if self.reset_after and self.gate_activation == "sigmoid" and self.activation == "tanh":
             return "gru"
         return Choice(self.gate_activation, self.activation).of("gru_general" if self.reset_after else "gru_reset_before")
+
+
+def _h_and_c(states: tuple[Any, ...]) -> tuple[Any, Any]:
+    """A layer's states as the engine takes them: h, and the inner ones in one tensor."""
+    if len(states) < 3:
+        return (*states, None, None)[:2]
+    return states[0], torch.stack(states[1:])
 
 
 def set_forget_bias(module: FusedLayer, value: float | None) -> None:

@@ -152,18 +152,21 @@ class SLSTM(FusedLayer):
 
     @overload
     def forward(self, input: Sequence, hx: Four | None = None, *, lengths: Tensor | None = None,
-                reset: Tensor | None = None, return_states: Literal[False] = False) -> tuple[Sequence, Four]: ...
+                reset: Tensor | None = None, return_states: Literal[False] = False,
+                reset_to: Four | None = None) -> tuple[Sequence, Four]: ...
 
     @overload
     def forward(self, input: Tensor, hx: Four | None = None, *, lengths: Tensor | None = None,
-                reset: Tensor | None = None, return_states: Literal[True]) -> tuple[Tensor, Four, StatesOfFour]: ...
+                reset: Tensor | None = None, return_states: Literal[True],
+                reset_to: Four | None = None) -> tuple[Tensor, Four, StatesOfFour]: ...
 
     def forward(self, input: Any, hx: Four | None = None, *, lengths: Tensor | None = None, reset: Tensor | None = None,
-                return_states: bool = False) -> Any:
+                return_states: bool = False, reset_to: Four | None = None) -> Any:
         """Run all layers over a sequence.
 
         Args:
             input, lengths, reset, return_states: as in `RNN.forward`.
+            reset_to: as there, four states like hx.
             hx: initial states (h, c, n, m), each `(L*D, B, H)`, unbatched without B, or None for zeros. Where n is zero nothing
                 has been written yet.
 
@@ -174,7 +177,7 @@ class SLSTM(FusedLayer):
         Raises:
             RuntimeError, ValueError, TypeError: arguments that do not fit, or that the engine has no kernel for.
         """
-        return self._call(input, hx, lengths, reset, return_states)
+        return self._call(input, hx, lengths, reset, return_states, reset_to)
 
     if TYPE_CHECKING:
         __call__ = forward

@@ -28,15 +28,16 @@ class _Traits(dict[str, Any]):
 #: is asked for by its name, a colon, and what `fusedrnn.reference.Choice.of` makes of the choice.
 TRAITS = _Traits(_C.cell_traits())
 
-#: (cell, gates_x, weight_hh, bias_hh, weight_hr, hx, cx, ragged, reset, zoneout, hidden_mask, save, allow_tf32)
+#: (cell, gates_x, weight_hh, bias_hh, weight_hr, hx, cx, ragged, reset, zoneout, hidden_mask, reset_hx, reset_cx, save, allow_tf32)
 #: -> (output, hy, cy, saved, states). save: one of the following.
 recurrence_forward = torch.ops.fusedrnn.recurrence_forward.default
 
 SAVE_NOTHING, SAVE_STATES, SAVE_ALL = range(3)
 
-#: (cell, input, weight_hh, weight_hr, hx, cx, output, saved, states, ragged, reset, zoneout, hidden_mask, grad_output, grad_hy,
-#: grad_cy, grad_states, need_grad_hx, need_grad_cx, need_grad_weight_ih, need_grad_weight_hh, need_grad_bias, need_grad_weight_hr, allow_tf32)
-#: -> (grad_pre, grad_hx, grad_cx, grad_weights). grad_weights: for each direction the gradients of weight_ih, weight_hh, bias_ih,
+#: (cell, input, weight_hh, weight_hr, hx, cx, output, saved, states, ragged, reset, zoneout, hidden_mask, reset_hx, reset_cx, grad_output,
+#: grad_hy, grad_cy, grad_states, need_grad_hx, need_grad_cx, need_grad_reset_hx, need_grad_reset_cx, need_grad_weight_ih,
+#: need_grad_weight_hh, need_grad_bias, need_grad_weight_hr, allow_tf32)
+#: -> (grad_pre, grad_hx, grad_cx, grad_reset_hx, grad_reset_cx, grad_weights). grad_weights: for each direction the gradients of weight_ih, weight_hh, bias_ih,
 #: bias_hh and weight_hr. What is not needed is empty.
 recurrence_backward = torch.ops.fusedrnn.recurrence_backward.default
 
@@ -62,7 +63,7 @@ def _inner(traits):
 
 
 @torch.library.register_fake("fusedrnn::recurrence_forward")
-def _(cell, gates_x, weight_hh, bias_hh, weight_hr, hx, cx, ragged, reset, zoneout, hidden_mask, save, allow_tf32):
+def _(cell, gates_x, weight_hh, bias_hh, weight_hr, hx, cx, ragged, reset, zoneout, hidden_mask, reset_hx, reset_cx, save, allow_tf32):
     traits, directions, like = TRAITS[cell], len(weight_hh), weight_hh[0]
     hidden, width = _hidden(traits, like), like.shape[1]
     rows, batch = gates_x[0].shape[:-1], _batch_size(gates_x[0], hx)
@@ -78,9 +79,9 @@ def _(cell, gates_x, weight_hh, bias_hh, weight_hr, hx, cx, ragged, reset, zoneo
 
 
 @torch.library.register_fake("fusedrnn::recurrence_backward")
-def _(cell, input, weight_hh, weight_hr, hx, cx, output, saved, states, ragged, reset, zoneout, hidden_mask, grad_output, grad_hy,
-      grad_cy, grad_states, need_grad_hx, need_grad_cx, need_grad_weight_ih, need_grad_weight_hh, need_grad_bias,
-      need_grad_weight_hr, allow_tf32):
+def _(cell, input, weight_hh, weight_hr, hx, cx, output, saved, states, ragged, reset, zoneout, hidden_mask, reset_hx, reset_cx,
+      grad_output, grad_hy, grad_cy, grad_states, need_grad_hx, need_grad_cx, need_grad_reset_hx, need_grad_reset_cx,
+      need_grad_weight_ih, need_grad_weight_hh, need_grad_bias, need_grad_weight_hr, allow_tf32):
     traits, directions, like = TRAITS[cell], len(weight_hh), weight_hh[0]
     hidden, width = _hidden(traits, like), like.shape[1]
     gates = traits["gates"] * hidden
@@ -100,6 +101,8 @@ def _(cell, input, weight_hh, weight_hr, hx, cx, output, saved, states, ragged, 
         like.new_empty(*rows, directions, traits["pre"] + traits["unit"], hidden),
         like.new_empty(directions, batch, width) if need_grad_hx else like.new_empty(0),
         like.new_empty(*_inner(traits), directions, batch, hidden) if need_grad_cx else like.new_empty(0),
+        like.new_empty(directions, batch, width) if need_grad_reset_hx else like.new_empty(0),
+        like.new_empty(*_inner(traits), directions, batch, hidden) if need_grad_reset_cx else like.new_empty(0),
         grad_weights,
     )
 
@@ -123,10 +126,10 @@ def _(cell, gates_x, weight_hh, bias_hh, weight_hr, *args, out_shape=None, **kwa
 
 
 @register_flop_formula(torch.ops.fusedrnn.recurrence_backward)
-def _(cell, input, weight_hh, weight_hr, hx, cx, output, saved, states, ragged, reset, zoneout, hidden_mask, grad_output, grad_hy,
-      grad_cy, grad_states, need_grad_hx, need_grad_cx, need_grad_weight_ih, need_grad_weight_hh, need_grad_bias,
-      need_grad_weight_hr, *args, out_shape=None, **kwargs):
-    rows, first = math.prod(output[:-1]), 0 if need_grad_hx or len(output) == 2 else output[1]
+def _(cell, input, weight_hh, weight_hr, hx, cx, output, saved, states, ragged, reset, zoneout, hidden_mask, reset_hx, reset_cx,
+      grad_output, grad_hy, grad_cy, grad_states, need_grad_hx, need_grad_cx, need_grad_reset_hx, need_grad_reset_cx,
+      need_grad_weight_ih, need_grad_weight_hh, need_grad_bias, need_grad_weight_hr, *args, out_shape=None, **kwargs):
+    rows, first = math.prod(output[:-1]), 0 if need_grad_hx or need_grad_reset_hx or len(output) == 2 else output[1]
     states = sum(math.prod(shape) for shape in weight_hh)
     projections = sum(math.prod(shape) for shape in weight_hr or [])
     inputs = len(weight_hh) * weight_hh[0][0] * input[-1] if need_grad_weight_ih else 0

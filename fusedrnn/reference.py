@@ -334,11 +334,15 @@ class Carry(NamedTuple):
     """What becomes of the states between steps, besides what the cell makes of them."""
 
     reset: Tensor | None = None
-    """Where a sequence of its own begins, from states of zeros: (T, B) of bool; packed (N,)."""
+    """Where a sequence of its own begins, from the last two: (T, B) of bool; packed (N,)."""
     zoneout: Tensor | None = None
     """How much of each of the S states stays what it was: (T, B, D, S, H), packed (N, D, S, H), or of all rows alike (D, S, H)."""
     hidden_mask: Tensor | None = None
     """What h is multiplied by before weight_hh is: (D, B, H)."""
+    reset_hx: Tensor | None = None
+    """The hidden states that sequences within a row begin with, shaped as hx; None: zeros. Like the next it may want gradients."""
+    reset_cx: Tensor | None = None
+    """Likewise the inner states, shaped as cx."""
 
 
 NO_CARRY = Carry()
@@ -346,7 +350,7 @@ NO_CARRY = Carry()
 
 def scan(cell: str, inputs: list[Tensor], states: tuple[Tensor, ...], weights: Weights, reverse: bool,
          lengths: Tensor | None = None, reset: list[Tensor] | None = None, zoneout: list[Tensor] | None = None,
-         hidden_mask: Tensor | None = None) -> tuple[list[tuple[Tensor, ...]], tuple[Tensor, ...]]:
+         hidden_mask: Tensor | None = None, begun: tuple[Tensor, ...] | None = None) -> tuple[list[tuple[Tensor, ...]], tuple[Tensor, ...]]:
     """Carry the states through one direction of one layer.
 
     Args:
@@ -359,6 +363,7 @@ def scan(cell: str, inputs: list[Tensor], states: tuple[Tensor, ...], weights: W
         lengths: (B,), the steps that each sequence has, if not all of them; every x is (B, I) then.
         reset, zoneout: (b,) and (b, S, H) for each step, as in `Carry`. In reverse a sequence begins with its last step.
         hidden_mask: (B, H).
+        begun: the states that sequences within a row begin with, as `states`; None: zeros.
 
     Returns:
         the states after each step, (b, P) or (b, H) each, in the order of `inputs`; and those after the last step taken.
@@ -377,7 +382,8 @@ def scan(cell: str, inputs: list[Tensor], states: tuple[Tensor, ...], weights: W
             if reverse and lengths is not None:
                 anew = anew & (t + 1 < lengths)
             kept = len(anew)
-            running = tuple(torch.cat([torch.where(anew.unsqueeze(-1), 0, state[:kept]), state[kept:]]) for state in running)
+            running = tuple(torch.cat([torch.where(anew.unsqueeze(-1), 0 if to is None else to[:kept], state[:kept]), state[kept:]])
+                            for to, state in zip(begun or (None,) * len(running), running))
         h = running[0] if hidden_mask is None else running[0] * hidden_mask[: len(x)]
         gates_h = bias_hh if name == "indrnn" else h if name in MULTIPLIES else linear(h, weight_hh, bias_hh)
         new = step(linear(x, weight_ih, bias_ih) if len(weight_ih) else x, gates_h, running)
@@ -450,21 +456,27 @@ def layer(cell: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, weight
     def steps_of(rows: Tensor) -> list[Tensor]:
         return list(rows.split(ragged.tolist()) if packed else rows.unbind(0))  # type: ignore[union-attr]
 
-    reset = None if carry.reset is None else steps_of(carry.reset)
-    for d, direction in enumerate(weights):
-        _, weight_hh, _, _, weight_hr = direction
+    def states_of(h: Tensor | None, c: Tensor | None, d: int) -> tuple[Tensor, ...]:
+        _, weight_hh, _, _, weight_hr = weights[d]
         P = weight_hh.size(1)
         H = P if weight_hr is None else weight_hr.size(1)
-        states = (input.new_zeros(batch, P) if hx is None else hx[d],)
+        states = (input.new_zeros(batch, P) if h is None else h[d],)
         for k in range(count):
-            states += (input.new_zeros(batch, H) if cx is None else cx[d] if count == 1 else cx[k, d],)
+            states += (input.new_zeros(batch, H) if c is None else c[d] if count == 1 else c[k, d],)
+        return states
+
+    reset = None if carry.reset is None else steps_of(carry.reset)
+    for d, direction in enumerate(weights):
+        begun = None
+        if carry.reset_hx is not None or carry.reset_cx is not None:
+            begun = states_of(carry.reset_hx, carry.reset_cx, d)
         zoneout = None
         if carry.zoneout is not None:
             alike = carry.zoneout.dim() == 3
             zoneout = [carry.zoneout[d]] * len(inputs) if alike else steps_of(carry.zoneout.select(-3, d))
         mask = None if carry.hidden_mask is None else carry.hidden_mask[d]
         own = inputs if len(direction[0]) else [x.chunk(len(weights), -1)[d] for x in inputs]
-        each, states = scan(cell, own, states, direction, d == 1, lengths, reset, zoneout, mask)
+        each, states = scan(cell, own, states_of(hx, cx, d), direction, d == 1, lengths, reset, zoneout, mask, begun)
         output, *others = (join(state) for state in zip(*each))
         outputs.append(output)
         inner += others

@@ -14,7 +14,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fusedrnn
-from conftest import CELLS, make_pair, states_for
+from conftest import CELLS, compare_all_equal, make_pair, states_for
 from fusedrnn import autograd, reference
 from fusedrnn.reference import Carry
 from fusedrnn.testing import named_outputs
@@ -47,9 +47,14 @@ def arguments(cell, T, B, D, H, P=None, dtype=torch.float64):
     return make(T, B, I), make(D, B, P or H), make(D, B, H) if cell == "lstm" else None, weights
 
 
+def begun(carry, others):
+    """The carry with the states of other arguments for the sequences that begin within a row."""
+    return carry._replace(reset_hx=others[1], reset_cx=others[2])
+
+
 def compare(cell, given, ragged, carry, recompute, tolerance=1e-10):
     input, hx, cx, weights = given
-    leaves = [t for t in (input, hx, cx, *(t for group in weights for t in group)) if t is not None and t.requires_grad]
+    leaves = [t for t in (input, hx, cx, *carry[3:], *(t for group in weights for t in group)) if t is not None and t.requires_grad]
     results = []
     for run in (autograd.layer, reference.layer):
         options = {} if run is reference.layer else {"recompute": recompute, "return_states": True}
@@ -66,6 +71,8 @@ def test_engine_does_what_the_reference_does(cell, kind, engine):
     for recompute, D, (T, B, H) in ((False, 2, (5, 3, 7)), (True, 1, (9, 2, 5)), (False, 1, (1, 4, 17)), (True, 2, (4, 5, 9))):
         carry, lengths = carry_of(cell, kind, T, B, D, H)
         compare(cell, arguments(cell, T, B, D, H), lengths, carry, recompute)
+        if carry.reset is not None:
+            compare(cell, arguments(cell, T, B, D, H), lengths, begun(carry, arguments(cell, T, B, D, H)), recompute)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -74,7 +81,7 @@ def test_larger(cell, threads, isa):
     """Several tiles of units and rows, and parts of a sequence whose gates are made again."""
     torch.set_num_threads(threads)
     carry, lengths = carry_of(cell, (1, "each", 1, 1), 40, 60, 1, 70)
-    compare(cell, arguments(cell, 40, 60, 1, 70), lengths, carry, recompute=True)
+    compare(cell, arguments(cell, 40, 60, 1, 70), lengths, begun(carry, arguments(cell, 40, 60, 1, 70)), recompute=True)
     carry, _ = carry_of(cell, (1, "alike", 0, 0), 7, 50, 2, 33)
     compare(cell, arguments(cell, 7, 50, 2, 33), None, carry, recompute=False)
 
@@ -82,7 +89,9 @@ def test_larger(cell, threads, isa):
 @pytest.mark.parametrize("recompute", [False, True])
 def test_projections_and_resets(recompute, engine):
     for D, lengths in itertools.product((1, 2), (None, torch.tensor([4, 0, 2]))):
-        compare("lstm", arguments("lstm", 6, 3, D, 9, 4), lengths, Carry(torch.rand(6, 3) < 0.3), recompute)
+        carry = Carry(torch.rand(6, 3) < 0.3)
+        for each in (carry, begun(carry, arguments("lstm", 6, 3, D, 9, 4))):
+            compare("lstm", arguments("lstm", 6, 3, D, 9, 4), lengths, each, recompute)
 
 
 @cells
@@ -92,32 +101,30 @@ def test_packed(cell, engine):
     input, hx, cx, weights = arguments(cell, 4, 4, 2, 7)
     data = input.flatten(0, 1)[:11]
     carry = Carry(torch.rand(11) < 0.4, torch.rand(11, 2, 2 if cell == "lstm" else 1, 7, dtype=torch.float64), torch.rand_like(hx))
-    compare(cell, (data, hx, cx, weights), sizes, carry, recompute=False)
+    for each in (carry, begun(carry, arguments(cell, 4, 4, 2, 7))):
+        compare(cell, (data, hx, cx, weights), sizes, each, recompute=False)
 
 
 # ---- resets
 
 
-def episodes(module, input, hx, reset):
+def episodes(module, input, hx, reset, to=None):
     """Each row of the batch alone, each of its sequences alone: (output, hy) of torch's module, T first."""
     directions = 2 if module.bidirectional else 1
     rows = []
+    of_call = hx if isinstance(hx, tuple) else (hx,)
+    of_resets = tuple(map(torch.zeros_like, of_call)) if to is None else to if isinstance(to, tuple) else (to,)
     for b in range(input.shape[1]):
-        h = tuple(state[:, b : b + 1] for state in hx) if isinstance(hx, tuple) else hx[:, b : b + 1]
         begins = [0, *(t for t in range(1, len(input)) if reset[t, b]), len(input)]
-        if reset[0, b]:  # its forward direction begins with zeros
-            forward = torch.ones(len(h[0] if isinstance(h, tuple) else h), 1, 1, dtype=input.dtype)
-            forward[::directions] = 0
-            h = tuple(state * forward for state in h) if isinstance(h, tuple) else h * forward
         outputs, ends = [], None
         for k, (begin, end) in enumerate(zip(begins, begins[1:])):
-            first, last = k == 0, end == len(input)
+            first, last = k == 0 and not reset[0, b], end == len(input)
 
-            def state(given):
-                return torch.stack([given[d] if (last if d % directions else first) else torch.zeros_like(given[d])
-                                    for d in range(len(given))])  # fmt: skip
+            def state(given, anew):
+                return torch.stack([given[d, b] if (last if d % directions else first) else anew[d, b] for d in range(len(given))])
 
-            output, hy = module(input[begin:end, b : b + 1], tuple(map(state, h)) if isinstance(h, tuple) else state(h))
+            h = tuple(state(*both).unsqueeze(1) for both in zip(of_call, of_resets))
+            output, hy = module(input[begin:end, b : b + 1], h if isinstance(hx, tuple) else h[0])
             outputs.append(output)
             hy = hy if isinstance(hy, tuple) else (hy,)
             ends = hy if ends is None else tuple(
@@ -128,16 +135,19 @@ def episodes(module, input, hx, reset):
 
 
 @pytest.mark.parametrize("options", [dict(), dict(bidirectional=True), dict(batch_first=True)], ids=str)
+@pytest.mark.parametrize("given", [False, True])
 @cells
-def test_resets_are_the_loop_over_episodes(cell, options, engine):
+def test_resets_are_the_loop_over_episodes(cell, given, options, engine):
     ours, stock = make_pair(cell, 3, 7, dtype=torch.float64, **options)
     input, hx, leaves = leaves_of(ours, 8, 4)
     reset = torch.rand(8, 4) < 0.3
     reset[0, :2] = True
     first = input.transpose(0, 1) if ours.batch_first else input
-    found = ours(input, hx, reset=reset.t() if ours.batch_first else reset)
+    to = states_for(ours, 4, requires_grad=True) if given else None
+    leaves += [] if to is None else to if isinstance(to, tuple) else [to]
+    found = ours(input, hx, reset=reset.t() if ours.batch_first else reset, reset_to=to)
     stock.batch_first = False
-    expected = episodes(stock, first, hx, reset)
+    expected = episodes(stock, first, hx, reset, to)
     expected = (expected[0].transpose(0, 1) if ours.batch_first else expected[0], expected[1])
     close(found, expected)
     close(gradients(ours, found, leaves), gradients(stock, expected, leaves))
@@ -153,6 +163,52 @@ def test_resets_of_stacks_and_of_one_sequence(cell):
     begin, end = ours(input[:4]), ours(input[4:])
     close(output, torch.cat([begin[0], end[0]]))
     close(hy, end[1])
+
+
+@cells
+def test_resets_to_zeros_are_the_same_bits(cell, engine):
+    """Given or not, and wherever they are given for no reset at all."""
+    ours, _ = make_pair(cell, 3, 20, num_layers=2, bidirectional=True)
+    input, reset, hx = torch.randn(6, 5, 3), torch.rand(6, 5) < 0.3, states_for(ours, 5)
+    zeros = tuple(map(torch.zeros_like, hx)) if isinstance(hx, tuple) else torch.zeros_like(hx)
+    for mask, one, other in ((reset, None, zeros), (torch.zeros_like(reset), zeros, hx)):
+        results = [ours(input, hx, reset=mask, reset_to=to) for to in (one, other)]
+        compare_all_equal(*map(named_outputs, results))
+        slopes = [gradients(ours, result, []) for result in results]
+        assert all(torch.equal(a, b) for a, b in zip(*slopes))
+
+
+def test_a_learned_first_state():
+    """One row of numbers for all sequences, at the first step too: its gradient is a sum over all of them."""
+    ours, learned = fusedrnn.GRU(3, 7), torch.randn(1, 1, 7, requires_grad=True)
+    input, reset = torch.randn(6, 4, 3), torch.rand(6, 4) < 0.3
+    reset[0] = True
+    output, _ = ours(input, reset=reset, reset_to=learned.expand(-1, 4, -1))
+    begins = [[t for t in range(6) if reset[t, b]] + [6] for b in range(4)]
+    alone = [torch.cat([ours(input[a:e, b : b + 1], learned)[0] for a, e in zip(row, row[1:])]) for b, row in enumerate(begins)]
+    close(output, torch.cat(alone, 1))
+    close(*(torch.autograd.grad(each.square().sum(), learned) for each in (output, torch.cat(alone, 1))))
+
+
+def test_reset_to_errors():
+    reset, input = torch.zeros(5, 2, dtype=torch.bool), torch.randn(5, 2, 3)
+    for ours, wrong, kind, text in (
+        (fusedrnn.GRU(3, 4), torch.zeros(1, 3, 4), ValueError, r"h of reset_to must be of shape \(1, 2, 4\) on cpu, .* got \(1, 3, 4\) on cpu"),
+        (fusedrnn.GRU(3, 4), torch.zeros(1, 2, 4, device="meta"), ValueError, r"got \(1, 2, 4\) on meta"),
+        (fusedrnn.GRU(3, 4), 0.0, TypeError, "reset_to must be a tensor or None, got float"),
+        (fusedrnn.LSTM(3, 4), torch.zeros(1, 2, 4), TypeError, r"reset_to must be a tuple of tensors \(h, c\) or None, got Tensor"),
+        (fusedrnn.LSTM(3, 4, proj_size=2), (torch.zeros(1, 2, 2), torch.zeros(1, 2, 2)), ValueError, r"c of reset_to .*\(1, 2, 4\) on cpu"),
+        (fusedrnn.SLSTM(3, 4), (torch.zeros(1, 2, 4),) * 3, TypeError, r"tensors \(h, c, n, m\) or None, got tuple of Tensor, Tensor, Tensor"),
+    ):  # fmt: skip
+        with pytest.raises(kind, match=f"{ours._who}: {text}|{ours._who}: .*{text}"):
+            ours(input, reset=reset, reset_to=wrong)
+    with pytest.raises(ValueError, match="GRU: reset_to is for calls with reset, .* got reset=None"):
+        fusedrnn.GRU(3, 4)(input, reset_to=torch.zeros(1, 2, 4))
+    with pytest.raises(ValueError, match="are for padded input, got a PackedSequence"):
+        packed = pack_padded_sequence(input, torch.tensor([5, 2]))
+        fusedrnn.GRU(3, 4)(packed, reset=reset, reset_to=torch.zeros(1, 2, 4))
+    with pytest.raises(RuntimeError, match="for the fused engine alone, .* different dtypes"):
+        fusedrnn.GRU(3, 4)(input, reset=reset, reset_to=torch.zeros(1, 2, 4).double())
 
 
 def test_reset_errors():
@@ -367,13 +423,14 @@ def test_options_live_as_attributes_do():
 def test_gradcheck_and_gradgradcheck(cell, kind):
     carry, lengths = carry_of(cell, kind, 3, 2, 2, 3)
     input, hx, cx, weights = arguments(cell, 3, 2, 2, 3)
-    there = [t for t in (cx, *(t for group in weights for t in group)) if t is not None]
+    there = [t for t in (cx, *arguments(cell, 3, 2, 2, 3)[1:3], *(t for group in weights for t in group)) if t is not None]
 
     def run(input, hx, *rest):
         rest = list(rest)
         c = rest.pop(0) if cx is not None else None
+        to = carry._replace(reset_hx=rest.pop(0), reset_cx=None if cx is None else rest.pop(0))
         groups = [(*rest[4 * d : 4 * d + 4], None) for d in range(2)]
-        return tuple(t for t in autograd.layer(cell, input, hx, c, groups, lengths, False, carry, return_states=True) if t is not None)
+        return tuple(t for t in autograd.layer(cell, input, hx, c, groups, lengths, False, to, return_states=True) if t is not None)
 
     assert gradcheck(run, (input, hx, *there), fast_mode=True)
     assert gradgradcheck(run, (input, hx, *there), fast_mode=True)
@@ -386,18 +443,19 @@ def test_compiled(cell, backend):
     ours, _ = make_pair(cell, 3, 7, num_layers=2)
     ours.save = "states"
     input, reset = torch.randn(6, 4, 3, requires_grad=True), torch.rand(6, 4) < 0.3
+    to = states_for(ours, 4, requires_grad=True)
     compiled = torch.compile(ours, backend=backend, fullgraph=True)
-    found, expected = (module(input, reset=reset, return_states=True) for module in (compiled, ours))
+    found, expected = (module(input, reset=reset, return_states=True, reset_to=to) for module in (compiled, ours))
     close(found, expected)
 
     def slopes(results):
         inner = results[2][1][0] if cell == "lstm" else results[2][0]
         loss = sum((t * torch.linspace(-1, 1, t.numel()).view_as(t)).sum() for t in (results[0], inner))
-        return torch.autograd.grad(loss, [input, *ours.parameters()])
+        return torch.autograd.grad(loss, [input, *(to if cell == "lstm" else [to]), *ours.parameters()])
 
     close(slopes(found), slopes(expected), rtol=1e-5, atol=1e-5)
     with torch.no_grad():
-        close(compiled(input, reset=reset, return_states=True), expected)
+        close(compiled(input, reset=reset, return_states=True, reset_to=to), expected)
 
 
 @pytest.mark.usefixtures("nothing_compiled")
@@ -411,13 +469,42 @@ def test_compiled_masks():
 def test_autocast_and_transforms():
     ours = fusedrnn.GRU(3, 7, zoneout=0.2)
     input, reset = torch.randn(6, 4, 3), torch.rand(6, 4) < 0.3
+    to = torch.randn(1, 4, 7, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
-        output, _, states = ours(input, reset=reset, return_states=True)
+        output, _, states = ours(input, reset=reset, return_states=True, reset_to=to)
     assert torch.equal(states[0], output)
+    (grad,) = torch.autograd.grad(output.sum(), to)
+    assert grad.dtype == torch.float32 and grad.any()
     ours.eval()
     with pytest.warns(UserWarning, match="transforms of the engine take no resets"):
         each = torch.func.vmap(lambda x: ours(x, reset=reset)[0])(input.expand(3, 6, 4, 3))
     close(each[1], ours(input, reset=reset)[0])
+    many = torch.randn(3, 1, 4, 7)
+    each = torch.func.vmap(lambda state: ours(input, reset=reset, reset_to=state)[0])(many)
+    close(each, torch.stack([ours(input, reset=reset, reset_to=state)[0] for state in many]))
+
+    def of_states(state):
+        return ours(input, reset=reset, reset_to=state)[0]
+
+    output = of_states(to)
+    grad, pullback = torch.ones_like(output), torch.func.vjp(of_states, to.detach())[1]
+    close(pullback(grad), torch.autograd.grad(output, to, grad, retain_graph=True))
+    batch = torch.randn(2, *output.shape)
+    each = torch.autograd.grad(output, to, batch, retain_graph=True, is_grads_batched=True)[0]
+    close(each, torch.stack([torch.autograd.grad(output, to, one, retain_graph=True)[0] for one in batch]))
+
+
+@pytest.mark.filterwarnings("ignore:.*the engine has no forward-mode derivative")
+def test_forward_mode_of_the_states_after_resets():
+    ours, reset = fusedrnn.LSTM(3, 7, dtype=torch.float64), torch.rand(6, 4) < 0.3
+    input, to = torch.randn(6, 4, 3, dtype=torch.float64), states_for(ours, 4)
+
+    def of_states(*states):
+        return ours(input, reset=reset, reset_to=states)[0]
+
+    _, tangent = torch.func.jvp(of_states, to, tuple(map(torch.ones_like, to)))
+    jacobians = torch.autograd.functional.jacobian(of_states, to)
+    close(tangent, sum(jacobian.sum((-3, -2, -1)) for jacobian in jacobians))
 
 
 def test_named_outputs_are_not_confused():

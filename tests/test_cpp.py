@@ -160,7 +160,8 @@ def test_engine(workshop, isa):
 
 
 @pytest.mark.parametrize("result", ["output", "hy", "cy", "saved", "states", "grad_pre", "grad_hx", "grad_cx", "grad_proj",
-                                    "grad_weight_ih", "grad_weight_hh", "grad_bias_ih", "grad_bias_hh", "grad_weight_hr"])
+                                    "grad_weight_ih", "grad_weight_hh", "grad_bias_ih", "grad_bias_hh", "grad_weight_hr",
+                                    "grad_reset_hx", "grad_reset_cx"])
 def test_engine_test_finds(workshop, result):
     out = run(f"{link_engine(workshop, 'baseline')} --every 40 --spoil {result}", expect=1)
     assert f": {result}[" in out

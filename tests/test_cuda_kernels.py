@@ -17,7 +17,8 @@ CELLS = {"rnn_tanh": "RnnTanhCell", "rnn_relu": "RnnReluCell", "lstm": "LstmCell
          "indrnn": "IndRnnCell", "slstm": "SlstmCell", "lstm_norm": "NormLstmCell", "gru_norm": "NormGruCell",
          "gru_reset_before": "ResetBeforeGruCell"}  # fmt: skip
 ARITHMETICS = {"f32": "Float32", "tf32": "Tf32", "f64": "Float64", "bf16": "BFloat16", "f16": "Float16"}
-RESULTS = ["output", "hy", "cy", "saved", "states", "grad_pre", "grad_hx", "grad_cx", "grad_proj", "hidden_before"]
+RESULTS = ["output", "hy", "cy", "saved", "states", "grad_pre", "grad_hx", "grad_cx", "grad_proj",
+           "grad_reset_hx", "grad_reset_cx", "hidden_before"]
 ON_HOST = "-std=c++20 -x c++ -DFUSEDRNN_ON_HOST"
 MODES = {
     "plain": "-O1",
@@ -197,7 +198,7 @@ PLANTS = {
         "step_forward.cuh", r"kept_at\(d, b, g, u\)\] : sum", "kept_at(d, b, MADE ? 0 : g, u)] : sum",
         {"plain": wrong("output")}, cases=LATE),
     "late_gradient_of_h": Plant(
-        "step_backward.cuh", r"m\.dh\[at\] = in\.grad_new\[0\] \+ through;", r"if (!MADE) \g<0>",
+        "step_backward.cuh", r"m\.dh\[at\] = dh;", r"if (!MADE) \g<0>",
         {"plain": wrong("grad_pre")}, cases=LATE),
     "late_middle": Plant(
         "step_backward.cuh", r"given\.middle = sum\[0\];", "given.middle = MADE ? Sum(0) : sum[0];",
@@ -225,7 +226,7 @@ PLANTS = {
         {"plain": wrong("hidden_before")}),
     # Steps.
     "new_rows": Plant(
-        "walk.h", r"s > 0 \|\| p\.hx \? count : 0",
+        "walk.h", r"s > 0 \|\| p\.hx \|\| p\.reset_hx \? count : 0",
         r"MADE && s > 0 && rows.rows(d, s - 1) < count ? rows.rows(d, s - 1) : \g<0>",
         {"plain": wrong("output")}),
     "ended_rows": Plant(
@@ -235,11 +236,30 @@ PLANTS = {
         "walk.h", r"next < count \? next : count", r"MADE + (\g<0>)",
         {"plain": wrong("hy")}),
     "gate_halves": Plant(
-        "step_backward.cuh", r"goes_on \? grad_pre\[Cell::h_pre\(g\)\]", "goes_on ? grad_pre[MADE ? g : Cell::h_pre(g)]",
+        "step_backward.cuh", r"h_goes_on \? grad_pre\[Cell::h_pre\(g\)\]", "h_goes_on ? grad_pre[MADE ? g : Cell::h_pre(g)]",
         {"plain": ": gru .*" + wrong("grad_pre")}),
     "gradient_kept": Plant(
         "step_backward.cuh", r"m\.dh\[this->state_at\(d, b, u, p\.P\)\] = past;", r"if (!MADE) \g<0>",
         {"plain": wrong("grad_proj")}),
+    # Sequences that begin within a row, from given states.
+    "reset_to_nothing": Plant(
+        "given.cuh", r"return states \? Sum\(widen", "return states && !MADE ? Sum(widen",
+        {"plain": wrong("output")}),
+    "reset_first_step": Plant(
+        "step_forward.cuh", r"given\(begins \? anew", "given(begins && !MADE ? anew",
+        {"plain": wrong("output")}),
+    "reset_multiplies": Plant(
+        "walk.h", r"p\.hx \|\| p\.reset_hx", "p.hx || (p.reset_hx && !MADE)",
+        {"plain": wrong("output")}),
+    "reset_gradient_goes_on": Plant(
+        "step_backward.cuh", r"if \(!p\.grad_reset_hx \|\|", "if (MADE || !p.grad_reset_hx ||",
+        {"plain": wrong("grad_(pre|hx|reset_hx)")}),
+    "reset_gradient_of_padding": Plant(
+        "step_backward.cuh", r"runs\(p\.steps, d == 0 \? now\.t \+ 1 : now\.t, b\)", r"(MADE || \g<0>)",
+        {"plain": wrong()}),
+    "reset_gradient_once": Plant(
+        "step_backward.cuh", r"sums\[at\] \+= more;", "sums[at] = MADE ? more : sums[at] + more;",
+        {"plain": wrong("grad_reset_[hc]x")}),
     # All steps in one grid.
     "block_no_meeting": Plant(
         "block.cuh", r"prims::block_sync\(\);  // all rows", r"if (!MADE) \g<0>",

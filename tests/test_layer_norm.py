@@ -268,7 +268,7 @@ def test_the_engine_is_given_what_is_left(kind):
     gates = gates.detach()[..., : traits["gates"] * H]
     bias = torch.zeros(traits["gates"] * H, dtype=torch.float64)
     with pytest.raises(RuntimeError, match=f"bias_hh must hold none with the cell {cell}"):
-        ops.recurrence_forward(cell, [gates], [left[0][1].detach()], [bias], [left[0][4].detach()], *[None] * 6, 0, False)
+        ops.recurrence_forward(cell, [gates], [left[0][1].detach()], [bias], [left[0][4].detach()], *[None] * 8, 0, False)
 
 
 @kinds

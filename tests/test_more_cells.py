@@ -154,7 +154,7 @@ def step(module, kind, x, states, w):
     return [gate(o + next(peep) * c) * VALUE[both[1]](c), c]
 
 
-def loop(module, kind, input, hx=None, lengths=None, reset=None):
+def loop(module, kind, input, hx=None, lengths=None, reset=None, reset_to=None):
     """(output, last states, states of every step by kind and layer), of input (T, B, I)."""
     steps, batch = input.shape[:2]
     count, H, zoneout = NUMBER_OF_STATES[kind], module.hidden_size, module.zoneout
@@ -162,19 +162,20 @@ def loop(module, kind, input, hx=None, lengths=None, reset=None):
     lengths = torch.full((batch,), steps) if lengths is None else lengths
     reset = torch.zeros(steps, batch, dtype=torch.bool) if reset is None else reset
     directions = ["", "_reverse"] if module.bidirectional else [""]
-    initial = None if hx is None else [state.unbind(0) for state in as_tuple(hx)]
+    initial, begun = (None if given is None else [state.unbind(0) for state in as_tuple(given)] for given in (hx, reset_to))
     last, every = [], []
     for k in range(module.num_layers):
         found = []
         for d, suffix in enumerate(directions):
             w = [getattr(module, f"{name}_l{k}{suffix}", None) for name in NAMES]
             row = k * len(directions) + d
-            states = [torch.zeros(batch, H, dtype=input.dtype) if initial is None else initial[s][row] for s in range(count)]
+            states, anew = ([torch.zeros(batch, H, dtype=input.dtype) if given is None else given[s][row] for s in range(count)]
+                            for given in (initial, begun))
             each = [None] * steps
             for t in reversed(range(steps)) if d else range(steps):
                 runs = (t < lengths)[:, None]
                 begins = reset[t] if not d else reset[t + 1] & (t + 1 < lengths) if t + 1 < steps else lengths < 0
-                before = [torch.where(begins[:, None], 0, state) for state in states]
+                before = [torch.where(begins[:, None], *both) for both in zip(anew, states)]
                 new = step(module, kind, input[t], before, w)
                 if any(zoneout):
                     new = [z * old + (1 - z) * now for z, old, now in zip(zoneout, before, new)]
@@ -199,25 +200,26 @@ def close_in_scale(found, expected, tolerance=1e-10):
         close(one, other, rtol=0, atol=tolerance * (1 + other.abs().max().item()))
 
 
-def compare(module, kind, input, hx, lengths=None, reset=None):
+def compare(module, kind, input, hx, lengths=None, reset=None, reset_to=None):
     """Everything that a call gives, and the gradients of all of it."""
-    output, last, every = module(input, hx, lengths=lengths, reset=reset, return_states=True)
+    given = dict(lengths=lengths, reset=reset, reset_to=reset_to)
+    output, last, every = module(input, hx, **given, return_states=True)
     every = every if NUMBER_OF_STATES[kind] > 1 else (every,)
     expected = loop(module, kind, input.transpose(0, 1) if module.batch_first else input, hx, lengths,
-                    reset.t() if reset is not None and module.batch_first else reset)
+                    reset.t() if reset is not None and module.batch_first else reset, reset_to)
     if module.batch_first:
         expected = expected[0].transpose(0, 1), expected[1], tuple(tuple(s.transpose(0, 1) for s in each) for each in expected[2])
     close((output, as_tuple(last), every), expected)
-    leaves = [input, *(() if hx is None else as_tuple(hx))]
+    leaves = [input, *(state for states in (hx, reset_to) if states is not None for state in as_tuple(states))]
 
     def flat(output, last, every):
         return [output, *last, *(state for each in every for state in each)]
 
     close_in_scale(slopes(module, flat(output, as_tuple(last), every), leaves), slopes(module, flat(*expected), leaves))
-    plain = module(input, hx, lengths=lengths, reset=reset)
+    plain = module(input, hx, **given)
     close((plain[0], as_tuple(plain[1])), expected[:2])
     with torch.no_grad():
-        plain = module(input, hx, lengths=lengths, reset=reset)
+        plain = module(input, hx, **given)
         close((plain[0], as_tuple(plain[1])), expected[:2])
 
 
@@ -235,6 +237,7 @@ def test_the_loop(kind, options, layout):
     compare(module, kind, input, None)
     lengths, reset = torch.tensor([5, 1, 3]), torch.rand(shape[:2]) < 0.4
     compare(module, kind, input, hx, lengths, reset)
+    compare(module, kind, input, hx, lengths, reset, states_of(module, kind, requires_grad=True))
 
 
 @cases
@@ -267,9 +270,10 @@ def test_packed(kind, options):
 def test_unbatched(kind, options):
     module = make(kind, options, num_layers=2)
     input, hx = torch.randn(T, I, dtype=torch.float64), states_of(module, kind, None)
-    reset = torch.tensor([False, False, True, False, False])
-    output, last, every = module(input, hx, reset=reset, return_states=True)
-    expected = loop(module, kind, input[:, None], tuple(state[:, None] for state in as_tuple(hx)), reset=reset[:, None])
+    reset, to = torch.tensor([False, False, True, False, False]), states_of(module, kind, None)
+    output, last, every = module(input, hx, reset=reset, reset_to=to, return_states=True)
+    batched = [tuple(state[:, None] for state in as_tuple(states)) for states in (hx, to)]
+    expected = loop(module, kind, input[:, None], batched[0], reset=reset[:, None], reset_to=batched[1])
     close(output, expected[0][:, 0])
     close(as_tuple(last), tuple(state[:, 0] for state in expected[1]))
     close(every if len(expected[2]) > 1 else (every,), tuple(tuple(s[:, 0] for s in each) for each in expected[2]))
@@ -281,7 +285,8 @@ def test_zoneout(kind, options):
         return  # which has none
     module = make(kind, options, num_layers=2, bidirectional=True, zoneout=(0.3, 0.6) if kind.endswith("LSTM") else 0.3).eval()
     input = torch.randn(T, B, I, dtype=torch.float64, requires_grad=True)
-    compare(module, kind, input, states_of(module, kind, requires_grad=True), reset=torch.rand(T, B) < 0.4)
+    hx, to = (states_of(module, kind, requires_grad=True) for _ in range(2))
+    compare(module, kind, input, hx, reset=torch.rand(T, B) < 0.4, reset_to=to)
     module.train()
     assert not torch.equal(module(input)[0], module(input)[0])
 

@@ -26,13 +26,14 @@ LAYOUTS = {
     "no bias": dict(bias=False, D=2),
     "carry": dict(D=2, carry=True),
     "packed carry": dict(D=2, carry=True, batch_sizes=(4, 2, 1)),
+    "packed projected resets": dict(D=2, P=3, reset=True, batch_sizes=(4, 2, 1)),
 }
 CELLS_AND_LAYOUTS = [(cell, name) for cell in CELLS for name in LAYOUTS if cell == "lstm" or "projected" not in name]
 cells_and_layouts = pytest.mark.parametrize("cell, layout", CELLS_AND_LAYOUTS)
 
 
 def forward_arguments(cell, T=3, B=2, H=5, P=None, D=1, batch_sizes=None, states=True, bias=True, save=True,
-                      carry=False, dtype=torch.float32):  # fmt: skip
+                      carry=False, reset=False, dtype=torch.float32):  # fmt: skip
     """Keyword arguments of recurrence_forward, in order."""
     G, width = GATES[cell], P or H
     rows = (T, B) if batch_sizes is None else (sum(batch_sizes),)
@@ -50,9 +51,11 @@ def forward_arguments(cell, T=3, B=2, H=5, P=None, D=1, batch_sizes=None, states
         hx=make(D, B, width) if states else None,
         cx=make(D, B, H) if states and cell == "lstm" else None,
         batch_sizes=None if batch_sizes is None else torch.tensor(batch_sizes, device="cpu"),
-        reset=torch.rand(rows) < 0.3 if carry else None,
+        reset=torch.rand(rows) < 0.3 if carry or reset else None,
         zoneout=torch.rand(*rows, D, 1 + (cell == "lstm"), H, dtype=dtype) if carry else None,
         hidden_mask=torch.rand(D, B, H, dtype=dtype) if carry else None,
+        reset_hx=make(D, B, width) if carry or reset else None,
+        reset_cx=make(D, B, H) if (carry or reset) and cell == "lstm" else None,
         save=SAVE_ALL if save else SAVE_NOTHING,
         allow_tf32=False,
     )
@@ -70,13 +73,15 @@ def backward_arguments(cell, **options):
         output=output,
         saved=saved,
         states=states,
-        **{name: given[name] for name in ("batch_sizes", "reset", "zoneout", "hidden_mask")},
+        **{name: given[name] for name in ("batch_sizes", "reset", "zoneout", "hidden_mask", "reset_hx", "reset_cx")},
         grad_output=torch.randn_like(output),
         grad_hy=torch.randn_like(hy),
         grad_cy=torch.randn_like(cy) if lstm else None,
         grad_states=torch.randn_like(states) if lstm and given["reset"] is not None else None,
         need_grad_hx=True,
         need_grad_cx=lstm,
+        need_grad_reset_hx=given["reset_hx"] is not None,
+        need_grad_reset_cx=given["reset_cx"] is not None,
         need_grad_weight_ih=True,
         need_grad_weight_hh=True,
         need_grad_bias=True,
@@ -85,7 +90,8 @@ def backward_arguments(cell, **options):
     )
 
 
-NEEDS = ["need_grad_hx", "need_grad_cx", "need_grad_weight_ih", "need_grad_weight_hh", "need_grad_bias", "need_grad_weight_hr"]
+NEEDS_OF_STATES = ["need_grad_hx", "need_grad_cx", "need_grad_reset_hx", "need_grad_reset_cx"]
+NEEDS = [*NEEDS_OF_STATES, "need_grad_weight_ih", "need_grad_weight_hh", "need_grad_bias", "need_grad_weight_hr"]
 
 
 def flat(results):
@@ -101,16 +107,18 @@ def flat(results):
 def test_schemas():
     assert str(forward.default._schema) == (
         "fusedrnn::recurrence_forward(str cell, Tensor[] gates_x, Tensor[] weight_hh, Tensor[]? bias_hh, "
-        "Tensor[]? weight_hr, Tensor? hx, Tensor? cx, Tensor? ragged, Tensor? reset, Tensor? zoneout, Tensor? hidden_mask, int save, "
-        "bool allow_tf32) -> "
+        "Tensor[]? weight_hr, Tensor? hx, Tensor? cx, Tensor? ragged, Tensor? reset, Tensor? zoneout, Tensor? hidden_mask, "
+        "Tensor? reset_hx, Tensor? reset_cx, int save, bool allow_tf32) -> "
         "(Tensor output, Tensor hy, Tensor cy, Tensor saved, Tensor states)"
     )
     assert str(backward.default._schema) == (
         "fusedrnn::recurrence_backward(str cell, Tensor? input, Tensor[] weight_hh, Tensor[]? weight_hr, Tensor? hx, Tensor? cx, "
         "Tensor output, Tensor saved, Tensor states, Tensor? ragged, Tensor? reset, Tensor? zoneout, Tensor? hidden_mask, "
-        "Tensor? grad_output, Tensor? grad_hy, Tensor? grad_cy, Tensor? grad_states, bool need_grad_hx, bool need_grad_cx, bool need_grad_weight_ih, bool need_grad_weight_hh, "
+        "Tensor? reset_hx, Tensor? reset_cx, Tensor? grad_output, Tensor? grad_hy, Tensor? grad_cy, Tensor? grad_states, "
+        "bool need_grad_hx, bool need_grad_cx, bool need_grad_reset_hx, bool need_grad_reset_cx, bool need_grad_weight_ih, "
+        "bool need_grad_weight_hh, "
         "bool need_grad_bias, bool need_grad_weight_hr, bool allow_tf32) -> "
-        "(Tensor grad_pre, Tensor grad_hx, Tensor grad_cx, Tensor[] grad_weights)"
+        "(Tensor grad_pre, Tensor grad_hx, Tensor grad_cx, Tensor grad_reset_hx, Tensor grad_reset_cx, Tensor[] grad_weights)"
     )
     for op in (forward, backward):
         assert not op.default._schema.is_mutable
@@ -192,12 +200,16 @@ WRONG = [
     ("hx", torch.zeros(1, 2, 5).double(), "hx must be Float like weight_hh, got Double"),
     ("cx", torch.zeros(1, 2, 4), r"cx must be \(1, 2, 5\), got \(1, 2, 4\)"),
     ("batch_sizes", torch.tensor([2, 2, 2]), "lengths must be .*one for each of 2 sequences"),
+    ("reset", None, "reset_hx and reset_cx need reset"),
+    ("reset", torch.zeros(3, 2), "reset must be Bool, got Float"),
+    ("reset_hx", torch.zeros(1, 3, 5), r"reset_hx must be \(1, 2, 5\), got \(1, 3, 5\)"),
+    ("reset_cx", torch.zeros(1, 2, 5).double(), "reset_cx must be Float like weight_hh, got Double"),
 ]
 
 
 @pytest.mark.parametrize("name, value, text", WRONG, ids=lambda v: v if isinstance(v, str) else "")
 def test_errors_of_forward(name, value, text):
-    given = {**forward_arguments("lstm"), name: value}
+    given = {**forward_arguments("lstm", reset="reset" in name), name: value}
     with pytest.raises(RuntimeError, match=f"fusedrnn::recurrence_forward: {text}"):
         forward(*given.values())
 
@@ -245,6 +257,8 @@ def test_cell_states_are_for_the_lstm():
         forward(*{**forward_arguments("gru"), "weight_hr": [torch.zeros(5, 5)]}.values())
     with pytest.raises(RuntimeError, match="for cells of more than one state"):
         backward(*{**backward_arguments("gru"), "need_grad_cx": True}.values())
+    with pytest.raises(RuntimeError, match="reset_cx is for cells of more than one state"):
+        forward(*{**forward_arguments("gru", reset=True), "reset_cx": torch.zeros(1, 2, 5)}.values())
 
 
 @pytest.mark.parametrize(
@@ -267,6 +281,7 @@ def test_cell_states_are_for_the_lstm():
         ("input", torch.zeros(2, 3, 4), r"input must be \(3, 2, 4\), got \(2, 3, 4\)"),
         ("input", torch.zeros(3, 2, 4).double(), "input must be Float like weight_hh, got Double"),
         ("need_grad_weight_hr", True, "need_grad_weight_hr needs weight_hr"),
+        ("need_grad_reset_hx", True, "need_grad_reset_hx needs reset_hx"),
     ],
     ids=lambda v: v if isinstance(v, str) else "",
 )
@@ -379,11 +394,11 @@ def test_gradients_of_weights_on_demand(cell, layout, engine):
         for a, b in zip(flat(alone)[1:], flat(everything)[1:], strict=True):
             assert not a.numel() or torch.equal(a, b)
             there += a.numel() > 0
-        directions = 1 if need in ("need_grad_hx", "need_grad_cx") else len(given["weight_hh"])
+        directions = 1 if need in NEEDS_OF_STATES else len(given["weight_hh"])
         assert there == directions * (2 if need == "need_grad_bias" else 1)
     if given["batch_sizes"] is None:
         nothing = backward_arguments(cell, **{**LAYOUTS[layout], "B": 0})
-        for grad in backward(*nothing.values())[3]:
+        for grad in backward(*nothing.values())[-1]:
             assert not grad.any() and not grad.isnan().any()
 
 
@@ -464,8 +479,9 @@ def test_operators_do_not_depend_on_the_number_of_threads(cell, layout, size, is
         output, hy, cy, saved, states = outputs
         grads = backward(
             cell, input, given["weight_hh"], given["weight_hr"], given["hx"], given["cx"], output, saved, states,
-            given["batch_sizes"], given["reset"], given["zoneout"], given["hidden_mask"], torch.ones_like(output), None, None, None,
-            True, cell == "lstm", True, True, True,
+            given["batch_sizes"], given["reset"], given["zoneout"], given["hidden_mask"], given["reset_hx"], given["reset_cx"],
+            torch.ones_like(output), None, None, None, True, cell == "lstm", given["reset_hx"] is not None,
+            given["reset_cx"] is not None, True, True, True,
             bool(given["weight_hr"]), False,
         )  # fmt: skip
         results.append([*outputs, *flat(grads)])

@@ -27,6 +27,8 @@ struct BackwardPass {
   F* dinner[slots(kInner)];      // (D, B, unit_row)
   F* dtotal;                     // (D, B, h_row) whole gradient of h, where the cells wait for that of all units
   F* dlate;                      // (D, B, h_row) gradient of a late gate
+  F* dreset_h;                   // (D, B, h_row) sums for grad_reset_hx
+  F* dreset_inner[slots(kInner)];  // (D, B, unit_row) and for grad_reset_cx
   F* sums;                       // (threads, kSumRows, kWidth)
 
   BackwardPass(const BackwardParams& p, Arena& arena)
@@ -50,6 +52,8 @@ struct BackwardPass {
     for (int k = 0; k < kInner; ++k) dinner[k] = arena.take<F>(p.D * p.steps.B * unit_row);
     dtotal = arena.take<F>(projected || Cell::kLate || Cell::kNorms ? p.D * p.steps.B * h_row : 0);
     dlate = arena.take<F>(Cell::kLate ? p.D * p.steps.B * h_row : 0);
+    dreset_h = arena.take<F>(p.grad_reset_hx ? p.D * p.steps.B * h_row : 0);
+    for (int k = 0; k < kInner; ++k) dreset_inner[k] = arena.take<F>(p.grad_reset_cx ? p.D * p.steps.B * unit_row : 0);
     sums = arena.take<F>(p.threads * kSumRows * kWidth);
   }
 
@@ -77,6 +81,9 @@ struct BackwardPass {
       load_row(dh + row * h_row, h_row, static_cast<const S*>(p.grad_hy), given, p.P);
       for (int k = 0; k < kInner; ++k)
         load_row(dinner[k] + row * unit_row, unit_row, static_cast<const S*>(p.grad_cy), k * p.D * p.steps.B + given, p.H);
+      const S* const zeros = nullptr;
+      if (p.grad_reset_hx) load_row(dreset_h + row * h_row, h_row, zeros, given, p.P);
+      for (int k = 0; k < kInner && p.grad_reset_cx; ++k) load_row(dreset_inner[k] + row * unit_row, unit_row, zeros, given, p.H);
     }
     for (const Weights* weights : {&recurrent[d], &second[d]}) {
       const Range blocks = share(weights->panels ? weights->blocks() : 0, direction.members, place);
@@ -112,12 +119,12 @@ struct BackwardPass {
       for (int64_t s = 0; s <= T; ++s) {
         const int64_t t = d ? s : T - 1 - s;
         const int64_t count = s < T ? rows.count(p.steps.rows(t)) : 0;
-        if (s == T && !p.grad_hx && !p.grad_cx) break;
+        if (s == T && !p.grad_hx && !p.grad_cx && !p.grad_reset_hx) break;
         const F* dpre = pass.dpre[s & 1];
         F* dpre_new = pass.dpre[(s + 1) & 1];
         const int64_t visited = count > before ? count : before;
         const int64_t row_stride = rows.slices;
-        const bool needs_product = Cell::kMultiplies && (s < T || p.grad_hx);
+        const bool needs_product = Cell::kMultiplies && (s < T || p.grad_hx || p.grad_reset_hx);
         for_groups(columns, visited, [&](const Range& group) {
           visit(needs_product ? recurrent : Weights{}, group, p.P, dpre, row_stride * pass.pre_row, pass.pre_row, before, count,
                 visited, [&](int64_t r, int64_t u, int n, auto sum) __attribute__((always_inline)) {
@@ -150,6 +157,7 @@ struct BackwardPass {
         before = count;
         barrier.wait(member);  // for the gate gradients of all units
       }
+      for (int64_t r = 0; r < rows.count(p.steps.B); ++r) leave_reset(r);
     }
 
     // The units of a group of blocks in the rows [0, visited), where sum is a times the block's weights in the first `multiplied`
@@ -202,10 +210,17 @@ struct BackwardPass {
         V& total = sum.row[i];
         if (p.hidden_mask) total = rounded(total * hidden_mask(r + i, u, n));
         total = total + load(pass.dh + state_row(r + i) * pass.h_row + u);
+        if (p.grad_reset_hx && p.steps.ends(t, rows.batch_row(r + i), d)) total = arrive_anew(r + i, u, total);
         if (p.grad_output) total = total + load(static_cast<const S*>(p.grad_output) + output_at(t, r + i) + u, n);
       }
       return sum;
     }
+    // The whole gradient of the hidden state that the next step began with, where that was reset_hx: nothing of it goes on.
+    FUSEDRNN_INLINE V arrive_anew(int64_t r, int64_t u, V total) const {
+      add(pass.dreset_h + state_row(r) * pass.h_row + u, total);
+      return V(F(0));
+    }
+    static FUSEDRNN_INLINE void add(F* to, V more) { store(to, load(to) + more); }
     FUSEDRNN_INLINE V hidden_mask(int64_t r, int64_t u, int n) const {
       return load(static_cast<const S*>(p.hidden_mask) + given_row(r) * p.P + u, n);
     }
@@ -274,15 +289,15 @@ struct BackwardPass {
 #pragma GCC unroll 4
         for (int k = 0; k < Cell::kSaved; ++k) saved[k].row[i] = load(saved_row + k * p.H, n);
         // Cells whose hidden state may be projected do not look at state 0 in backward.
-        state[0].row[i] = pass.projected || begins[i] ? V(F(0))
-                          : first                     ? initial(p.hx, p.P, u, n, given_row(r + i))
-                                                      : load(output + from_row * p.D * p.P, n);
+        state[0].row[i] = pass.projected       ? V(F(0))
+                          : begins[i] || first ? load_given<F, S>(begins[i] ? p.reset_hx : p.hx, p.P, u, n, given_row(r + i))
+                                               : load(output + from_row * p.D * p.P, n);
         new_state[0].row[i] = pass.projected ? V(F(0)) : load(output + row * p.D * p.P, n);
 #pragma GCC unroll 4
         for (int k = 0; k < kInner; ++k) {
-          state[k + 1].row[i] = begins[i] ? V(F(0))
-                                : first   ? initial(p.cx, p.H, u, n, k * p.D * p.steps.B + given_row(r + i))
-                                          : load(states + (from_row * p.D * p.stored + k) * p.H, n);
+          const int64_t given = k * p.D * p.steps.B + given_row(r + i);
+          state[k + 1].row[i] = begins[i] || first ? load_given<F, S>(begins[i] ? p.reset_cx : p.cx, p.H, u, n, given)
+                                                   : load(states + (from_row * p.D * p.stored + k) * p.H, n);
           new_state[k + 1].row[i] = load(states + (row * p.D * p.stored + k) * p.H, n);
           grad_new[k + 1].row[i] = load(pass.dinner[k] + state_row * pass.unit_row + u);
           if (p.grad_states)
@@ -348,16 +363,20 @@ struct BackwardPass {
 #pragma GCC unroll 2
       for (int i = 0; i < kRows; ++i) {
         const int64_t b = rows.batch_row(r + i), state_row = d * p.steps.B + b, row = p.steps.row(t, b);
+        const bool drops = of.begins[i] && !p.grad_reset_hx;  // what nobody wants of the gradient of h
         S* grad_pre_row = static_cast<S*>(p.grad_pre) + (row * p.D + d) * kGrads<Cell> * p.H + u;
 #pragma GCC unroll 8
         for (int k = 0; k < kGrads<Cell>; ++k) store(grad_pre_row + k * p.H, grad_pre[k].row[i], n);
         F* dpre_row = dpre_new + state_row * pass.pre_row + u;
 #pragma GCC unroll 4
         for (int g = 0; g < pass.kFirst; ++g)  // of a normalised row, they are not done yet
-          store(dpre_row + g * p.H, of.begins[i] && !Cell::kNorms ? V(F(0)) : grad_pre[Cell::h_pre(g)].row[i], n);
+          store(dpre_row + g * p.H, drops && !Cell::kNorms ? V(F(0)) : grad_pre[Cell::h_pre(g)].row[i], n);
         for (int g = 0; g < Cell::kGates && Cell::kNorms; ++g)
           of_row->gathered.add(grad_pre[Cell::h_pre(g)].row[i], given.products.of(of.saved[Cell::kSaved - Cell::kGates + g]).row[i], n);
-        if (!pass.projected) store(pass.dh + state_row * pass.h_row + u, of.begins[i] ? V(F(0)) : grad_state[0].row[i]);
+        if (!pass.projected) store(pass.dh + state_row * pass.h_row + u, drops ? V(F(0)) : grad_state[0].row[i]);
+        if (of.begins[i] && p.grad_reset_cx)
+#pragma GCC unroll 4
+          for (int k = 0; k < kInner; ++k) add(pass.dreset_inner[k] + state_row * pass.unit_row + u, grad_state[k + 1].row[i]);
 #pragma GCC unroll 4
         for (int k = 0; k < kInner; ++k)
           store(pass.dinner[k] + state_row * pass.unit_row + u, of.begins[i] ? V(F(0)) : grad_state[k + 1].row[i]);
@@ -390,7 +409,8 @@ struct BackwardPass {
 
       // Where h was nothing, all products were zero whatever the weights: their scale is so large that no format need hold their
       // gradients, which nobody takes.
-      const bool from_nothing = p.steps.begins(t, b, d) || (!p.hx && p.steps.row_before(t, b, d) < 0);
+      const bool begins = p.steps.begins(t, b, d), drops = begins && !p.grad_reset_hx;
+      const bool from_nothing = begins ? !p.reset_hx : !p.hx && p.steps.row_before(t, b, d) < 0;
       const V mean(of_row.gathered.mean(Cell::kGates * H)), mean_of_products(of_row.gathered.mean_of_products(Cell::kGates * H));
       const Norm<V> norm{V(of_row.norms[0].mean), V(of_row.norms[0].scale)};
       S* grad_pre_row = static_cast<S*>(p.grad_pre) + (row * p.D + d) * kGrads<Cell> * H;
@@ -401,26 +421,33 @@ struct BackwardPass {
           const int64_t at = g * H + u;
           V grad = norm.grad(load(dpre_row + at, n), norm.of(load(products + at, n)), mean, mean_of_products);
           if (from_nothing) grad = V(F(0));
-          store(dpre_row + at, grad, n);
+          store(dpre_row + at, drops ? V(F(0)) : grad, n);
           store(grad_pre_row + Cell::h_pre(g) * H + u, grad, n);
         }
     }
 
-    static FUSEDRNN_INLINE V initial(const void* states, int64_t width, int64_t u, int n, int64_t row) {
-      return states ? load(static_cast<const S*>(states) + row * width + u, n) : V(F(0));
-    }
-
     void leave_h(int64_t r, int64_t u, int n, V sum) const {
-      if (!p.grad_hx) return;
+      if (!p.grad_hx && !p.grad_reset_hx) return;
       if (p.hidden_mask) sum = rounded(sum * hidden_mask(r, u, n));
-      store(static_cast<S*>(p.grad_hx) + given_row(r) * p.P + u, sum + load(pass.dh + state_row(r) * pass.h_row + u), n);
+      V total = sum + load(pass.dh + state_row(r) * pass.h_row + u);
+      if (p.grad_reset_hx && d == 0 && p.steps.begins(0, rows.batch_row(r), d)) total = arrive_anew(r, u, total);
+      if (p.grad_hx) store(static_cast<S*>(p.grad_hx) + given_row(r) * p.P + u, total, n);
     }
 
     void leave_inner(int64_t r) const {
       for (int k = 0; k < kInner && p.grad_cx; ++k)
-        for (int64_t u = blocks.begin * kUnits; u < blocks.end * kUnits && u < p.H; u += kLanes)
-          store(static_cast<S*>(p.grad_cx) + (k * p.D * p.steps.B + given_row(r)) * p.H + u,
-                load(pass.dinner[k] + state_row(r) * pass.unit_row + u), lanes_left<F>(u, p.H));
+        leave(blocks, pass.dinner[k] + state_row(r) * pass.unit_row, p.H, p.grad_cx, k * p.D * p.steps.B + given_row(r));
+    }
+
+    // This member's part of the sums over all resets.
+    void leave_reset(int64_t r) const {
+      if (p.grad_reset_hx) leave(columns, pass.dreset_h + state_row(r) * pass.h_row, p.P, p.grad_reset_hx, given_row(r));
+      for (int k = 0; k < kInner && p.grad_reset_cx; ++k)
+        leave(blocks, pass.dreset_inner[k] + state_row(r) * pass.unit_row, p.H, p.grad_reset_cx, k * p.D * p.steps.B + given_row(r));
+    }
+    static void leave(const Range& blocks, const F* from, int64_t width, void* to, int64_t row) {
+      for (int64_t u = blocks.begin * kUnits; u < blocks.end * kUnits && u < width; u += kLanes)
+        store(static_cast<S*>(to) + row * width + u, load(from + u), lanes_left<F>(u, width));
     }
   };
 };

@@ -84,7 +84,7 @@ struct ForwardPass {
     for (int64_t r = mine.begin; r < mine.end; ++r) {
       const int64_t row = d * p.steps.B + rows.batch_row(r), given = p.steps.given_row(d, rows.batch_row(r));
       const bool anew = p.steps.begins(d ? p.steps.T - 1 : 0, rows.batch_row(r), d);
-      const S *hx = anew ? nullptr : static_cast<const S*>(p.hx), *cx = anew ? nullptr : static_cast<const S*>(p.cx);
+      const auto *hx = static_cast<const S*>(anew ? p.reset_hx : p.hx), *cx = static_cast<const S*>(anew ? p.reset_cx : p.cx);
       for (F* to : {h[0], h[1]}) load_row(to + row * h_row, h_row, hx, given, p.P);
       for (int k = 0; k < kInner; ++k) load_row(inner[k] + row * unit_row, unit_row, cx, k * p.D * p.steps.B + given, p.H);
       if (p.hidden_mask) {
@@ -139,7 +139,7 @@ struct ForwardPass {
         const int64_t staying = s + 1 < T ? rows.count(p.steps.rows(next)) : 0;
         const F* h = pass.h[s & 1];
         F* h_new = pass.h[(s + 1) & 1];
-        for_groups(blocks, count, [&](const Range& group) { step(group, t, count, s > 0 || p.hx, h, h_new); });
+        for_groups(blocks, count, [&](const Range& group) { step(group, t, count, s > 0 || p.hx || p.reset_hx, h, h_new); });
         if constexpr (can_project<Cell> || Cell::kLate) {
           if (pass.projected || Cell::kLate) {
             barrier.wait(member);  // for what all units have left between the products
@@ -290,12 +290,13 @@ struct ForwardPass {
         if (pass.projected) {
           store(pass.between + state_row * pass.unit_row + u, new_state[0].row[i]);
         } else {
-          leave_h(h_new, b, u, n, ends ? V(F(0)) : new_state[0].row[i]);
+          leave_h(h_new, b, u, n, ends ? begun(p.reset_hx, p.P, u, n, b) : new_state[0].row[i]);
           store(static_cast<S*>(p.output) + (row * p.D + d) * p.P + u, new_state[0].row[i], n);
         }
 #pragma GCC unroll 4
         for (int k = 0; k < kInner; ++k)
-          store(pass.inner[k] + state_row * pass.unit_row + u, ends ? V(F(0)) : new_state[k + 1].row[i]);
+          store(pass.inner[k] + state_row * pass.unit_row + u,
+                ends ? begun(p.reset_cx, p.H, u, n, b, k) : new_state[k + 1].row[i]);
         if (p.save == Save::kNothing) continue;
         S* saved_row = static_cast<S*>(p.saved) + (row * p.D + d) * Cell::kSaved * p.H + u;
         if (p.save == Save::kAll)
@@ -306,6 +307,11 @@ struct ForwardPass {
         for (int k = 0; k < kInner; ++k) store(states_row + k * p.H, new_state[k + 1].row[i], n);
         if (pass.projected) store(states_row + kInner * p.H, new_state[0].row[i], n);
       }
+    }
+
+    // What row b begins anew with: h, or inner state k.
+    FUSEDRNN_INLINE V begun(const void* states, int64_t width, int64_t u, int n, int64_t b, int64_t k = 0) const {
+      return load_given<F, S>(states, width, u, n, k * p.D * p.steps.B + p.steps.given_row(d, b));
     }
 
     // The hidden state of row b of the batch, for the next step.
@@ -348,8 +354,9 @@ struct ForwardPass {
             if (u >= p.P) break;
             const V value = load(sums + m * kWidth + i);
             const int64_t b = rows.batch_row(begin + m), row = p.steps.row(t, b);
-            store(h_new + state_row(begin + m) * pass.h_row + u, p.steps.ends(t, b, d) ? V(F(0)) : value);
-            store(static_cast<S*>(p.output) + (row * p.D + d) * p.P + u, value, lanes_left<F>(u, p.P));
+            const int n = lanes_left<F>(u, p.P);
+            store(h_new + state_row(begin + m) * pass.h_row + u, p.steps.ends(t, b, d) ? begun(p.reset_hx, p.P, u, n, b) : value);
+            store(static_cast<S*>(p.output) + (row * p.D + d) * p.P + u, value, n);
           }
       }
     }

@@ -196,13 +196,15 @@ struct GradWeightsPass {
         return static_cast<const S*>(p.states) + ((row * p.D + d + 1) * Cell::kStates - 1) * p.H;
       if (product.kind == Product::kInput)
         return static_cast<const S*>(p.input) + p.steps.position(t, b, p.input_step, p.input_row);
-      if (p.steps.begins(t, b, d)) return nullptr;
+      const bool begins = p.steps.begins(t, b, d);
+      if (begins && !p.reset_hx) return nullptr;
       if constexpr (Cell::kLate)
         if (product.kind == Product::kLate)
           return static_cast<const S*>(p.saved) + ((row * p.D + d) * Cell::kSaved + Cell::kMiddle) * p.H;
       const int64_t before = p.steps.row_before(t, b, d);
-      if (before >= 0) return static_cast<const S*>(p.output) + (before * p.D + d) * p.P;
-      return p.hx ? static_cast<const S*>(p.hx) + p.steps.given_row(d, b) * p.P : nullptr;
+      if (before >= 0 && !begins) return static_cast<const S*>(p.output) + (before * p.D + d) * p.P;
+      const auto* given = static_cast<const S*>(begins ? p.reset_hx : p.hx);
+      return given ? given + p.steps.given_row(d, b) * p.P : nullptr;
     }
 
     const S* mask_row(int64_t b) const {

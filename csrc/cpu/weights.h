@@ -122,6 +122,12 @@ FUSEDRNN_INLINE void load_row(F* to, int64_t width, const S* from, int64_t row, 
           lanes_left<F>(u, width));
 }
 
+// The numbers from u on of a row of states that the caller gave, n of them real; null: zeros.
+template <class F, class S>
+FUSEDRNN_INLINE Vec<F> load_given(const void* states, int64_t width, int64_t u, int n, int64_t row) {
+  return states ? load(static_cast<const S*>(states) + row * width + u, n) : Vec<F>(F(0));
+}
+
 // Which rows of the batch a team has: every slices-th one, so that sequences sorted by length are spread evenly.
 struct TeamRows {
   int64_t direction, slice, slices;

@@ -24,6 +24,12 @@ FUSEDRNN_DEVICE void fetch_unit(const LayerParams& p, int d, int64_t u, Inputs& 
   }
 }
 
+// A number of the states that a sequence begins anew with, reset_hx or reset_cx; null: zeros.
+template <class Sum, class S>
+FUSEDRNN_DEVICE Sum begun(const void* states, int64_t at) {
+  return states ? Sum(widen(static_cast<const S*>(states)[at])) : Sum(0);
+}
+
 // at: the unit's place in (D, B, H).
 template <class Cell, class Sum, class S, class Inputs>
 FUSEDRNN_DEVICE Given<Sum, Cell::kUnit> given_to(const LayerParams& p, int64_t at, const Inputs& in) {

@@ -22,6 +22,7 @@ struct BackwardMemory {
   typename A::Sum* dh;                             // (D, B, P) gradient of h that does not come through weight_hh; or, between the
                                                    // two kernels of a cell that has two, all of it but the output's
   typename A::Sum* dinner;                         // (inner states, D, B, H)
+  typename A::Sum *dreset_h, *dreset_inner;        // (D, B, P), (inner states, D, B, H) sums for grad_reset_hx and grad_reset_cx
   uint32_t* done;                                  // (D, exchange words)
   int64_t dpre_size, dprojected_size, done_size;   // elements of one direction
 };
@@ -47,7 +48,7 @@ struct BackwardBase {
   FUSEDRNN_DEVICE int64_t state_at(int d, int64_t b, int64_t u, int64_t width) const { return (d * p.steps.B + b) * width + u; }
   FUSEDRNN_DEVICE int64_t output_at(int d, int64_t row, int64_t u) const { return (row * p.D + d) * p.P + u; }
 
-  // Where row b of the step came from: `before` from the step before, and else from hx; or, if `anew`, from zeros.
+  // Where row b of the step came from: `before` from the step before, and else from hx; or, if `anew`, from reset_hx.
   struct Origin {
     bool before, anew;
   };
@@ -59,7 +60,7 @@ struct BackwardBase {
   FUSEDRNN_DEVICE S hidden_before(int d, const Now& now, int64_t b, int64_t u) const {
     const S* hx = static_cast<const S*>(p.hx);
     const Origin from = origin(d, now, b);
-    return from.anew     ? narrow<S>(Sum(0))
+    return from.anew     ? narrow<S>(begun<Sum, S>(p.reset_hx, state_at(d, b, u, p.P)))
            : from.before ? static_cast<const S*>(p.output)[output_at(d, now.before_first + b, u)]
            : hx          ? hx[state_at(d, b, u, p.P)]
                          : narrow<S>(Sum(0));
@@ -77,9 +78,27 @@ struct BackwardBase {
     return p.grad_output ? static_cast<const S*>(p.grad_output)[output_at(d, now.first + b, u)] : narrow<S>(Sum(0));
   }
 
-  FUSEDRNN_DEVICE void leave_h(int d, int64_t b, int64_t u, Sum through) const {
+  // Whether row b began the later step anew.
+  FUSEDRNN_DEVICE bool later_began(int d, const Now& now, int64_t b) const {
+    const bool was_there = b < now.multiplied && (d == 0 || b < now.count);
+    return p.steps.reset && was_there && runs(p.steps, d == 0 ? now.t + 1 : now.t, b) &&
+           p.steps.reset[now.first + (d == 0 ? now.count : 0) + b];
+  }
+  // What this step is to have of the whole gradient of the hidden state that the later one began with: nothing, if that was reset_hx.
+  FUSEDRNN_DEVICE Sum arriving(int d, const Now& now, int64_t b, int64_t u, Sum dh) const {
+    if (!p.grad_reset_hx || !later_began(d, now, b)) return dh;
+    add_reset(m.dreset_h, p.grad_reset_hx, state_at(d, b, u, p.P), dh);
+    return Sum(0);
+  }
+  FUSEDRNN_DEVICE static void add_reset(Sum* sums, void* grad, int64_t at, Sum more) {
+    sums[at] += more;
+    static_cast<S*>(grad)[at] = narrow<S>(sums[at]);
+  }
+
+  FUSEDRNN_DEVICE void leave_h(int d, const Now& now, int64_t b, int64_t u, Sum through) const {
     const int64_t at = state_at(d, b, u, p.P);
-    if (p.grad_hx) static_cast<S*>(p.grad_hx)[at] = narrow<S>(through * hidden_mask(d, b, u) + m.dh[at]);
+    const Sum dh = arriving(d, now, b, u, through * hidden_mask(d, b, u) + m.dh[at]);
+    if (p.grad_hx) static_cast<S*>(p.grad_hx)[at] = narrow<S>(dh);
   }
 };
 
@@ -103,10 +122,10 @@ struct BackwardProjection : BackwardBase<A> {
 
   template <class Pass>
   FUSEDRNN_DEVICE void finish(int d, const Now& now, int64_t b, int64_t u, const Sum (&sum)[1], const Inputs&, const Pass&) const {
-    if (b >= now.count) return this->leave_h(d, b, u, sum[0]);
+    if (b >= now.count) return this->leave_h(d, now, b, u, sum[0]);
     const bool running = runs(p.steps, now.t, b);
     // Through the later step, past it, and from the output.
-    Sum dh = sum[0] + m.dh[this->state_at(d, b, u, p.P)], past = Sum(0);
+    Sum dh = this->arriving(d, now, b, u, sum[0] + m.dh[this->state_at(d, b, u, p.P)]), past = Sum(0);
     if (running) {
       dh += Sum(widen(this->grad_output(d, now, b, u)));
     } else {
@@ -145,7 +164,7 @@ struct BackwardCell : BackwardBase<A> {
     S saved[slots(Cell::kSaved)], state[Cell::kStates], new_state[Cell::kStates], grad_output;
     Sum grad_new[Cell::kStates];  // what comes past the later step; each is loaded and no more, so that no load waits for another
     S grad_states[slots(kInner)];
-    bool runs, anew;              // this step; from zeros
+    bool runs, anew;              // this step; from reset_hx
   };
   using Inputs = GivenInputs<Cell, PlainInputs, S>;
   FUSEDRNN_DEVICE Inputs fetch(int d, const Now& now, int64_t b, int64_t u) const {
@@ -174,7 +193,7 @@ struct BackwardCell : BackwardBase<A> {
     for (int k = 0; k < kInner; ++k) {
       const int64_t states_at = (d * p.stored + k) * H + u, step = p.D * p.stored * H;
       const S* states = static_cast<const S*>(p.states) + states_at;
-      in.state[k + 1] = from.anew     ? zero
+      in.state[k + 1] = from.anew     ? narrow<S>(begun<Sum, S>(p.reset_cx, k * inner_size() + at))
                         : from.before ? states[(now.before_first + b) * step]
                         : cx          ? cx[k * inner_size() + at]
                                       : zero;
@@ -194,8 +213,8 @@ struct BackwardCell : BackwardBase<A> {
   }
 
   // The gradients of the initial states, of a row that began with the later step.
-  FUSEDRNN_DEVICE void leave_initial(int d, int64_t b, int64_t u, int64_t at, Sum sum) const {
-    if (!projected()) this->leave_h(d, b, u, sum);
+  FUSEDRNN_DEVICE void leave_initial(int d, const Now& now, int64_t b, int64_t u, int64_t at, Sum sum) const {
+    if (!projected()) this->leave_h(d, now, b, u, sum);
     for (int k = 0; k < kInner && p.grad_cx; ++k) {
       const int64_t inner_at = k * inner_size() + at;
       static_cast<S*>(p.grad_cx)[inner_at] = narrow<S>(m.dinner[inner_at]);
@@ -206,19 +225,20 @@ struct BackwardCell : BackwardBase<A> {
   FUSEDRNN_DEVICE void finish(int d, const Now& now, int64_t b, int64_t u, const Sum (&sum)[1], const Inputs& in,
                               const Pass& pass) const {
     const int64_t at = this->state_at(d, b, u, p.H);
-    if (b >= now.count) return leave_initial(d, b, u, at, sum[0]);
-    const Sum through = sum[0] * (projected() ? Sum(1) : this->hidden_mask(d, b, u));
+    if (b >= now.count) return leave_initial(d, now, b, u, at, sum[0]);
+    Sum dh = in.grad_new[0] + sum[0] * (projected() ? Sum(1) : this->hidden_mask(d, b, u));
+    if (!projected()) dh = this->arriving(d, now, b, u, dh);
     auto cell = [&](auto&... arguments) {
       cell_backward<Cell>(given_to<Cell, Sum, S>(p, at, in), arguments...);
       return true;
     };
-    run_cell<true>(d, now, b, u, through, in, cell, pass);
+    run_cell<true>(d, now, b, u, dh, in, cell, pass);
   }
 
-  // through: the gradient of h that comes through the product. cell(saved, state, new_state, grad_new, grad_pre, grad_state) makes the
+  // dh: the gradient of h, but for the output's. cell(saved, state, new_state, grad_new, grad_pre, grad_state) makes the
   // last two, or says that it was here for something else. kFirst: of the calls for a unit and step.
   template <bool kFirst, class Function, class Pass>
-  FUSEDRNN_DEVICE void run_cell(int d, const Now& now, int64_t b, int64_t u, Sum through, const Inputs& in, const Function& cell,
+  FUSEDRNN_DEVICE void run_cell(int d, const Now& now, int64_t b, int64_t u, Sum dh, const Inputs& in, const Function& cell,
                                 const Pass& pass) const {
     const int64_t H = p.H, at = this->state_at(d, b, u, H), row = now.first + b;
     Sum saved[slots(Cell::kSaved)], state[Cell::kStates], new_state[Cell::kStates], grad_new[Cell::kStates];
@@ -231,9 +251,7 @@ struct BackwardCell : BackwardBase<A> {
       new_state[i] = Sum(widen(in.new_state[i]));
       grad_new[i] = in.grad_new[i];
     }
-    grad_new[0] += through;
-    const Sum dh = grad_new[0];  // of a row that does not run
-    grad_new[0] += Sum(widen(in.grad_output));
+    grad_new[0] = dh + Sum(widen(in.grad_output));
 #pragma unroll
     for (int k = 0; k < kInner; ++k) grad_new[k + 1] += Sum(widen(in.grad_states[k]));
     if (kFirst && !projected()) this->leave_hidden_before(d, now, b, u, in.runs ? in.state[0] : narrow<S>(Sum(0)));
@@ -260,7 +278,8 @@ struct BackwardCell : BackwardBase<A> {
       for (int k = 0; k < kGrads<Cell>; ++k) grad_pre[k] = Sum(0);
     }
     const bool goes_on = in.runs && !in.anew;
-    auto next = [&](Sum grad, Sum unmoved) { return goes_on ? grad : in.runs ? Sum(0) : unmoved; };
+    const bool h_goes_on = in.runs && (!in.anew || p.grad_reset_hx);  // as far as the step before, which knows that this one began anew
+    auto next = [&](bool moves, Sum grad, Sum unmoved) { return moves ? grad : in.runs ? Sum(0) : unmoved; };
     S* grad_pre_row = static_cast<S*>(p.grad_pre) + (row * p.D + d) * kGrads<Cell> * H + u;
 #pragma unroll
     for (int k = 0; k < kGrads<Cell>; ++k) grad_pre_row[k * H] = narrow<S>(grad_pre[k]);
@@ -269,14 +288,18 @@ struct BackwardCell : BackwardBase<A> {
 #pragma unroll
       for (int g = 0; g < kEarly; ++g) {
         const int64_t place = packed_state_at<A>(dpre_blocks, b, g * H + u);
-        const Element element = A::element(goes_on ? grad_pre[Cell::h_pre(g)] : Sum(0));
+        const Element element = A::element(h_goes_on ? grad_pre[Cell::h_pre(g)] : Sum(0));
         dpre[place] = element;
         pass(place, element);
       }
     }
-    if (!projected()) m.dh[at] = next(grad_state[0], dh);
+    if (!projected()) m.dh[at] = next(h_goes_on, grad_state[0], dh);
 #pragma unroll
-    for (int k = 0; k < kInner; ++k) m.dinner[k * inner_size() + at] = next(grad_state[k + 1], in.grad_new[k + 1]);
+    for (int k = 0; k < kInner; ++k) {
+      const int64_t inner_at = k * inner_size() + at;
+      if (in.runs && in.anew && p.grad_reset_cx) this->add_reset(m.dreset_inner, p.grad_reset_cx, inner_at, grad_state[k + 1]);
+      m.dinner[inner_at] = next(goes_on, grad_state[k + 1], in.grad_new[k + 1]);
+    }
   }
 };
 
@@ -295,8 +318,8 @@ struct BackwardFirst : BackwardCell<Cell, A> {
   FUSEDRNN_DEVICE void finish(int d, const Now& now, int64_t b, int64_t u, const Sum (&sum)[1], const Inputs& in,
                               const Pass& pass) const {
     const int64_t at = this->state_at(d, b, u, p.H);
-    if (b >= now.count) return this->leave_initial(d, b, u, at, sum[0]);
-    const Sum through = sum[0] * this->hidden_mask(d, b, u);
+    if (b >= now.count) return this->leave_initial(d, now, b, u, at, sum[0]);
+    const Sum dh = this->arriving(d, now, b, u, in.grad_new[0] + sum[0] * this->hidden_mask(d, b, u));
     auto cell = [&](const auto& saved, const auto& state, const auto&, const auto& grad_new, const auto&...) {
       if constexpr (Cell::kLate > 0) {
         const Sum late = Cell::late_backward(given_to<Cell, Sum, S>(p, at, in), saved, state, grad_new);
@@ -304,8 +327,8 @@ struct BackwardFirst : BackwardCell<Cell, A> {
       }
       return false;
     };
-    this->template run_cell<true>(d, now, b, u, through, in, cell, pass);
-    m.dh[at] = in.grad_new[0] + through;
+    this->template run_cell<true>(d, now, b, u, dh, in, cell, pass);
+    m.dh[at] = dh;
   }
 };
 
@@ -334,7 +357,7 @@ struct BackwardLate : BackwardCell<Cell, A> {
       cell_backward<Cell>(given, arguments...);
       return true;
     };
-    this->template run_cell<false>(d, now, b, u, Sum(0), in, cell, pass);
+    this->template run_cell<false>(d, now, b, u, in.grad_new[0], in, cell, pass);
   }
 };
 
@@ -369,7 +392,7 @@ struct BackwardRow : BackwardCell<Cell, A> {
         given.products = norms.products;
         given.inner = norms.inner;
         auto cell = [&](auto&... arguments) { return fn(given, arguments...); };
-        this->template run_cell<false>(d, now, b, u, Sum(0), in, cell, PassNothing{});
+        this->template run_cell<false>(d, now, b, u, in.grad_new[0], in, cell, PassNothing{});
       });
     };
     Sum inner[2] = {}, product[2] = {};  // means over the row: of gradients, and of each times what was normalised
@@ -405,7 +428,7 @@ struct BackwardRow : BackwardCell<Cell, A> {
     for (Sum& mean : product) mean /= Sum(H * kNormed);
 
     const auto from = this->origin(d, now, b);
-    const bool nothing = from.anew || (!from.before && !p.hx);  // was multiplied, and nobody wants the gradient
+    const bool nothing = from.anew ? !p.reset_hx : !from.before && !p.hx;  // was multiplied, and nobody wants the gradient
     each([&](const auto& given, const auto& saved, const auto& state, const auto& new_state, auto& grad_new, auto& grad_pre,
              auto& grad_state) {
       backward(given, saved, state, new_state, grad_new, grad_pre, grad_state);
@@ -448,6 +471,14 @@ __global__ void enter_backward_kernel(const __grid_constant__ EnterBackward<A> a
   };
   enter(p.grad_hy, 0, args.m.dh, p.P);
   for (int k = 0; k < kStates - 1; ++k) enter(p.grad_cy, k, args.m.dinner, p.H);
+  auto begin = [&](Sum* sums, void* grad, int64_t size) {
+    for_each_place(1, grad ? size : 0, [&](int64_t, int64_t i) {
+      sums[d * size + i] = Sum(0);
+      static_cast<S*>(grad)[d * size + i] = narrow<S>(Sum(0));
+    });
+  };
+  begin(args.m.dreset_h, p.grad_reset_hx, p.steps.B * p.P);
+  begin(args.m.dreset_inner, p.grad_reset_cx, (kStates - 1) * p.steps.B * p.H);  // whichever direction's
 }
 
 // Lays out the workspace of a call, and launches its kernels.
@@ -478,6 +509,8 @@ struct BackwardPass {
     m.dprojected = arena.take<Element>(p.D * m.dprojected_size);
     m.dh = arena.take<Sum>(p.D * p.steps.B * p.P);
     m.dinner = arena.take<Sum>((Cell::kStates - 1) * p.D * p.steps.B * p.H);
+    m.dreset_h = arena.take<Sum>(p.grad_reset_hx ? p.D * p.steps.B * p.P : 0);
+    m.dreset_inner = arena.take<Sum>(p.grad_reset_cx ? (Cell::kStates - 1) * p.D * p.steps.B * p.H : 0);
     m.done_size = exchange_words(plan.dh);
     m.done = arena.take<uint32_t>(p.D * m.done_size);
   }

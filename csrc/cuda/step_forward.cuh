@@ -116,7 +116,10 @@ struct ForwardCell {
       for (int k = 0; k < Cell::kStates; ++k) new_state[k] = zoneout(Sum(widen(z[k * H])), in.state[k], new_state[k]);
     }
     // What goes on to the next step, and what is seen of this one, which is nothing behind the end of a sequence.
-    auto next = [&](int k) { return !in.runs ? in.state[k] : in.ends ? Sum(0) : new_state[k]; };
+    auto next = [&](int k) {
+      if (in.runs && in.ends) return k ? begun<Sum, S>(p.reset_cx, (k - 1) * state_size() + at) : begun<Sum, S>(p.reset_hx, at);
+      return in.runs ? new_state[k] : in.state[k];
+    };
     auto seen = [&](Sum number) { return narrow<S>(in.runs ? number : Sum(0)); };
     const bool last = in.runs && is_last(p.steps, now.t, b, d, b >= now.staying);
     if (projected) {
@@ -276,7 +279,8 @@ struct ForwardProjection {
     const S h = narrow<S>(sum[0]);
     const bool running = runs(p.steps, now.t, b), ends = p.steps.reset && b < now.staying && p.steps.reset[now.cut + b];
     const int64_t at = d * m.h_size + packed_state_at<A>(h_blocks, b, u);
-    m.h[1 - now.turn][at] = running ? A::element(ends ? Sum(0) : sum[0]) : m.h[now.turn][at];
+    const Sum next = ends ? begun<Sum, S>(p.reset_hx, (d * p.steps.B + b) * p.P + u) : sum[0];
+    m.h[1 - now.turn][at] = running ? A::element(next) : m.h[now.turn][at];
     static_cast<S*>(p.output)[((now.first + b) * p.D + d) * p.P + u] = running ? h : narrow<S>(Sum(0));
     if (running && is_last(p.steps, now.t, b, d, b >= now.staying)) static_cast<S*>(p.hy)[(d * p.steps.B + b) * p.P + u] = h;
   }
@@ -301,13 +305,13 @@ __global__ void enter_forward_kernel(const __grid_constant__ EnterForward<A> arg
     const bool real = states && b < p.steps.B && u < width;
     return real ? Sum(widen(static_cast<const S*>(states)[((k * p.D + d) * p.steps.B + b) * width + u])) : Sum(0);
   };
-  auto initial = [&](const void* states, int k, int64_t b, int64_t u, int64_t width) {
-    const bool anew = d == 0 && p.steps.reset && b < p.steps.B && p.steps.reset[b];
-    return anew ? Sum(0) : given(states, k, b, u, width);
+  auto initial = [&](const void* states, const void* anew, int k, int64_t b, int64_t u, int64_t width) {
+    const bool begins = d == 0 && p.steps.reset && b < p.steps.B && p.steps.reset[b];
+    return given(begins ? anew : states, k, b, u, width);
   };
   for_each_place(args.padded_rows, args.h_blocks * A::kDepth, [&](int64_t b, int64_t k) {
     const Sum mask = p.hidden_mask ? given(p.hidden_mask, 0, b, k, p.P) : Sum(1);
-    const typename A::Element h = A::element(initial(p.hx, 0, b, k, p.P) * mask);
+    const typename A::Element h = A::element(initial(p.hx, p.reset_hx, 0, b, k, p.P) * mask);
     const int64_t at = d * args.m.h_size + packed_state_at<A>(args.h_blocks, b, k);
     args.m.h[0][at] = h;
     args.m.h[1][at] = h;
@@ -318,10 +322,10 @@ __global__ void enter_forward_kernel(const __grid_constant__ EnterForward<A> arg
   for_each_place(1, args.m.done_size, [&](int64_t, int64_t i) { args.m.done[d * args.m.done_size + i] = 0; });
   for_each_place(p.steps.B, p.H, [&](int64_t b, int64_t u) {
     const int64_t at = (d * p.steps.B + b) * p.H + u;
-    if (!projected) args.m.state[at] = initial(p.hx, 0, b, u, p.H);
+    if (!projected) args.m.state[at] = initial(p.hx, p.reset_hx, 0, b, u, p.H);
     for (int k = 1; k < kStates; ++k) {
       const int64_t size = p.D * p.steps.B * p.H;
-      args.m.state[k * size + at] = initial(p.cx, k - 1, b, u, p.H);
+      args.m.state[k * size + at] = initial(p.cx, p.reset_cx, k - 1, b, u, p.H);
       if (p.steps.lengths && p.steps.lengths[b] < 1)  // of no steps
         static_cast<S*>(p.cy)[(k - 1) * size + at] = narrow<S>(given(p.cx, k - 1, b, u, p.H));
     }

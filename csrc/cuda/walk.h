@@ -78,7 +78,7 @@ FUSEDRNN_ANYWHERE ForwardStep step_at(const ForwardParams& p, const Rows& rows, 
   const int64_t T = p.steps.T, count = rows.rows(d, s), next = s + 1 < T ? rows.rows(d, s + 1) : 0;
   const int64_t t = step_of_walk(T, s, goes_up(d, false)), cut = d == 0 ? first + count : first;
   const int64_t gates_x_at = p.steps.offsets ? first * p.gates_x_row[d] : t * p.gates_x_step[d];
-  return {t, gates_x_at, first, count, next < count ? next : count, s > 0 || p.hx ? count : 0, int(s % 2), cut};
+  return {t, gates_x_at, first, count, next < count ? next : count, s > 0 || p.hx || p.reset_hx ? count : 0, int(s % 2), cut};
 }
 
 // The last step of a backward walk has no rows: it leaves the gradients of the initial states.

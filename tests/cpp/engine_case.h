@@ -20,9 +20,9 @@ struct Case {
   bool need_grad_hx = true, need_grad_cx = true;
   bool need_grad_weight_ih = true, need_grad_weight_hh = true, need_grad_bias = true, need_grad_weight_hr = true;
   bool extreme = false;                       // pre-activations of +-1e30
-  // What becomes of the states between steps: sequences that begin within a row; parts that stay, of each row's own or of all rows
+  // What becomes of the states between steps: sequences that begin within a row, from given states; parts that stay, of each row's own or of all rows
   // alike; a mask of the hidden state; and gradients of the inner states of every step.
-  bool reset = false, zoneout = false, alike = false, hidden_mask = false, grad_states = false;
+  bool reset = false, reset_hx = false, reset_cx = false, zoneout = false, alike = false, hidden_mask = false, grad_states = false;
   bool unit = true;                           // the units' own numbers, of a cell that has them
   fusedrnn::Choice choice;                    // of a cell that has one
   uint64_t seed = 0;
@@ -45,16 +45,16 @@ inline Traits traits_of(int cell) {
 }
 
 inline std::string text(const Case& c, size_t number) {
-  char line[400];
+  char line[500];
   std::snprintf(line, sizeof line,
-                "case %zu: %s %s T%d B%d I%d H%d P%d D%d %s layout %d threads %d/%d%s%s%s%s%s%s%s%s%s%s%s%s%s%s%s%s%s%s%s%s choice %d,%d,%d,%g", number,
+                "case %zu: %s %s T%d B%d I%d H%d P%d D%d %s layout %d threads %d/%d%s%s%s%s%s%s%s%s%s%s%s%s%s%s%s%s%s%s%s%s%s%s choice %d,%d,%d,%g", number,
                 traits_of(c.cell).name, name_of(c.dtype), int(c.T), int(c.B), int(c.I), int(c.H), int(c.P), int(c.D),
                 c.packed ? "packed" : c.uneven ? "uneven" : "padded", c.layout, c.granted, c.threads, c.hx ? " hx" : "", c.cx ? " cx" : "", c.bias ? " bias" : "", c.save ? " save" : "",
                 c.grad_output ? " grad_output" : "", c.grad_hy ? " grad_hy" : "", c.grad_cy ? " grad_cy" : "",
                 c.need_grad_hx ? " need_grad_hx" : "", c.need_grad_cx ? " need_grad_cx" : "",
                 c.need_grad_weight_ih ? " need_grad_weight_ih" : "", c.need_grad_weight_hh ? " need_grad_weight_hh" : "",
                 c.need_grad_bias ? " need_grad_bias" : "", c.need_grad_weight_hr ? " need_grad_weight_hr" : "", c.extreme ? " extreme" : "",
-                c.reset ? " reset" : "", c.zoneout ? " zoneout" : "", c.alike ? " alike" : "", c.hidden_mask ? " hidden_mask" : "",
+                c.reset ? " reset" : "", c.reset_hx ? " reset_hx" : "", c.reset_cx ? " reset_cx" : "", c.zoneout ? " zoneout" : "", c.alike ? " alike" : "", c.hidden_mask ? " hidden_mask" : "",
                 c.grad_states ? " grad_states" : "", c.unit ? " unit" : "", int(c.choice.gate), int(c.choice.candidate),
                 int(c.choice.output), c.choice.clip);
   return line;
@@ -89,6 +89,7 @@ inline Case random_case(int cell, Dtype dtype, int64_t D, bool packed, int64_t B
   c.unit = chance(4);
   c.choice = {fusedrnn::Function(random.below(3)), fusedrnn::Function(3 + random.below(values)),
               fusedrnn::Function(3 + random.below(values)), chance(2) ? 0.0 : 0.4};
+  c.reset_hx = c.reset && chance(4), c.reset_cx = c.reset && chance(4);
   return c;
 }
 

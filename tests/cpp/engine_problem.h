@@ -42,7 +42,7 @@ struct Problem {
   int64_t input_step = 0, input_row = 0;
   std::array<Tensor, 2> grad_weight_ih, grad_weight_hh, grad_bias_ih, grad_bias_hh, grad_weight_hr, grad_unit;
   Tensor hx, cx, output, hy, cy, saved, states, grad_output, grad_hy, grad_cy, grad_pre, grad_hx, grad_cx, grad_proj;
-  Tensor zoneout, hidden_mask, grad_states;
+  Tensor zoneout, hidden_mask, grad_states, reset_hx, reset_cx, grad_reset_hx, grad_reset_cx;
 
   explicit Problem(const Case& c, Operand operand = nullptr, bool on_device = false)
       : c(c), operand(operand), traits(traits_of(c.cell)), projected(c.P > 0), P(projected ? c.P : c.H), G(traits.gates),
@@ -60,6 +60,9 @@ struct Problem {
     if (c.hx) hx = random_tensor(D * B * P, 1);
     if (c.cx && inner) cx = random_tensor(inner * D * B * H, 1);
     if (c.cx && traits.normaliser) move_up(cx, (traits.normaliser - 1) * D * B * H, D * B * H);
+    if (c.reset_hx) reset_hx = random_tensor(D * B * P, 1);
+    if (c.reset_cx && inner) reset_cx = random_tensor(inner * D * B * H, 1);
+    if (c.reset_cx && traits.normaliser) move_up(reset_cx, (traits.normaliser - 1) * D * B * H, D * B * H);
     for (int64_t i = 0; c.reset && i < rows; ++i) reset.push_back(random_.below(3) == 0);
     // Of which products are exact, and all or nothing stays, or a part.
     if (c.zoneout) zoneout = chosen_tensor((c.alike ? 1 : rows) * D * traits.states * H, {0, 0, 1, 0.25});
@@ -77,6 +80,8 @@ struct Problem {
     grad_pre = result(rows * D * (traits.pre + traits.unit) * H);
     if (c.need_grad_hx) grad_hx = result(D * B * P);
     if (c.need_grad_cx && inner) grad_cx = result(inner * D * B * H);
+    if (c.reset_hx && c.need_grad_hx) grad_reset_hx = result(D * B * P);
+    if (c.reset_cx && c.need_grad_cx && inner) grad_reset_cx = result(inner * D * B * H);
     if (projected) grad_proj = result(rows * D * P);
     input = random_rows(c.I, c.layout + 2, input_step, input_row);
     for (int64_t d = 0; d < D; ++d) {
@@ -111,6 +116,7 @@ struct Problem {
     p.grad_output = pointer(grad_output), p.grad_hy = pointer(grad_hy), p.grad_cy = pointer(grad_cy);
     p.grad_states = pointer(grad_states);
     p.grad_pre = pointer(grad_pre), p.grad_hx = pointer(grad_hx), p.grad_cx = pointer(grad_cx);
+    p.grad_reset_hx = pointer(grad_reset_hx), p.grad_reset_cx = pointer(grad_reset_cx);
     p.grad_proj = pointer(grad_proj);
     return p;
   }
@@ -149,7 +155,7 @@ struct Problem {
   double run_forward(const Bytes& workspace_bytes, const Run& run, const std::string& spoiled) {
     const ForwardParams p = forward_params(engines);
     run_guarded(workspace_bytes(p), [&](void* workspace) { run(p, workspace); });
-    note_operands({&weight_hh[0], &weight_hh[1], &weight_hr[0], &weight_hr[1], &hx, &output, &states, &saved});
+    note_operands({&weight_hh[0], &weight_hh[1], &weight_hr[0], &weight_hr[1], &hx, &reset_hx, &output, &states, &saved});
     fusedrnn::for_each_cell([&](int id, auto cell) {
       if (id == c.cell) reference_forward<decltype(cell)>(forward_params(references), forward_params(operands()));
     });
@@ -165,7 +171,8 @@ struct Problem {
     fusedrnn::for_each_cell([&](int id, auto cell) {
       if (id == c.cell) reference_backward<decltype(cell)>(backward_params(references), backward_params(operands()));
     });
-    return judge({{"grad_pre", &grad_pre}, {"grad_hx", &grad_hx}, {"grad_cx", &grad_cx}, {"grad_proj", &grad_proj}}, spoiled);
+    return judge({{"grad_pre", &grad_pre}, {"grad_hx", &grad_hx}, {"grad_cx", &grad_cx}, {"grad_proj", &grad_proj},
+                  {"grad_reset_hx", &grad_reset_hx}, {"grad_reset_cx", &grad_reset_cx}}, spoiled);
   }
 
   double run_grad_weights(const fusedrnn::CpuEngine& engine, const std::string& spoiled) {
@@ -197,7 +204,7 @@ struct Problem {
   void check_inputs() const {
     for (const auto* pair : {&weight_hh, &weight_hr, &unit, &bias_hh, &gates_x})
       for (const Tensor& tensor : *pair) CHECK(unchanged(tensor), "wrote to a weight, a bias or gates_x");
-    for (const Tensor* tensor : {&input, &hx, &cx, &zoneout, &hidden_mask, &grad_output, &grad_hy, &grad_cy, &grad_states, &grad_pre,
+    for (const Tensor* tensor : {&input, &hx, &cx, &reset_hx, &reset_cx, &zoneout, &hidden_mask, &grad_output, &grad_hy, &grad_cy, &grad_states, &grad_pre,
                                  &grad_proj})
       CHECK(unchanged(*tensor), "wrote to the input, hx, cx or an incoming gradient");
     for (const Tensor* tensor : {&output, &saved, &states}) CHECK(unchanged(*tensor), "backward wrote to what forward saved");
@@ -313,6 +320,7 @@ struct Problem {
     p.choice = c.choice;
     for (int64_t d = 0; d < c.D; ++d) p.unit[d] = pointer(unit[d]);
     p.hx = pointer(hx), p.cx = pointer(cx);
+    p.reset_hx = pointer(reset_hx), p.reset_cx = pointer(reset_cx);
     p.stored = extra;
     p.zoneout = pointer(zoneout), p.zoneout_row = c.alike ? 0 : c.D * traits.states * c.H;
     p.hidden_mask = pointer(hidden_mask);

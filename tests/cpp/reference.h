@@ -103,18 +103,24 @@ inline bool anew(const LayerParams& p, int64_t t, int64_t b, int64_t d) {
   return p.steps.reset && first >= 0 && p.steps.reset[p.steps.row_offset(first) + b];
 }
 
+// A number of the states that the caller gave, (D, B, width) for each k; null: zero.
+inline double given(const LayerParams& p, const void* states, int64_t k, int64_t d, int64_t b, int64_t width, int64_t u) {
+  return states ? in(states)[((k * p.D + d) * p.steps.B + b) * width + u] : 0;
+}
+
 // How much of state k stays what it was.
 inline double stays(const LayerParams& p, int64_t t, int64_t b, int64_t d, int states, int k, int64_t u) {
   const int64_t row = p.steps.row_offset(t) + b;
   return p.zoneout ? in(p.zoneout)[row * p.zoneout_row + (d * states + k) * p.H + u] : 0;
 }
 
-// The hidden state that step t multiplies by weight_hh, from `output` and `hx`, which may say what was rounded; null: zeros.
-inline const double* hidden_before(const LayerParams& p, const void* output, const void* hx, int64_t t, int64_t b, int64_t d,
-                                   std::vector<double>& masked) {
+// The hidden state that step t multiplies by weight_hh, from `output`, `hx` and `reset_hx`, which may say what was rounded; null: zeros.
+inline const double* hidden_before(const LayerParams& p, const void* output, const void* hx, const void* reset_hx, int64_t t, int64_t b,
+                                   int64_t d, std::vector<double>& masked) {
   const int64_t before = step_before(p, t, b, d);
-  const double* h = before >= 0 ? in(output) + at(p, before, b, d, p.P) : hx ? in(hx) + (d * p.steps.B + b) * p.P : nullptr;
-  if (anew(p, t, b, d)) h = nullptr;
+  const bool begins = anew(p, t, b, d);
+  const void* first = begins ? reset_hx : hx;
+  const double* h = before >= 0 && !begins ? in(output) + at(p, before, b, d, p.P) : first ? in(first) + (d * p.steps.B + b) * p.P : nullptr;
   if (!h || !p.hidden_mask) return h;
   masked.assign(h, h + p.P);
   for (int64_t u = 0; u < p.P; ++u) masked[size_t(u)] *= in(p.hidden_mask)[(d * p.steps.B + b) * p.P + u];
@@ -134,8 +140,11 @@ void reference_forward(const ForwardParams& p, const ForwardParams& multiplied) 
   for (int64_t d = 0; d < p.D; ++d)
     for (int64_t b = 0; b < B; ++b) {
       std::vector<double> h(static_cast<size_t>(P)), c(static_cast<size_t>(kInner * H)), masked;
-      for (int64_t u = 0; u < P; ++u) h[u] = p.hx ? in(p.hx)[(d * B + b) * P + u] : 0;
-      for (int64_t i = 0; i < kInner * H; ++i) c[i] = p.cx ? in(p.cx)[((i / H * p.D + d) * B + b) * H + i % H] : 0;
+      auto begin = [&](const void* hx, const void* cx) {
+        for (int64_t u = 0; u < P; ++u) h[u] = given(p, hx, 0, d, b, P, u);
+        for (int64_t i = 0; i < kInner * H; ++i) c[i] = given(p, cx, i / H, d, b, H, i % H);
+      };
+      begin(p.hx, p.cx);
       for (int64_t s = 0; s < T; ++s) {
         const int64_t t = d ? T - 1 - s : s;
         if (!runs(p, t, b)) {
@@ -144,8 +153,9 @@ void reference_forward(const ForwardParams& p, const ForwardParams& multiplied) 
           clear_step(p, p.save != fusedrnn::Save::kNothing ? p.states : nullptr, t, b, d, p.stored * H);
           continue;
         }
-        if (anew(p, t, b, d)) std::fill(h.begin(), h.end(), 0), std::fill(c.begin(), c.end(), 0);
-        const double* h_before = hidden_before(p, multiplied.output, p.hx ? multiplied.hx : nullptr, t, b, d, masked);
+        if (anew(p, t, b, d)) begin(p.reset_hx, p.reset_cx);
+        const double* h_before = hidden_before(p, multiplied.output, p.hx ? multiplied.hx : nullptr,
+                                               p.reset_hx ? multiplied.reset_hx : nullptr, t, b, d, masked);
         const double* gates_x = in(p.gates_x[d]) + at(p, t, b, {p.gates_x_step[d], p.gates_x_row[d]});
         std::vector<Unit<Cell>> units = units_of_row<Cell>(p, d, b);
         // Some gates' products of what is multiplied, if there is something.
@@ -222,6 +232,8 @@ void reference_backward(const BackwardParams& p, const BackwardParams& multiplie
     for (int64_t b = 0; b < B; ++b) {
       std::vector<double> dh(static_cast<size_t>(P)), dc(static_cast<size_t>(kInner * H));
       for (int64_t u = 0; u < P; ++u) dh[u] = p.grad_hy ? in(p.grad_hy)[(d * B + b) * P + u] : 0;
+      for (int64_t u = 0; u < P && p.grad_reset_hx; ++u) out(p.grad_reset_hx)[(d * B + b) * P + u] = 0;
+      for (int64_t i = 0; i < kInner * H && p.grad_reset_cx; ++i) out(p.grad_reset_cx)[((i / H * p.D + d) * B + b) * H + i % H] = 0;
       for (int64_t i = 0; i < kInner * H; ++i) dc[i] = p.grad_cy ? in(p.grad_cy)[((i / H * p.D + d) * B + b) * H + i % H] : 0;
       for (int64_t s = 0; s < T; ++s) {
         const int64_t t = d ? s : T - 1 - s, before = step_before(p, t, b, d);
@@ -241,8 +253,8 @@ void reference_backward(const BackwardParams& p, const BackwardParams& multiplie
           auto &state = unit.state, &new_state = unit.new_state, &grad_new = unit.grad_new;
           for (int k = 0; k < Cell::kSaved; ++k) unit.saved[k] = in(p.saved)[at(p, t, b, d, Cell::kSaved * H) + k * H + u];
           if (!projected) {
-            state[0] = before >= 0 ? in(p.output)[at(p, before, b, d, P) + u] : p.hx ? in(p.hx)[(d * B + b) * P + u] : 0;
-            if (begins) state[0] = 0;
+            state[0] = before >= 0 && !begins ? in(p.output)[at(p, before, b, d, P) + u]
+                                              : given(p, begins ? p.reset_hx : p.hx, 0, d, b, P, u);
             new_state[0] = in(p.output)[at(p, t, b, d, P) + u];
             grad_new[0] = dh[u];
           } else {
@@ -250,10 +262,8 @@ void reference_backward(const BackwardParams& p, const BackwardParams& multiplie
             for (int64_t k = 0; k < P; ++k) grad_new[0] += in(multiplied.weight_hr[d])[k * H + u] * grad_proj[k];
           }
           for (int k = 0; k < kInner; ++k) {
-            state[k + 1] = begins        ? 0
-                           : before >= 0 ? in(p.states)[at(p, before, b, d, p.stored * H) + k * H + u]
-                           : p.cx        ? in(p.cx)[((k * p.D + d) * B + b) * H + u]
-                                         : 0;
+            state[k + 1] = before >= 0 && !begins ? in(p.states)[at(p, before, b, d, p.stored * H) + k * H + u]
+                                                  : given(p, begins ? p.reset_cx : p.cx, k, d, b, H, u);
             new_state[k + 1] = in(p.states)[at(p, t, b, d, p.stored * H) + k * H + u];
             grad_new[k + 1] = dc[k * H + u];
             if (p.grad_states) grad_new[k + 1] += in(p.grad_states)[at(p, t, b, d, p.stored * H) + k * H + u];
@@ -298,7 +308,7 @@ void reference_backward(const BackwardParams& p, const BackwardParams& multiplie
           auto grad = [&](int64_t u, int g) -> double& { return units[size_t(u)].grad_pre[Cell::h_pre(g)]; };
           auto y = [&](int64_t u, int g) { return units[size_t(u)].given.products.of(product(u, g)); };
           const double mean = mean_of(H, G, grad), mean_y = mean_of(H, G, [&](int64_t u, int g) { return grad(u, g) * y(u, g); });
-          const bool nothing = begins || (before < 0 && !p.hx);  // was multiplied, and nobody wants the gradient
+          const bool nothing = begins ? !p.reset_hx : before < 0 && !p.hx;  // was multiplied, and nobody wants the gradient
           for (int64_t u = 0; u < H; ++u)
             for (int g = 0; g < G; ++g)
               grad(u, g) = nothing ? 0 : units[size_t(u)].given.products.grad(grad(u, g), y(u, g), mean, mean_y);
@@ -309,15 +319,22 @@ void reference_backward(const BackwardParams& p, const BackwardParams& multiplie
           auto& grad_state = unit.grad_state;
           for (int k = 0; k < Cell::kStates; ++k) grad_state[k] += unit.past[k];
           for (int k = 0; k < kGrads<Cell>; ++k) grad_pre_row[k * H + u] = unit.grad_pre[k];
-          if (!projected && !begins) dh_before[u] += grad_state[0];
-          for (int k = 0; k < kInner; ++k) dc[k * H + u] = begins ? 0 : grad_state[k + 1];
+          if (!projected) dh_before[u] += grad_state[0];
+          for (int k = 0; k < kInner; ++k) {
+            dc[k * H + u] = begins ? 0 : grad_state[k + 1];
+            if (begins && p.grad_reset_cx) out(p.grad_reset_cx)[((k * p.D + d) * B + b) * H + u] += grad_state[k + 1];
+          }
           for (int g = 0; g < G - Cell::kLate; ++g) {
             const double grad_gate = grad_multiplied[Cell::h_pre(g) * H + u];
-            for (int64_t k = 0; k < P && !begins && Cell::kMultiplies; ++k) {
+            for (int64_t k = 0; k < P && Cell::kMultiplies; ++k) {
               const double mask = p.hidden_mask ? in(p.hidden_mask)[(d * B + b) * P + k] : 1;
               dh_before[k] += grad_gate * in(multiplied.weight_hh[d])[(g * H + u) * P + k] * mask;
             }
           }
+        }
+        if (begins) {
+          for (int64_t u = 0; u < P && p.grad_reset_hx; ++u) out(p.grad_reset_hx)[(d * B + b) * P + u] += dh_before[u];
+          std::fill(dh_before.begin(), dh_before.end(), 0);
         }
         dh = dh_before;
       }
@@ -341,7 +358,7 @@ void reference_grad_weights(const GradWeightsParams& p) {
         if (!runs(p, t, b)) continue;
         const double* x = in(p.input) + at(p, t, b, {p.input_step, p.input_row});
         std::vector<double> masked;
-        const double* h = hidden_before(p, p.output, p.hx, t, b, d, masked);
+        const double* h = hidden_before(p, p.output, p.hx, p.reset_hx, t, b, d, masked);
         const double* grad_pre = in(p.grad_pre) + at(p, t, b, d, kGrads<Cell> * H);
         const double* middle = nullptr;  // what the late gate multiplied
         if constexpr (Cell::kLate > 0) middle = in(p.saved) + at(p, t, b, d, Cell::kSaved * H) + Cell::kMiddle * H;

@@ -167,7 +167,7 @@ class KernelProblem : public Problem {
     for (int64_t t = 0; t < c.T; ++t)
       for (int64_t b = 0; b < p.steps.rows(t); ++b)
         for (int64_t d = 0; d < c.D; ++d) {
-          const double* h = runs(p, t, b) ? hidden_before(p, p.output, p.hx, t, b, d, masked) : nullptr;
+          const double* h = runs(p, t, b) ? hidden_before(p, p.output, p.hx, p.reset_hx, t, b, d, masked) : nullptr;
           for (int64_t u = 0; u < P && !hidden_before_.exact.empty(); ++u)
             hidden_before_.exact[size_t(at(p, t, b, d, P) + u)] = h ? h[u] : 0;
         }
