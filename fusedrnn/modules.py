@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.types import Device
 
 from . import functional, onnx, options, select, shared
-from .reference import Choice
+from .reference import Choice, with_heads
 
 Sequence = TypeVar("Sequence", Tensor, PackedSequence, Tensor | PackedSequence)  # the output is what the input is
 Pair = tuple[Tensor, Tensor]
@@ -137,7 +137,7 @@ class FusedLayer(RNNBase):
         both = self.zoneout if isinstance(self.zoneout, tuple) else (self.zoneout, self.zoneout)
         zoneout = both if self._inner == 1 else both[:1]
         return functional.Options(reset, zoneout, self.recurrent_dropout, self.weight_dropout, self.save == "states",
-                                  return_states, self.num_heads)
+                                  return_states)
 
     def _call(self, input: Any, hx: Any, lengths: Any = None, reset: Any = None, return_states: bool = False) -> Any:
         packed = isinstance(input, PackedSequence)
@@ -150,9 +150,9 @@ class FusedLayer(RNNBase):
         states = self._split_states(hx)
         weights = shared.weights_by_name(self, self._flat_weights_names)
 
-        cell, run, more = self._cell(), functional.stack, functional.PLAIN
+        cell, run, more = with_heads(self._cell(), self.num_heads), functional.stack, functional.PLAIN
         plain = reset is None and not return_states and not (
-            self.zoneout or self.recurrent_dropout or self.weight_dropout) and self.save == "all" and self.num_heads == 1
+            self.zoneout or self.recurrent_dropout or self.weight_dropout) and self.save == "all"
         if not select.is_ordinary(data, states, weights):
             if isinstance(input, Proxy) or any(isinstance(state, Proxy) for state in states):
                 others = {"lengths": lengths, "reset": reset, "return_states": return_states}
