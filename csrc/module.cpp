@@ -57,7 +57,7 @@ py::dict describe(const fusedrnn::ProductPlan& plan) {
 }
 
 // How a chip would be given a layer's steps. dtype is as torch names it; P = H where there is no projection.
-py::dict cuda_plan(const std::string& cell, const std::string& dtype, int64_t T, int64_t B, int64_t H, int64_t P, int64_t D,
+py::dict cuda_plan(const std::string& cell, const std::string& dtype, int64_t T, int64_t B, int64_t H, int64_t P, int64_t D, int64_t N,
                    int multiprocessors, int64_t shared_bytes, int major, bool tf32, const std::string& kernel) {
   using namespace py::literals;
   fusedrnn::LayerParams p{};
@@ -65,7 +65,7 @@ py::dict cuda_plan(const std::string& cell, const std::string& dtype, int64_t T,
   const auto* name = std::find(std::begin(names), std::end(names), dtype);
   if (name == std::end(names)) throw py::value_error("dtype must be float32, float64, bfloat16 or float16, got '" + dtype + "'");
   p.dtype = fusedrnn::Dtype(name - names);
-  p.steps.T = T, p.steps.B = B, p.H = H, p.P = P, p.D = D;
+  p.steps.T = T, p.steps.B = B, p.H = H, p.P = P, p.D = D, p.N = N;
   if (P != H) p.weight_hr[0] = &p;  // there is one; plans do not look at it
   fusedrnn::CellKind kind{};
   fusedrnn::for_each_cell([&](int, auto type) {
@@ -99,7 +99,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("cell_traits", &cell_traits, "{cell: {gates, pre, states, saved, unit, norms, late, chooses, multiplies, x_pre: [gates], h_pre: [gates]}}");
   m.def("cpu_isas", &cpu_isas, "instruction sets that were built and that this processor has, the best last");
   m.def("cuda_plan", &cuda_plan, py::arg("cell"), py::arg("dtype"), py::kw_only(), py::arg("T"), py::arg("B"), py::arg("H"), py::arg("P"),
-        py::arg("D"), py::arg("multiprocessors"), py::arg("shared_bytes"), py::arg("major") = 9, py::arg("tf32") = false, py::arg("kernel") = "",
+        py::arg("D"), py::arg("N") = 1, py::arg("multiprocessors"), py::arg("shared_bytes"), py::arg("major") = 9,
+        py::arg("tf32") = false, py::arg("kernel") = "",
         "{kernel: {blocks and threads of its grid, what they take of the sums}} of the kernels on such a GPU");
   m.def("cuda_kernels", &cuda_kernels, "{cell: [names of the kernels that run its steps on a GPU]}");
   m.def("want_large_pages", [](uintptr_t data, int64_t bytes) { fusedrnn::want_large_pages(reinterpret_cast<void*>(data), bytes); },

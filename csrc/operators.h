@@ -32,7 +32,8 @@ namespace fusedrnn {
 // looks at them. reset: (T, B) or (rows,), true where a sequence of its own begins, from reset_hx and reset_cx, which are as hx and cx.
 // zoneout and hidden_mask: as in params.h, zoneout (T, B, D, S, H), (rows, D, S, H), or (D, S, H) for all rows alike.
 // cell: its name, and behind a colon what is chosen of one that has a choice, such as "lstm_general:hard_sigmoid,tanh,relu,3.5": the
-// functions of gates, candidate and output, and the limit of the inner state, 0 for none. weight_hr: (P, H) of projections; or of a
+// functions of gates, candidate and output, and the limit of the inner state, 0 for none; or N heads, such as "lstm:4", or both, such
+// as "gru_general:sigmoid,relu,tanh,0,4": weight_hh is (G*H, H/N) then (params.h). weight_hr: (P, H) of projections; or of a
 // cell whose units have numbers of their own these, (kUnit, H), null for zeros; where the cell has no product they are weight_hh.
 // A cell that normalises its products takes no bias_hh, and gates_x as they are added to what it has normalised.
 // save: 0, or 1 to have the states, and 2 to have what recurrence_backward needs besides; what is not wanted is empty. cx and cy are
@@ -63,6 +64,7 @@ struct CellTraits {
   int id = -1, gates = 0, pre = 0, states = 0, saved = 0, unit = 0, norms = 0, late = 0;
   bool chooses = false, multiplies = true;
   Choice choice;
+  int64_t heads = 1;
   int grads() const { return pre + unit; }
 };
 
@@ -72,11 +74,9 @@ inline std::string cell_names() {
   return names;
 }
 
-// The choice that `words` tells, as the schemas say.
-inline Choice choice_of(const char* op, const std::string& words) {
+// The choice that `parts` tell, as the schemas say; words: all of it, for errors.
+inline Choice choice_of(const char* op, const std::vector<std::string>& parts, const std::string& words) {
   static const std::vector<std::string> names{"sigmoid", "hard_sigmoid", "hard_sigmoid_of_fifths", "tanh", "relu", "identity"};  // as Function
-  std::vector<std::string> parts{""};
-  for (char c : words) c == ',' ? parts.push_back("") : void(parts.back() += c);
   STD_TORCH_CHECK(parts.size() == 4, op, ": a cell's choice must be 'gate,candidate,output,clip', got '", words, "'");
   Function functions[3];
   for (size_t i = 0; i < 3; ++i) {
@@ -92,6 +92,12 @@ inline Choice choice_of(const char* op, const std::string& words) {
   return {functions[0], functions[1], functions[2], clip};
 }
 
+// A whole number above 0 that `word` tells, of no more digits than any machine needs; else 0.
+inline int64_t heads_of(const std::string& word) {
+  const bool digits = !word.empty() && word.size() < 10 && word.find_first_not_of("0123456789") == std::string::npos;
+  return digits ? std::atoll(word.c_str()) : 0;
+}
+
 inline CellTraits find_cell(const char* op, const std::string& text) {
   const size_t colon = text.find(':');
   const std::string name = text.substr(0, colon);
@@ -104,8 +110,19 @@ inline CellTraits find_cell(const char* op, const std::string& text) {
   });
   STD_TORCH_CHECK(traits.id >= 0, op, ": cell must be one of ", cell_names(), ", got '", name, "'");
   if (colon == std::string::npos) return traits;
+  const std::string words = text.substr(colon + 1);
+  std::vector<std::string> parts{""};
+  for (char c : words) c == ',' ? parts.push_back("") : void(parts.back() += c);
+  if (parts.size() == 1 || parts.size() == 5) {
+    traits.heads = heads_of(parts.back());
+    STD_TORCH_CHECK(traits.heads > 0, op, ": the heads of a cell must be a positive integer, got '", parts.back(), "'");
+    const bool may = traits.multiplies && !traits.norms;
+    STD_TORCH_CHECK(traits.heads == 1 || may, op, ": the cell ", name, " has no heads, got '", text, "'");
+    parts.pop_back();
+    if (parts.empty()) return traits;
+  }
   STD_TORCH_CHECK(traits.chooses, op, ": the cell ", name, " has no choice, got '", text, "'");
-  traits.choice = choice_of(op, text.substr(colon + 1));
+  traits.choice = choice_of(op, parts, words);
   return traits;
 }
 
@@ -158,14 +175,16 @@ struct Call {
     const int gates = cell.multiplies ? cell.gates : cell.unit;  // rows of weight_hh to a unit, or to all units
     STD_TORCH_CHECK(first.dim() == 2 && first.numel() > 0 && first.size(0) % gates == 0, op,
                     ": weight_hh must be (G*H, P) with G = ", gates, " gates, got ", text(sizes_of(first)));
-    P = first.size(1);
+    P = first.size(1) * cell.heads;
     H = cell.multiplies ? first.size(0) / gates : P;
     projected = !weight_hr.empty() && cell.unit == 0;
-    STD_TORCH_CHECK(!projected || cell.states == 2, op, ": only the lstm takes projections (weight_hr)");
+    STD_TORCH_CHECK(!projected || (cell.states == 2 && cell.heads == 1), op,
+                    ": only the lstm takes projections (weight_hr), and without heads");
     STD_TORCH_CHECK(cell.multiplies || (weight_hr.empty() && first.size(0) == gates), op, ": weight_hh must be (", gates,
                     ", H), without weight_hr, got ", text(sizes_of(first)));
-    STD_TORCH_CHECK(projected || P == H, op, ": weight_hh must be (G*H, H) = ", text({gates * H, H}), ", got ",
-                    text(sizes_of(first)));
+    STD_TORCH_CHECK(H % cell.heads == 0, op, ": weight_hh must be of heads that divide its ", H, " units, got ", cell.heads);
+    STD_TORCH_CHECK(projected || P == H, op, ": weight_hh must be (G*H, H", cell.heads > 1 ? "/N" : "", ") = ",
+                    text({gates * H, H / cell.heads}), ", got ", text(sizes_of(first)));
     STD_TORCH_CHECK(weight_hr.empty() || int64_t(weight_hr.size()) == D, op, ": weight_hr must hold ", D, " tensors, got ",
                     weight_hr.size());
   }
@@ -296,6 +315,7 @@ struct Call {
     p.H = H;
     p.P = P;
     p.D = D;
+    p.N = cell.heads;
     p.threads = int(torch::stable::get_num_threads());
     for (int64_t d = 0; d < D; ++d) {
       const void* weights = data("weight_hh", weight_hh[d], weight_hh_sizes());
@@ -323,7 +343,7 @@ struct Call {
     }
     p.hidden_mask = data("hidden_mask", carry.hidden_mask, {D, B, H});
   }
-  Sizes weight_hh_sizes() const { return {(cell.multiplies ? cell.gates * H : cell.unit), P}; }
+  Sizes weight_hh_sizes() const { return {(cell.multiplies ? cell.gates * H : cell.unit), P / cell.heads}; }
   Sizes weight_hr_sizes() const { return {cell.unit ? cell.unit : P, H}; }
   Sizes inner_sizes() const { return cell.states == 2 ? Sizes{D, B, H} : Sizes{cell.states - 1, D, B, H}; }
 

@@ -1,5 +1,5 @@
 // What the operators hand to the engines: plain structs of pointers, sizes and strides. No torch, no device.
-// T steps, B rows of the batch, H hidden units, P = proj_size or H, D directions, G gates of the cell.
+// T steps, B rows of the batch, H hidden units, P = proj_size or H, D directions, N heads, G gates of the cell.
 #pragma once
 #include <cstdint>
 
@@ -63,8 +63,11 @@ struct LayerParams {
   Dtype dtype;
   Steps steps;
   int64_t H, P, D;
+  // Heads: each has H/N units, which lie side by side wherever there are units, and whose product takes their own hidden states
+  // alone. Not with projections. A strand is one head of one direction, and needs nothing of another.
+  int64_t N = 1;
   int threads;                               // at most so many threads
-  const void* weight_hh[kMaxDirections];     // (G*H, P), null where the cell has none
+  const void* weight_hh[kMaxDirections];     // (G*H, P/N), null where the cell has none
   const void* weight_hr[kMaxDirections];     // (P, H), null: no projection, P == H
   const void* unit[kMaxDirections];          // (kUnit, H), numbers that each unit has of its own, null: zeros
   const void* hx;                            // (D, B, P), null: zeros
@@ -77,6 +80,9 @@ struct LayerParams {
   // What the hidden state is multiplied by before weight_hh is: (D, B, H), null: 1. Recurrent dropout. Not with projections.
   const void* hidden_mask;
 
+  int64_t strands() const { return D * N; }
+  int64_t units() const { return H / N; }    // of a strand,
+  int64_t depth() const { return P / N; }    //   and what its product takes
   FUSEDRNN_ANYWHERE int64_t zoneout_at(int64_t row, int64_t d, int64_t states) const { return row * zoneout_row + d * states * H; }
 };
 
@@ -122,7 +128,7 @@ struct GradWeightsParams : LayerParams {
   const void* grad_pre;                      // as backward wrote them
   const void* grad_proj;
   void* grad_weight_ih[kMaxDirections];      // (G*H, I)
-  void* grad_weight_hh[kMaxDirections];      // (G*H, P)
+  void* grad_weight_hh[kMaxDirections];      // (G*H, P/N)
   void* grad_bias_ih[kMaxDirections];        // (G*H)
   void* grad_bias_hh[kMaxDirections];        // (G*H)
   void* grad_weight_hr[kMaxDirections];      // (P, H)

@@ -85,7 +85,7 @@ def _reasons_against_kernels(module: FusedLayer | FusedCell, input: Tensor | Pac
     """Why each of our kernels does not run the call on CUDA; None for the one that does."""
     data, H = input.data if isinstance(input, PackedSequence) else input, module.hidden_size
     if isinstance(module, FusedCell):
-        sizes = {"T": 1, "B": len(data) if data.dim() == 2 else 1, "H": H, "P": H, "D": 1, "tf32": False}  # of no matter: T is 1
+        sizes = {"T": 1, "B": len(data) if data.dim() == 2 else 1, "H": H, "P": H, "D": 1, "N": 1, "tf32": False}  # of no matter: T is 1
         return select.reasons_against_kernels(data.device, module._cell(), data.dtype, **sizes)  # type: ignore[arg-type]
     if isinstance(input, PackedSequence):
         T, B = len(input.batch_sizes), int(input.batch_sizes[0])
@@ -93,8 +93,8 @@ def _reasons_against_kernels(module: FusedLayer | FusedCell, input: Tensor | Pac
         T, B = (data.shape[0], 1) if data.dim() == 2 else reversed(data.shape[:2]) if module.batch_first else data.shape[:2]
     batch_sizes = input.batch_sizes if isinstance(input, PackedSequence) else None
     tf32 = data.dtype == torch.float32 and allows_tf32(data, batch_sizes, module.batch_first)
-    H //= module.num_heads  # each head is a layer
-    sizes = {"T": T, "B": B, "H": H, "P": module.proj_size or H, "D": 2 if module.bidirectional else 1, "tf32": tf32}
+    sizes = {"T": T, "B": B, "H": H, "P": module.proj_size or H, "D": 2 if module.bidirectional else 1, "N": module.num_heads,
+             "tf32": tf32}
     return select.reasons_against_kernels(data.device, module._cell().partition(":")[0], data.dtype, **sizes)
 
 

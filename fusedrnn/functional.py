@@ -13,7 +13,7 @@ from torch import Tensor, _VF
 
 from . import autograd, select
 from .normed import group_normed, normed_gates
-from .reference import INNER, NO_CARRY, NORMALISES, Carry, Weights
+from .reference import INNER, NO_CARRY, NORMALISES, Carry, Weights, heads_of
 from .shared import signature_of
 
 
@@ -65,25 +65,24 @@ class Options(NamedTuple):
     """Whether only the states are kept for backward, and the gates made again there."""
     return_states: bool = False
     """Whether the last result of `stack` is wanted."""
-    num_heads: int = 1
-    """N: weight_hh is (G*H, H/N), and a row of it multiplies the units of its own unit's head, which lie side by side."""
     reset_hx: Tensor | None = None
     """The hidden states that these begin with, of all layers, shaped as hx; None: zeros."""
     reset_cx: Tensor | None = None
     """Likewise the inner states, shaped as cx."""
 
-    def carry(self, input: Tensor, weights: list[Weights], ragged: Tensor | None, batch_first: bool, train: bool) -> Carry:
+    def carry(self, cell: str, input: Tensor, weights: list[Weights], ragged: Tensor | None, batch_first: bool,
+              train: bool) -> Carry:
         """The masks of a layer.
 
         Args:
-            input, ragged, batch_first: as in `fusedrnn.autograd.layer`.
+            cell, input, ragged, batch_first: as in `fusedrnn.autograd.layer`.
             weights: of the layer.
             train: whether masks are drawn.
 
         Returns:
             them, and reset; without the states that sequences begin with.
         """
-        directions, hidden = len(weights), weights[0][1].shape[1] * self.num_heads
+        directions, hidden = len(weights), weights[0][1].shape[1] * heads_of(cell)
         packed = input.dim() == 2
         zoneout = hidden_mask = None
         if any(self.zoneout):
@@ -130,11 +129,10 @@ def stack(cell: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, params
     else:
         layers, gains = group_weights(params, has_biases, num_layers, num_directions), None
     if input.dim() == 2 and hx is None:
-        hx, cx = zero_states(cell, input, int(ragged[0]), layers, options.num_heads)  # type: ignore[index]
+        hx, cx = zero_states(cell, input, int(ragged[0]), layers)  # type: ignore[index]
     if num_layers == 1 and options is PLAIN and gains is None:
         output, hy, cy, _ = autograd.layer(cell, input, hx, cx, layers[0], ragged, batch_first)
         return output.transpose(0, 1) if batch_first else output, hy, cy, None
-    run = autograd.layer if options.num_heads == 1 else partial(layer_of_heads, options.num_heads)
     def by_layer(states: Tensor | None) -> Sequence[Any]:
         return (None,) * num_layers if states is None else states.split(num_directions, -3)
 
@@ -145,53 +143,21 @@ def stack(cell: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, params
             # torch's own dropout on torch's own layout, so that a seeded run draws the mask torch.nn would draw
             output = torch.dropout(output, dropout, True)
         steps_second = batch_first and k == 0
-        carry = NO_CARRY if options is PLAIN else options.carry(output, weights, ragged, steps_second, train)
+        carry = NO_CARRY if options is PLAIN else options.carry(cell, output, weights, ragged, steps_second, train)
         if options.reset_hx is not None:
             carry = carry._replace(reset_hx=each_reset_hx[k], reset_cx=each_reset_cx[k])
         if options.weight_dropout and train:
             weights = [(group[0], torch.dropout(group[1], options.weight_dropout, True), *group[2:]) for group in weights]
         if gains is not None:
             output, weights = normed_gates(output, weights, gains[k], ragged, steps_second)
-        output, hy, cy, inner = run(cell, output, each_hx[k], each_cx[k], weights, ragged, steps_second, carry, options.recompute,
-                                    options.return_states)
+        output, hy, cy, inner = autograd.layer(cell, output, each_hx[k], each_cx[k], weights, ragged, steps_second, carry,
+                                               options.recompute, options.return_states)
         hys.append(hy)
         cys.append(cy)
         states.append((output, *(() if inner is None else (state.flatten(-2) for state in inner.unbind(-2)))))
     hy = torch.cat(hys)
     cy = None if cys[0] is None else torch.cat(cys, -3)  # type: ignore[arg-type]
     return output.transpose(0, 1) if batch_first else output, hy, cy, states if options.return_states else None
-
-
-def layer_of_heads(num_heads: int, cell: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, weights: list[Weights],
-                   ragged: Tensor | None, batch_first: bool, carry: Carry, recompute: bool,
-                   return_states: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """`fusedrnn.autograd.layer` of units in heads that know only their own states: as a layer of H/N units for each of N heads.
-
-    Args:
-        num_heads: N.
-        weights: as there, but weight_hh is (G*H, H/N); without projections.
-        cell, input, hx, cx, ragged, batch_first, carry, recompute, return_states: as there, of H units.
-
-    Returns:
-        as there, of H units, head after head.
-    """
-    def of_head(tensor: Tensor | None, n: int) -> Tensor | None:
-        return None if tensor is None else tensor.chunk(num_heads, -1)[n]
-
-    def rows_of_head(weight: Tensor | None, n: int, units: int) -> Tensor | None:
-        return None if weight is None else weight.unflatten(0, (-1, num_heads, units))[:, n].flatten(0, 1)
-
-    heads = []
-    for n in range(num_heads):
-        cut: list[Any] = [(*(rows_of_head(weight, n, group[1].shape[1]) for weight in group[:4]), of_head(group[4], n))
-                          for group in weights]
-        some = Carry(carry.reset, *(of_head(part, n) for part in carry[1:]))
-        heads.append(autograd.layer(cell, input, of_head(hx, n), of_head(cx, n), cut, ragged, batch_first,
-                                    NO_CARRY if carry is NO_CARRY else some, recompute, return_states))
-    outputs, *states = zip(*heads)
-    output = torch.stack([each.unflatten(-1, (len(weights), -1)) for each in outputs], -2).flatten(-3)
-    hy, cy, inner = (None if each[0] is None else torch.cat(each, -1) for each in states)
-    return output, hy, cy, inner  # type: ignore[return-value]
 
 
 def stack_cast(dtype: torch.dtype, cell: str, input: Tensor, hx: Tensor | None, cx: Tensor | None,
@@ -214,8 +180,7 @@ def stack_cast(dtype: torch.dtype, cell: str, input: Tensor, hx: Tensor | None, 
         return stack(cell, input, hx, cx, params, *options)
 
 
-def zero_states(cell: str, input: Tensor, batch: int, layers: list[list[Weights]],
-                num_heads: int = 1) -> tuple[Tensor, Tensor | None]:
+def zero_states(cell: str, input: Tensor, batch: int, layers: list[list[Weights]]) -> tuple[Tensor, Tensor | None]:
     """Initial states of zeros.
 
     Args:
@@ -223,13 +188,12 @@ def zero_states(cell: str, input: Tensor, batch: int, layers: list[list[Weights]
         input: gives dtype and device.
         batch: B.
         layers: as `group_weights` returns them.
-        num_heads: as in `Options`.
 
     Returns:
         hx `(L*D, B, P)`, and cx as `stack` takes it.
     """
     _, weight_hh, _, _, weight_hr = layers[0][0]
-    P = weight_hh.size(1) * num_heads
+    P = weight_hh.size(1) * heads_of(cell)
     H = P if weight_hr is None else weight_hr.size(1)
     directions = len(layers) * len(layers[0])
     hx, inner = input.new_zeros(directions, batch, P), INNER.get(cell.partition(":")[0], 0)

@@ -17,7 +17,7 @@ from torch.nn.functional import linear
 
 from . import _C
 from .ops import SAVE_ALL, TRAITS, recurrence_backward, recurrence_forward
-from .reference import without_padding
+from .reference import heads_of, without_padding
 
 
 def forward(cell, ragged, batch_first, carry, input, hx, cx, weights, save):
@@ -370,17 +370,29 @@ def _grad_weight_ih(cell, direction, grad_pre, input):
 
 
 def _grad_weight_hh(cell, direction, grad_pre, output, hx):
-    """Padded sequences: each step began with the output of the step before, the first with hx."""
+    """Padded sequences: each step began with the output of the step before, the first with hx. Of heads, a product for each gate."""
     steps, batch, directions, _, hidden = grad_pre.shape
     states = output.view(steps, batch, directions, -1)[:, :, direction]
     first, begun, before = (-1, slice(0, -1), slice(1, None)) if direction else (0, slice(1, None), slice(0, -1))
-    grad = output.new_empty(TRAITS[cell]["gates"] * hidden, states.shape[-1])
+    heads = heads_of(cell)
+    units = states.shape[-1] // heads
+    grad = output.new_empty(TRAITS[cell]["gates"] * hidden, units)
     gate = 0
-    for pre, count in _runs(cell):
+
+    def by_head(rows):
+        return rows.unflatten(-1, (heads, units)).transpose(0, 1)
+
+    for pre, count in _runs(cell) if heads == 1 else [(pre, 1) for pre in TRAITS[cell]["h_pre"]]:
         gates, part = grad_pre[:, :, direction, pre : pre + count], grad[gate * hidden : (gate + count) * hidden]
-        torch.mm(_rows(gates[begun]).t(), _rows(states[before]), out=part)
-        if hx is not None:
-            torch.addmm(part, gates[first].flatten(1).t(), hx[direction], out=part)
+        if heads > 1:
+            part = part.view(heads, units, units)
+            torch.bmm(by_head(_rows(gates[begun])).transpose(1, 2), by_head(_rows(states[before])), out=part)
+            if hx is not None:
+                torch.baddbmm(part, by_head(gates[first].flatten(1)).transpose(1, 2), by_head(hx[direction]), out=part)
+        else:
+            torch.mm(_rows(gates[begun]).t(), _rows(states[before]), out=part)
+            if hx is not None:
+                torch.addmm(part, gates[first].flatten(1).t(), hx[direction], out=part)
         gate += count
     return grad
 

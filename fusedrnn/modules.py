@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.types import Device
 
 from . import functional, onnx, options, select, shared
-from .reference import Choice
+from .reference import Choice, with_heads
 
 Sequence = TypeVar("Sequence", Tensor, PackedSequence, Tensor | PackedSequence)  # the output is what the input is
 Pair = tuple[Tensor, Tensor]
@@ -137,8 +137,7 @@ class FusedLayer(RNNBase):
         both = self.zoneout if isinstance(self.zoneout, tuple) else (self.zoneout, self.zoneout)
         zoneout = both if self._inner == 1 else both[:1]
         return functional.Options(reset, zoneout, self.recurrent_dropout, self.weight_dropout, self.save == "states",
-                                  return_states, self.num_heads,
-                                  *_h_and_c(begun if data.dim() == 3 else tuple(state.unsqueeze(-2) for state in begun)))
+                                  return_states, *_h_and_c(begun if data.dim() == 3 else tuple(state.unsqueeze(-2) for state in begun)))
 
     def _call(self, input: Any, hx: Any, lengths: Any = None, reset: Any = None, return_states: bool = False,
               reset_to: Any = None) -> Any:
@@ -154,9 +153,9 @@ class FusedLayer(RNNBase):
         begun = () if reset_to is None else self._checked_reset_to(reset_to, reset, data, packed)
         given = states + begun
 
-        cell, run, more = self._cell(), functional.stack, functional.PLAIN
+        cell, run, more = with_heads(self._cell(), self.num_heads), functional.stack, functional.PLAIN
         plain = reset is None and not return_states and not (
-            self.zoneout or self.recurrent_dropout or self.weight_dropout) and self.save == "all" and self.num_heads == 1
+            self.zoneout or self.recurrent_dropout or self.weight_dropout) and self.save == "all"
         if not select.is_ordinary(data, given, weights):
             if isinstance(input, Proxy) or any(isinstance(state, Proxy) for state in states):
                 others = {"lengths": lengths, "reset": reset, "return_states": return_states, "reset_to": reset_to}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from . import ops  # noqa: F401  which loads the operators
 from . import reference
 from .layer import by_direction, with_gaps
-from .reference import Choice, named
+from .reference import Choice, heads_of, named
 
 #: For each cell the operator of ONNX, and the place of its gates among ours. With coupled gates ONNX keeps a place for f, and does
 #: not look at what is there: i once more.
@@ -56,7 +56,7 @@ def has_node(cell: str) -> bool:
         True or False, such as of a cell whose state has a limit.
     """
     name, choice = named(cell)
-    return name in NODES and not choice.clip
+    return name in NODES and not choice.clip and heads_of(cell) == 1
 
 
 def export(model: nn.Module, args: tuple[Any, ...], f: Any = None, **options: Any) -> Any:

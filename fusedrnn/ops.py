@@ -13,6 +13,7 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from . import _C
+from .reference import heads_of
 
 
 class _Traits(dict[str, Any]):
@@ -25,7 +26,7 @@ class _Traits(dict[str, Any]):
 
 #: For each cell: gates, pre (pre-activations per unit), states, saved, unit (numbers that each unit has of its own), norms, late,
 #: chooses, multiplies, and the maps x_pre and h_pre from gate to pre-activation; csrc/cells/cell.h says what these are. A cell that chooses
-#: is asked for by its name, a colon, and what `fusedrnn.reference.Choice.of` makes of the choice.
+#: is asked for by its name, a colon, and what `fusedrnn.reference.Choice.of` makes of the choice; and so, by `with_heads`, are heads.
 TRAITS = _Traits(_C.cell_traits())
 
 #: (cell, gates_x, weight_hh, bias_hh, weight_hr, hx, cx, ragged, reset, zoneout, hidden_mask, reset_hx, reset_cx, save, allow_tf32)
@@ -65,7 +66,7 @@ def _inner(traits):
 @torch.library.register_fake("fusedrnn::recurrence_forward")
 def _(cell, gates_x, weight_hh, bias_hh, weight_hr, hx, cx, ragged, reset, zoneout, hidden_mask, reset_hx, reset_cx, save, allow_tf32):
     traits, directions, like = TRAITS[cell], len(weight_hh), weight_hh[0]
-    hidden, width = _hidden(traits, like), like.shape[1]
+    hidden, width = _hidden(traits, like), like.shape[1] * heads_of(cell)
     rows, batch = gates_x[0].shape[:-1], _batch_size(gates_x[0], hx)
     projected = bool(weight_hr) and not traits["unit"]
     extra = traits["states"] - 1 + projected + (0 if zoneout is None else traits["states"])
@@ -83,7 +84,7 @@ def _(cell, input, weight_hh, weight_hr, hx, cx, output, saved, states, ragged, 
       grad_output, grad_hy, grad_cy, grad_states, need_grad_hx, need_grad_cx, need_grad_reset_hx, need_grad_reset_cx,
       need_grad_weight_ih, need_grad_weight_hh, need_grad_bias, need_grad_weight_hr, allow_tf32):
     traits, directions, like = TRAITS[cell], len(weight_hh), weight_hh[0]
-    hidden, width = _hidden(traits, like), like.shape[1]
+    hidden, width = _hidden(traits, like), like.shape[1] * heads_of(cell)
     gates = traits["gates"] * hidden
     rows, batch = output.shape[:-1], _batch_size(output, hx)
     grad_weights = [

@@ -3,7 +3,7 @@
 One step of each cell, then the loop that carries a state through a sequence. Any dtype, any device, differentiable any
 number of times. The engine is tested against this file in float64, and second derivatives run through it. It is slow.
 
-Shapes: T steps, B sequences, I inputs, H hidden units, P = proj_size or H, G gates, D directions.
+Shapes: T steps, B sequences, I inputs, H hidden units, P = proj_size or H, G gates, D directions, N heads.
 """
 
 from collections.abc import Callable
@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn.functional import layer_norm, linear
 
 Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
-"""One direction: weight_ih `(G*H, I)`, weight_hh `(G*H, P)`, bias_ih `(G*H,)`, bias_hh `(G*H,)`, weight_hr (P, H). A weight_ih of
-shape (0, 0): the input is the gates themselves, those of all directions side by side."""
+"""One direction: weight_ih `(G*H, I)`, weight_hh `(G*H, P)` or, of N heads, `(G*H, H/N)`, bias_ih `(G*H,)`, bias_hh `(G*H,)`,
+weight_hr (P, H). A weight_ih of shape (0, 0): the input is the gates themselves, those of all directions side by side."""
 
 
 # A step takes gates_x = x W_ih^T + b_ih and gates_h = h W_hh^T + b_hh, both (B, G*H), and the states before it, each
@@ -118,14 +118,60 @@ def named(cell: str) -> tuple[str, Choice]:
     """What `Choice.of` has put together.
 
     Args:
-        cell: a key of `CELLS`, with a choice behind it or without.
+        cell: a key of `CELLS`, with a choice behind it, and heads, or without.
 
     Returns:
         the key, and the choice, or the usual one.
     """
     name, _, words = cell.partition(":")
-    gate, candidate, output, clip = words.split(",") if words else Choice()
+    gate, candidate, output, clip = words.split(",")[:4] if "," in words else Choice()
     return name, Choice(gate, candidate, output, float(clip))
+
+
+def with_heads(cell: str, heads: int) -> str:
+    """A cell whose units are in heads that know only their own hidden states, as the operators and `step_of` take it.
+
+    Args:
+        cell: as `Choice.of` makes it, or a key of `CELLS`.
+        heads: how many.
+
+    Returns:
+        its name with their number behind it, if there are several.
+    """
+    return cell if heads == 1 else f"{cell}{',' if ':' in cell else ':'}{heads}"
+
+
+def heads_of(cell: str) -> int:
+    """What `with_heads` was given.
+
+    Args:
+        cell: as it returns it.
+
+    Returns:
+        the number of heads.
+    """
+    words = cell.partition(":")[2].split(",")
+    return int(words[-1]) if words[0] and len(words) in (1, 5) else 1
+
+
+def recurrent(h: Tensor, weight_hh: Tensor, bias_hh: Tensor | None) -> Tensor:
+    """The products of the hidden state, of heads each with its own units': weight_hh is the blocks of a block-diagonal matrix.
+
+    Args:
+        h: (B, P).
+        weight_hh: `(G*H, P)`, or `(G*H, H/N)` of N heads.
+        bias_hh: `(G*H,)`, None for zeros.
+
+    Returns:
+        h W_hh^T + b_hh, `(B, G*H)`.
+    """
+    units = weight_hh.shape[1]
+    if units == h.shape[-1]:
+        return linear(h, weight_hh, bias_hh)
+    heads = h.unflatten(-1, (-1, units)).transpose(0, 1)  # (N, B, H/N)
+    blocks = weight_hh.unflatten(0, (-1, len(heads), units)).transpose(-1, -2)  # (G, N, H/N, H/N)
+    products = (heads @ blocks).permute(2, 0, 1, 3).flatten(1)
+    return products if bias_hh is None else products + bias_hh
 
 
 def lstm_general(gates_x: Tensor, gates_h: Tensor, states: tuple[Tensor, ...], unit: Tensor | None,
@@ -201,7 +247,7 @@ def gru_reset_before(gates_x: Tensor, h: Tensor, states: tuple[Tensor, ...], wei
     Args:
         gates_x, states: as in `gru`.
         h: (B, H), what weight_hh is to multiply: the state, or what recurrent dropout leaves of it.
-        weight_hh, bias_hh: (3H, H) and (3H,), bias_hh None for zeros.
+        weight_hh, bias_hh: as `recurrent` takes them, of three gates.
         choice: of gate and candidate.
 
     Returns:
@@ -211,8 +257,8 @@ def gru_reset_before(gates_x: Tensor, h: Tensor, states: tuple[Tensor, ...], wei
     r_x, z_x, n_x = gates_x.chunk(3, -1)
     (w_r, w_z, w_n), (b_r, b_z, b_n) = weight_hh.chunk(3), (None,) * 3 if bias_hh is None else bias_hh.chunk(3)
     gate = FUNCTIONS[choice.gate]
-    r, z = gate(r_x + linear(h, w_r, b_r)), gate(z_x + linear(h, w_z, b_z))
-    n = FUNCTIONS[choice.candidate](n_x + linear(r * h, w_n, b_n))
+    r, z = gate(r_x + recurrent(h, w_r, b_r)), gate(z_x + recurrent(h, w_z, b_z))
+    n = FUNCTIONS[choice.candidate](n_x + recurrent(r * h, w_n, b_n))
     return ((1 - z) * n + z * before,)
 
 
@@ -313,7 +359,7 @@ def step_of(cell: str, weights: Weights) -> Step:
     """A cell's step without arguments of its own.
 
     Args:
-        cell: a key of `CELLS`, or of one that has a choice also `Choice.of`.
+        cell: a key of `CELLS`, or of one that has a choice also `Choice.of`; `with_heads` or without.
         weights: of the direction.
 
     Returns:
@@ -385,7 +431,7 @@ def scan(cell: str, inputs: list[Tensor], states: tuple[Tensor, ...], weights: W
             running = tuple(torch.cat([torch.where(anew.unsqueeze(-1), 0 if to is None else to[:kept], state[:kept]), state[kept:]])
                             for to, state in zip(begun or (None,) * len(running), running))
         h = running[0] if hidden_mask is None else running[0] * hidden_mask[: len(x)]
-        gates_h = bias_hh if name == "indrnn" else h if name in MULTIPLIES else linear(h, weight_hh, bias_hh)
+        gates_h = bias_hh if name == "indrnn" else h if name in MULTIPLIES else recurrent(h, weight_hh, bias_hh)
         new = step(linear(x, weight_ih, bias_ih) if len(weight_ih) else x, gates_h, running)
         if zoneout is not None:  # Krueger and others, arXiv:1606.01305 (2016)
             new = tuple(z * before + (1 - z) * now for z, before, now in zip(zoneout[t].unbind(-2), running, new))
@@ -458,7 +504,7 @@ def layer(cell: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, weight
 
     def states_of(h: Tensor | None, c: Tensor | None, d: int) -> tuple[Tensor, ...]:
         _, weight_hh, _, _, weight_hr = weights[d]
-        P = weight_hh.size(1)
+        P = weight_hh.size(1) * heads_of(cell)
         H = P if weight_hr is None else weight_hr.size(1)
         states = (input.new_zeros(batch, P) if h is None else h[d],)
         for k in range(count):

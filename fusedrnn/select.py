@@ -123,7 +123,8 @@ def reasons_against_kernels(device: torch.device, cell: str, dtype: torch.dtype,
         device: the CUDA device that runs it.
         cell: as the engine names it, such as "rnn_tanh".
         dtype: of all tensors.
-        sizes: T, B, H, P (H without projections), D, the number of directions, and tf32, whether float32 is multiplied as TF32.
+        sizes: T, B, H, P (H without projections), D directions, N heads if there are several, and tf32, whether float32 is multiplied
+            as TF32.
     Returns:
         for "block", "cluster", "grid" and "step" the reason in words; None for the one that runs it. Before them, "alone" where
         that is the one.
@@ -156,24 +157,29 @@ def reasons_against_kernels(device: torch.device, cell: str, dtype: torch.dtype,
             reasons[kernel] = "there is only one step"
         elif planned(kernel) == kernel:
             reasons[kernel] = {
-                "block": "one block can hold all of weight_hh, and then blocks need not wait for each other",
-                "cluster": "a cluster of blocks can hold all of weight_hh, and then only they wait for each other",
+                "block": f"one block can hold all of {_all_of(sizes)}, and then blocks need not wait for each other",
+                "cluster": f"a cluster of blocks can hold all of {_all_of(sizes)}, and then only they wait for each other",
             }[chosen]
         else:
             reasons[kernel] = _no_room(kernel, **found, sizes=sizes)
     return {kernel: reasons[kernel] for kernel in FUSED_CUDA_KERNELS}
 
 
+def _all_of(sizes: dict[str, Any]) -> str:
+    return "weight_hh" if sizes.get("N", 1) == 1 else "a head's weight_hh"
+
+
 def _no_room(kernel: str, multiprocessors: int, shared_bytes: int, major: int, sizes: dict[str, Any]) -> str:
     """Why this GPU has no room for a layer by one of the kernels that do all steps (csrc/cuda/plan.h)."""
     memory = f"the {shared_bytes >> 10} KiB of shared memory of a block"
     if kernel == "block":
-        return f"weight_hh does not fit into {memory}"
+        return f"{_all_of(sizes)} does not fit into {memory}"
     if kernel == "cluster":
         if major < 9:
             return "this GPU has no clusters (compute capability 9.0)"
-        return f"an eighth of weight_hh and the states of a block's share of {sizes['B']} sequences do not fit into {memory}"
-    blocks = -(-sizes["H"] // 16) * sizes["D"]
+        return f"an eighth of {_all_of(sizes)} and the states of a block's share of {sizes['B']} sequences do not fit into {memory}"
+    heads = sizes.get("N", 1)
+    blocks = -(-sizes["H"] // heads // 16) * heads * sizes["D"]
     if blocks > multiprocessors:
         return f"it would take {blocks} blocks, of 16 units each, at once, and there are {multiprocessors} multiprocessors"
     return f"the weights of 16 units and the sums of a block's share of {sizes['B']} sequences do not fit into {memory}"

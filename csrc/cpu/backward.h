@@ -18,76 +18,83 @@ struct BackwardPass {
 
   const BackwardParams& p;
   const bool projected;
+  const int64_t units, depth;    // of a strand
   const int64_t pre_row, h_row, unit_row;
   Crew crew;
-  Weights recurrent[kMaxDirections];  // weight_hh (kFirst*H, P)
-  Weights second[kMaxDirections];     // weight_hr (P, H), or weight_hh (H, P) of a late gate
-  F* dpre[2];                    // (D, B, pre_row) gradients of the recurrent halves of the first gates, by turns
-  F* dh;                         // (D, B, h_row) gradient of h that does not come through weight_hh
-  F* dinner[slots(kInner)];      // (D, B, unit_row)
-  F* dtotal;                     // (D, B, h_row) whole gradient of h, where the cells wait for that of all units
-  F* dlate;                      // (D, B, h_row) gradient of a late gate
-  F* dreset_h;                   // (D, B, h_row) sums for grad_reset_hx
-  F* dreset_inner[slots(kInner)];  // (D, B, unit_row) and for grad_reset_cx
+  Weights recurrent[kMaxDirections];  // weight_hh (kFirst*H, P/N), of the first head
+  Weights second[kMaxDirections];     // weight_hr (P, H), or weight_hh (H, P/N) of a late gate, of the first head
+  F* dpre[2];                    // (strands, B, pre_row) gradients of the recurrent halves of the first gates, by turns
+  F* dh;                         // (strands, B, h_row) gradient of h that does not come through weight_hh
+  F* dinner[slots(kInner)];      // (strands, B, unit_row)
+  F* dtotal;                     // (strands, B, h_row) whole gradient of h, where the cells wait for that of all units
+  F* dlate;                      // (strands, B, h_row) gradient of a late gate
+  F* dreset_h;                   // (strands, B, h_row) sums for grad_reset_hx
+  F* dreset_inner[slots(kInner)];  // (strands, B, unit_row) and for grad_reset_cx
   F* sums;                       // (threads, kSumRows, kWidth)
 
   BackwardPass(const BackwardParams& p, Arena& arena)
-      : p(p), projected(can_project<Cell> && p.weight_hr[0]), pre_row(padded_row<F>(kFirst * p.H, kLanes)),
-        h_row(padded_row<F>(p.P, kUnits)), unit_row(padded_row<F>(p.H, kUnits)), crew(arena, p.threads) {
+      : p(p), projected(can_project<Cell> && p.weight_hr[0]), units(p.units()), depth(p.depth()),
+        pre_row(padded_row<F>(kFirst * units, kLanes)), h_row(padded_row<F>(depth, kUnits)), unit_row(padded_row<F>(units, kUnits)),
+        crew(arena, p.threads) {
     // One product in the whole call: a step needs none, but the gradient of hx does. Packing then goes through a scratch.
     const bool packs = Cell::kMultiplies && p.steps.T > 1;
-    const int64_t depth = kFirst * p.H;
-    F* scratch = arena.take<F>(packs ? 0 : p.threads * (depth > p.P ? depth : p.P) * kWidth);
+    F* scratch = arena.take<F>(packs ? 0 : p.threads * scratch_size());
     for (int64_t d = 0; d < p.D; ++d) {
-      recurrent[d] = {static_cast<const S*>(p.weight_hh[d]), p.P, depth, nullptr, scratch};
-      second[d] = {static_cast<const S*>(p.weight_hr[d]), projected ? p.H : 0, p.P, nullptr, scratch};
-      if (Cell::kLate) second[d] = {static_cast<const S*>(p.weight_hh[d]) + depth * p.P, p.P, p.H, nullptr, scratch};
+      recurrent[d] = {static_cast<const S*>(p.weight_hh[d]), depth, kFirst * units, units, p.H, nullptr, scratch};
+      second[d] = {static_cast<const S*>(p.weight_hr[d]), projected ? p.H : 0, p.P, p.P, p.P, nullptr, scratch};
+      if (Cell::kLate)
+        second[d] = {static_cast<const S*>(p.weight_hh[d]) + kFirst * p.H * depth, depth, units, units, p.H, nullptr, scratch};
       if (!packs) continue;
-      recurrent[d].panels = arena.take<F>(recurrent[d].blocks() * recurrent[d].block_size());
-      second[d].panels = arena.take<F>(second[d].blocks() * second[d].block_size());
+      recurrent[d].panels = arena.take<F>(p.N * recurrent[d].blocks() * recurrent[d].block_size());
+      second[d].panels = arena.take<F>(p.N * second[d].blocks() * second[d].block_size());
     }
-    dpre[0] = arena.take<F>(p.D * p.steps.B * pre_row);
-    dpre[1] = arena.take<F>(p.D * p.steps.B * pre_row);
-    dh = arena.take<F>(p.D * p.steps.B * h_row);
-    for (int k = 0; k < kInner; ++k) dinner[k] = arena.take<F>(p.D * p.steps.B * unit_row);
-    dtotal = arena.take<F>(projected || Cell::kLate || Cell::kNorms ? p.D * p.steps.B * h_row : 0);
-    dlate = arena.take<F>(Cell::kLate ? p.D * p.steps.B * h_row : 0);
-    dreset_h = arena.take<F>(p.grad_reset_hx ? p.D * p.steps.B * h_row : 0);
-    for (int k = 0; k < kInner; ++k) dreset_inner[k] = arena.take<F>(p.grad_reset_cx ? p.D * p.steps.B * unit_row : 0);
+    const int64_t state_rows = p.strands() * p.steps.B;
+    dpre[0] = arena.take<F>(state_rows * pre_row);
+    dpre[1] = arena.take<F>(state_rows * pre_row);
+    dh = arena.take<F>(state_rows * h_row);
+    for (int k = 0; k < kInner; ++k) dinner[k] = arena.take<F>(state_rows * unit_row);
+    dtotal = arena.take<F>(projected || Cell::kLate || Cell::kNorms ? state_rows * h_row : 0);
+    dlate = arena.take<F>(Cell::kLate ? state_rows * h_row : 0);
+    dreset_h = arena.take<F>(p.grad_reset_hx ? state_rows * h_row : 0);
+    for (int k = 0; k < kInner; ++k) dreset_inner[k] = arena.take<F>(p.grad_reset_cx ? state_rows * unit_row : 0);
     sums = arena.take<F>(p.threads * kSumRows * kWidth);
   }
 
+  // Of a thread.
+  int64_t scratch_size() const { return (kFirst * units > depth ? kFirst * units : depth) * kWidth; }
+
   Division divide_among(int threads) const {
-    const int64_t products = Cell::kMultiplies ? p.P * Cell::kGates * p.H + (projected ? p.P * p.H : 0) : kCellWork * p.H;
-    const int64_t blocks = blocks_of(p.P, kUnits);
-    return divide(threads, p.D, p.steps.B, blocks, products * int64_t(sizeof(F)), 2 * p.steps.B * products);
+    const int64_t products = Cell::kMultiplies ? depth * Cell::kGates * units + (projected ? p.P * p.H : 0) : kCellWork * p.H;
+    const int64_t blocks = blocks_of(depth, kUnits);
+    return divide(threads, p.strands(), p.steps.B, blocks, products * int64_t(sizeof(F)), 2 * p.steps.B * products);
   }
 
   void run() const {
     crew.run([this](int threads) { return divide_among(threads); },
-             [this](TeamRows rows, int thread, int member, Barrier team, int place, Barrier direction) {
-               prepare(rows, member, team.members, place, direction);
-               direction.wait(place);
+             [this](TeamRows rows, int thread, int member, Barrier team, int place, Barrier strand) {
+               prepare(rows, member, team.members, place, strand);
+               strand.wait(place);
                Member{*this, rows, thread, member, team}.run();
              });
   }
 
   // Gradients of the last states; weights.
-  void prepare(const TeamRows& rows, int member, int members, int place, const Barrier& direction) const {
-    const int64_t d = rows.direction;
+  void prepare(const TeamRows& rows, int member, int members, int place, const Barrier& strand) const {
+    const int64_t d = rows.strand / p.N, head = rows.strand % p.N, first = head * units;
     const Range mine = share(rows.count(p.steps.B), members, member);
     for (int64_t r = mine.begin; r < mine.end; ++r) {
-      const int64_t row = d * p.steps.B + rows.batch_row(r), given = p.steps.given_row(d, rows.batch_row(r));
-      load_row(dh + row * h_row, h_row, static_cast<const S*>(p.grad_hy), given, p.P);
+      const int64_t row = rows.strand * p.steps.B + rows.batch_row(r), given = p.steps.given_row(d, rows.batch_row(r));
+      load_row(dh + row * h_row, h_row, static_cast<const S*>(p.grad_hy), given * p.P + first, depth);
       for (int k = 0; k < kInner; ++k)
-        load_row(dinner[k] + row * unit_row, unit_row, static_cast<const S*>(p.grad_cy), k * p.D * p.steps.B + given, p.H);
+        load_row(dinner[k] + row * unit_row, unit_row, static_cast<const S*>(p.grad_cy), (k * p.D * p.steps.B + given) * p.H + first,
+                 units);
       const S* const zeros = nullptr;
-      if (p.grad_reset_hx) load_row(dreset_h + row * h_row, h_row, zeros, given, p.P);
-      for (int k = 0; k < kInner && p.grad_reset_cx; ++k) load_row(dreset_inner[k] + row * unit_row, unit_row, zeros, given, p.H);
+      if (p.grad_reset_hx) load_row(dreset_h + row * h_row, h_row, zeros, 0, depth);
+      for (int k = 0; k < kInner && p.grad_reset_cx; ++k) load_row(dreset_inner[k] + row * unit_row, unit_row, zeros, 0, units);
     }
-    for (const Weights* weights : {&recurrent[d], &second[d]}) {
-      const Range blocks = share(weights->panels ? weights->blocks() : 0, direction.members, place);
-      for (int64_t block = blocks.begin; block < blocks.end; ++block) weights->pack(block);
+    for (const Weights& weights : {recurrent[d].head(head), second[d].head(head)}) {
+      const Range blocks = share(weights.panels ? weights.blocks() : 0, strand.members, place);
+      for (int64_t block = blocks.begin; block < blocks.end; ++block) weights.pack(block);
     }
   }
 
@@ -98,17 +105,18 @@ struct BackwardPass {
     const Barrier barrier;
 
     const BackwardParams& p = pass.p;
-    const int64_t d = rows.direction;
+    const int64_t d = rows.strand / p.N, head = rows.strand % p.N;
+    const int64_t units = pass.units, first = head * units;  // first: unit 0 of the strand, in tensors
     F* const sums = pass.sums + thread * kSumRows * kWidth;
-    const Weights recurrent = own(pass.recurrent[d]), second = own(pass.second[d]);
+    const Weights recurrent = own(pass.recurrent[d].head(head)), second = own(pass.second[d].head(head));
     const Range columns = share(recurrent.blocks(), barrier.members, member);  // of the hidden state
     const Range blocks = pass.projected ? share(second.blocks(), barrier.members, member) : columns;  // of units
 
     Weights own(Weights weights) const {
-      weights.scratch += weights.panels ? 0 : thread * (pass.kFirst * p.H > p.P ? pass.kFirst * p.H : p.P) * kWidth;
+      weights.scratch += weights.panels ? 0 : thread * pass.scratch_size();
       return weights;
     }
-    int64_t state_row(int64_t r) const { return d * p.steps.B + rows.batch_row(r); }
+    int64_t state_row(int64_t r) const { return rows.strand * p.steps.B + rows.batch_row(r); }
     int64_t given_row(int64_t r) const { return p.steps.given_row(d, rows.batch_row(r)); }
 
     // Rows of the batch come and go: those of the step before (in this order) bring gate gradients, those of this step take
@@ -126,7 +134,7 @@ struct BackwardPass {
         const int64_t row_stride = rows.slices;
         const bool needs_product = Cell::kMultiplies && (s < T || p.grad_hx || p.grad_reset_hx);
         for_groups(columns, visited, [&](const Range& group) {
-          visit(needs_product ? recurrent : Weights{}, group, p.P, dpre, row_stride * pass.pre_row, pass.pre_row, before, count,
+          visit(needs_product ? recurrent : Weights{}, group, pass.depth, dpre, row_stride * pass.pre_row, pass.pre_row, before, count,
                 visited, [&](int64_t r, int64_t u, int n, auto sum) __attribute__((always_inline)) {
                   if constexpr (can_project<Cell>)
                     if (pass.projected) return arrive(t, r, u, n, sum);
@@ -140,7 +148,7 @@ struct BackwardPass {
             barrier.wait(member);  // for the gradient of the whole projected state, or of all late gates
             const F* gradients = Cell::kLate ? pass.dlate : pass.dtotal;
             for_groups(blocks, count, [&](const Range& group) {
-              visit(second, group, p.H, gradients, row_stride * pass.h_row, pass.h_row, count, count, count,
+              visit(second, group, units, gradients, row_stride * pass.h_row, pass.h_row, count, count, count,
                     [&](int64_t r, int64_t u, int n, auto sum) __attribute__((always_inline)) {
                       if constexpr (Cell::kLate) cell(t, r, u, n, total<decltype(sum)>(r, u), dpre_new, &sum);
                       else cell(t, r, u, n, sum, dpre_new);
@@ -222,10 +230,10 @@ struct BackwardPass {
     }
     static FUSEDRNN_INLINE void add(F* to, V more) { store(to, load(to) + more); }
     FUSEDRNN_INLINE V hidden_mask(int64_t r, int64_t u, int n) const {
-      return load(static_cast<const S*>(p.hidden_mask) + given_row(r) * p.P + u, n);
+      return load(static_cast<const S*>(p.hidden_mask) + given_row(r) * p.P + first + u, n);
     }
     int64_t output_at(int64_t t, int64_t r) const {
-      return (p.steps.row(t, rows.batch_row(r)) * p.D + d) * p.P;
+      return (p.steps.row(t, rows.batch_row(r)) * p.D + d) * p.P + first;
     }
 
     // The projected state's gradient is complete: hand it to whoever needs all of it.
@@ -279,30 +287,30 @@ struct BackwardPass {
       grad_new[0] = new_dh;
 #pragma GCC unroll 2
       for (int i = 0; i < kRows; ++i) {
-        const int64_t b = rows.batch_row(r + i), state_row = d * p.steps.B + b, row = p.steps.row(t, b);
+        const int64_t b = rows.batch_row(r + i), state_row = this->state_row(r + i), row = p.steps.row(t, b);
         const int64_t from_row = p.steps.row_before(t, b, d);  // where the states lie that this step began with
-        const bool first = from_row < 0;
+        const bool from_given = from_row < 0;
         begins[i] = p.steps.begins(t, b, d);
-        const S* output = static_cast<const S*>(p.output) + d * p.P + u;
-        const S* states = static_cast<const S*>(p.states) + d * p.stored * p.H + u;
-        const S* saved_row = static_cast<const S*>(p.saved) + (row * p.D + d) * Cell::kSaved * p.H + u;
+        const S* output = static_cast<const S*>(p.output) + d * p.P + first + u;
+        const S* states = static_cast<const S*>(p.states) + d * p.stored * p.H + first + u;
+        const S* saved_row = static_cast<const S*>(p.saved) + (row * p.D + d) * Cell::kSaved * p.H + first + u;
 #pragma GCC unroll 4
         for (int k = 0; k < Cell::kSaved; ++k) saved[k].row[i] = load(saved_row + k * p.H, n);
         // Cells whose hidden state may be projected do not look at state 0 in backward.
-        state[0].row[i] = pass.projected       ? V(F(0))
-                          : begins[i] || first ? load_given<F, S>(begins[i] ? p.reset_hx : p.hx, p.P, u, n, given_row(r + i))
-                                               : load(output + from_row * p.D * p.P, n);
+        state[0].row[i] = pass.projected         ? V(F(0))
+                          : begins[i] || from_given ? initial(begins[i] ? p.reset_hx : p.hx, p.P, u, n, given_row(r + i))
+                                                    : load(output + from_row * p.D * p.P, n);
         new_state[0].row[i] = pass.projected ? V(F(0)) : load(output + row * p.D * p.P, n);
 #pragma GCC unroll 4
         for (int k = 0; k < kInner; ++k) {
           const int64_t given = k * p.D * p.steps.B + given_row(r + i);
-          state[k + 1].row[i] = begins[i] || first ? load_given<F, S>(begins[i] ? p.reset_cx : p.cx, p.H, u, n, given)
-                                                   : load(states + (from_row * p.D * p.stored + k) * p.H, n);
+          state[k + 1].row[i] = begins[i] || from_given ? initial(begins[i] ? p.reset_cx : p.cx, p.H, u, n, given)
+                                                        : load(states + (from_row * p.D * p.stored + k) * p.H, n);
           new_state[k + 1].row[i] = load(states + (row * p.D * p.stored + k) * p.H, n);
           grad_new[k + 1].row[i] = load(pass.dinner[k] + state_row * pass.unit_row + u);
           if (p.grad_states)
-            grad_new[k + 1].row[i] =
-                grad_new[k + 1].row[i] + load(static_cast<const S*>(p.grad_states) + ((row * p.D + d) * p.stored + k) * p.H + u, n);
+            grad_new[k + 1].row[i] = grad_new[k + 1].row[i] + load(static_cast<const S*>(p.grad_states) +
+                                                                     ((row * p.D + d) * p.stored + k) * p.H + first + u, n);
         }
       }
 
@@ -311,8 +319,9 @@ struct BackwardPass {
         for (int k = 0; k < Cell::kStates; ++k) {
           Value z;
           for (int i = 0; i < kRows; ++i) {
-            const int64_t row = p.steps.row(t, rows.batch_row(r + i)), made = ((row * p.D + d) * p.stored + kInner + k) * p.H + u;
-            z.row[i] = load(static_cast<const S*>(p.zoneout) + p.zoneout_at(row, d, Cell::kStates) + k * p.H + u, n);
+            const int64_t row = p.steps.row(t, rows.batch_row(r + i));
+            const int64_t made = ((row * p.D + d) * p.stored + kInner + k) * p.H + first + u;
+            z.row[i] = load(static_cast<const S*>(p.zoneout) + p.zoneout_at(row, d, Cell::kStates) + k * p.H + first + u, n);
             new_state[k].row[i] = load(static_cast<const S*>(p.states) + made, n);
           }
           past[k] = rounded(z * grad_new[k]);
@@ -323,7 +332,7 @@ struct BackwardPass {
 
     template <int kRows>
     FUSEDRNN_INLINE auto given(int64_t r, int64_t u, int n) const {
-      auto found = given_to<Cell, S, F, kRows>(p, d, u, n);
+      auto found = given_to<Cell, S, F, kRows>(p, d, first + u, n);
       if constexpr (Cell::kLate)
         for (int i = 0; i < kRows; ++i) found.mask.row[i] = p.hidden_mask ? hidden_mask(r + i, u, n) : V(F(1));
       return found;
@@ -362,15 +371,15 @@ struct BackwardPass {
         for (int k = 0; k < Cell::kStates; ++k) grad_state[k] = rounded(grad_state[k]) + of.past[k];
 #pragma GCC unroll 2
       for (int i = 0; i < kRows; ++i) {
-        const int64_t b = rows.batch_row(r + i), state_row = d * p.steps.B + b, row = p.steps.row(t, b);
+        const int64_t b = rows.batch_row(r + i), state_row = this->state_row(r + i), row = p.steps.row(t, b);
         const bool drops = of.begins[i] && !p.grad_reset_hx;  // what nobody wants of the gradient of h
-        S* grad_pre_row = static_cast<S*>(p.grad_pre) + (row * p.D + d) * kGrads<Cell> * p.H + u;
+        S* grad_pre_row = static_cast<S*>(p.grad_pre) + (row * p.D + d) * kGrads<Cell> * p.H + first + u;
 #pragma GCC unroll 8
         for (int k = 0; k < kGrads<Cell>; ++k) store(grad_pre_row + k * p.H, grad_pre[k].row[i], n);
         F* dpre_row = dpre_new + state_row * pass.pre_row + u;
 #pragma GCC unroll 4
         for (int g = 0; g < pass.kFirst; ++g)  // of a normalised row, they are not done yet
-          store(dpre_row + g * p.H, drops && !Cell::kNorms ? V(F(0)) : grad_pre[Cell::h_pre(g)].row[i], n);
+          store(dpre_row + g * units, drops && !Cell::kNorms ? V(F(0)) : grad_pre[Cell::h_pre(g)].row[i], n);
         for (int g = 0; g < Cell::kGates && Cell::kNorms; ++g)
           of_row->gathered.add(grad_pre[Cell::h_pre(g)].row[i], given.products.of(of.saved[Cell::kSaved - Cell::kGates + g]).row[i], n);
         if (!pass.projected) store(pass.dh + state_row * pass.h_row + u, drops ? V(F(0)) : grad_state[0].row[i]);
@@ -426,28 +435,35 @@ struct BackwardPass {
         }
     }
 
+    FUSEDRNN_INLINE V initial(const void* states, int64_t width, int64_t u, int n, int64_t row) const {
+      return load_given<F, S>(states, width, first + u, n, row);
+    }
+
     void leave_h(int64_t r, int64_t u, int n, V sum) const {
       if (!p.grad_hx && !p.grad_reset_hx) return;
       if (p.hidden_mask) sum = rounded(sum * hidden_mask(r, u, n));
       V total = sum + load(pass.dh + state_row(r) * pass.h_row + u);
       if (p.grad_reset_hx && d == 0 && p.steps.begins(0, rows.batch_row(r), d)) total = arrive_anew(r, u, total);
-      if (p.grad_hx) store(static_cast<S*>(p.grad_hx) + given_row(r) * p.P + u, total, n);
+      if (p.grad_hx) store(static_cast<S*>(p.grad_hx) + given_row(r) * p.P + first + u, total, n);
     }
 
     void leave_inner(int64_t r) const {
       for (int k = 0; k < kInner && p.grad_cx; ++k)
-        leave(blocks, pass.dinner[k] + state_row(r) * pass.unit_row, p.H, p.grad_cx, k * p.D * p.steps.B + given_row(r));
+        leave(blocks, pass.dinner[k] + state_row(r) * pass.unit_row, units, p.grad_cx, (k * p.D * p.steps.B + given_row(r)) * p.H);
     }
 
     // This member's part of the sums over all resets.
     void leave_reset(int64_t r) const {
-      if (p.grad_reset_hx) leave(columns, pass.dreset_h + state_row(r) * pass.h_row, p.P, p.grad_reset_hx, given_row(r));
+      if (p.grad_reset_hx)
+        leave(columns, pass.dreset_h + state_row(r) * pass.h_row, pass.depth, p.grad_reset_hx, given_row(r) * p.P);
       for (int k = 0; k < kInner && p.grad_reset_cx; ++k)
-        leave(blocks, pass.dreset_inner[k] + state_row(r) * pass.unit_row, p.H, p.grad_reset_cx, k * p.D * p.steps.B + given_row(r));
+        leave(blocks, pass.dreset_inner[k] + state_row(r) * pass.unit_row, units, p.grad_reset_cx,
+              (k * p.D * p.steps.B + given_row(r)) * p.H);
     }
-    static void leave(const Range& blocks, const F* from, int64_t width, void* to, int64_t row) {
-      for (int64_t u = blocks.begin * kUnits; u < blocks.end * kUnits && u < width; u += kLanes)
-        store(static_cast<S*>(to) + row * width + u, load(from + u), lanes_left<F>(u, width));
+    // Some blocks of a strand's `count` numbers, in the row of the caller's that begins at `at`.
+    void leave(const Range& blocks, const F* from, int64_t count, void* to, int64_t at) const {
+      for (int64_t u = blocks.begin * kUnits; u < blocks.end * kUnits && u < count; u += kLanes)
+        store(static_cast<S*>(to) + at + first + u, load(from + u), lanes_left<F>(u, count));
     }
   };
 };

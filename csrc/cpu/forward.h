@@ -26,89 +26,96 @@ struct ForwardPass {
 
   const ForwardParams& p;
   const bool projected;
+  const int64_t units, depth;  // of a strand
   const int64_t h_row, unit_row, kept_rows, sums_size;
   Crew crew;
-  Recurrent recurrent[kMaxDirections];
-  Second second[kMaxDirections];  // weight_hr, or weight_hh of a late gate
-  F* bias[kMaxDirections];       // (blocks, kWidth) bias_hh in the order of the sums
-  F* h[2];                       // (D, B, h_row) the hidden state before and after a step, by turns
-  F* inner[slots(kInner)];       // (D, B, unit_row)
-  F* unmasked;                   // (D, B, h_row) the hidden state, where h is multiplied by a mask
-  F* between;                    // (D, B, unit_row) what is multiplied second: state 0 before its projection, or the cell's middle
-  F* kept;                       // (D, blocks, kept_rows, kWidth) sums of a cell that keeps them, each team's rows side by side
+  Recurrent recurrent[kMaxDirections];  // of the first head
+  Second second[kMaxDirections];  // weight_hr, or weight_hh of a late gate, of the first head
+  F* bias[kMaxDirections];       // (N, blocks, kWidth) bias_hh in the order of the sums
+  F* h[2];                       // (strands, B, h_row) the hidden state before and after a step, by turns
+  F* inner[slots(kInner)];       // (strands, B, unit_row)
+  F* unmasked;                   // (strands, B, h_row) the hidden state, where h is multiplied by a mask
+  F* between;                    // (strands, B, unit_row) what is multiplied second: state 0 before its projection, or the cell's middle
+  F* kept;                       // (strands, blocks, kept_rows, kWidth) sums of a cell that keeps them, each team's rows side by side
   F* sums;                       // (threads, sums_size)
 
   ForwardPass(const ForwardParams& p, Arena& arena)
-      : p(p), projected(can_project<Cell> && p.weight_hr[0]), h_row(padded_row<F>(p.P, 2 * kLanes)),
-        unit_row(padded_row<F>(p.H, 2 * kLanes)), kept_rows(kKeeps ? p.steps.B + p.threads : 0),
+      : p(p), projected(can_project<Cell> && p.weight_hr[0]), units(p.units()), depth(p.depth()),
+        h_row(padded_row<F>(depth, 2 * kLanes)), unit_row(padded_row<F>(units, 2 * kLanes)),
+        kept_rows(kKeeps ? p.steps.B + p.threads : 0),
         sums_size(Cell::kNorms && unit_row > kSumRows * kWidest ? unit_row : kSumRows * kWidest), crew(arena, p.threads) {
     const bool packs = Cell::kMultiplies && p.steps.T > 1 && p.steps.row_count() > kFewRows;
     for (int64_t d = 0; d < p.D; ++d) {
-      recurrent[d] = {static_cast<const S*>(p.weight_hh[d]), p.H, p.P, nullptr};
-      second[d] = {static_cast<const S*>(p.weight_hr[d]), projected ? p.P : 0, p.H, nullptr};
-      if (Cell::kLate) second[d] = {static_cast<const S*>(p.weight_hh[d]) + kFirst * p.H * p.P, p.H, p.P, nullptr};
+      recurrent[d] = {static_cast<const S*>(p.weight_hh[d]), units, depth, p.H, nullptr};
+      second[d] = {static_cast<const S*>(p.weight_hr[d]), projected ? p.P : 0, p.H, p.P, nullptr};
+      if (Cell::kLate) second[d] = {static_cast<const S*>(p.weight_hh[d]) + kFirst * p.H * depth, units, depth, p.H, nullptr};
       if (packs) {
-        recurrent[d].panels = arena.take<F>(recurrent[d].blocks() * recurrent[d].block_size());
-        second[d].panels = arena.take<F>(second[d].blocks() * second[d].block_size());
+        recurrent[d].panels = arena.take<F>(p.N * recurrent[d].blocks() * recurrent[d].block_size());
+        second[d].panels = arena.take<F>(p.N * second[d].blocks() * second[d].block_size());
       }
-      bias[d] = arena.take<F>(recurrent[d].blocks() * Recurrent::kWidth);
+      bias[d] = arena.take<F>(p.N * recurrent[d].blocks() * Recurrent::kWidth);
     }
-    h[0] = arena.take<F>(p.D * p.steps.B * h_row);
-    h[1] = arena.take<F>(p.D * p.steps.B * h_row);
-    for (int k = 0; k < kInner; ++k) inner[k] = arena.take<F>(p.D * p.steps.B * unit_row);
-    unmasked = arena.take<F>(p.hidden_mask ? p.D * p.steps.B * h_row : 0);
-    between = arena.take<F>(projected || Cell::kLate ? p.D * p.steps.B * unit_row : 0);
-    kept = arena.take<F>(p.D * recurrent[0].blocks() * kept_rows * Recurrent::kWidth);
+    const int64_t state_rows = p.strands() * p.steps.B;
+    h[0] = arena.take<F>(state_rows * h_row);
+    h[1] = arena.take<F>(state_rows * h_row);
+    for (int k = 0; k < kInner; ++k) inner[k] = arena.take<F>(state_rows * unit_row);
+    unmasked = arena.take<F>(p.hidden_mask ? state_rows * h_row : 0);
+    between = arena.take<F>(projected || Cell::kLate ? state_rows * unit_row : 0);
+    kept = arena.take<F>(p.strands() * recurrent[0].blocks() * kept_rows * Recurrent::kWidth);
     sums = arena.take<F>(p.threads * sums_size);
   }
 
   Division divide_among(int threads) const {
-    const int64_t products = Cell::kMultiplies ? p.P * Cell::kGates * p.H + (projected ? p.P * p.H : 0) : kCellWork * p.H;
-    return divide(threads, p.D, p.steps.B, recurrent[0].blocks(), products * int64_t(sizeof(F)),
+    const int64_t products = Cell::kMultiplies ? depth * Cell::kGates * units + (projected ? p.P * p.H : 0) : kCellWork * p.H;
+    return divide(threads, p.strands(), p.steps.B, recurrent[0].blocks(), products * int64_t(sizeof(F)),
                   2 * p.steps.B * products);
   }
 
   void run() const {
     crew.run([this](int threads) { return divide_among(threads); },
-             [this](TeamRows rows, int thread, int member, Barrier team, int place, Barrier direction) {
-               prepare(rows, member, team.members, place, direction);
-               direction.wait(place);
+             [this](TeamRows rows, int thread, int member, Barrier team, int place, Barrier strand) {
+               prepare(rows, member, team.members, place, strand);
+               strand.wait(place);
                Member{*this, rows, sums + thread * sums_size, member, team}.run();
              });
   }
 
-  // Initial states of the team's rows; weights and biases of the direction's blocks.
-  void prepare(const TeamRows& rows, int member, int members, int place, const Barrier& direction) const {
-    const int64_t d = rows.direction;
+  // Initial states of the team's rows; weights and biases of the strand's blocks.
+  void prepare(const TeamRows& rows, int member, int members, int place, const Barrier& strand) const {
+    const int64_t d = rows.strand / p.N, head = rows.strand % p.N, first = head * units;
     const Range mine = share(rows.count(p.steps.B), members, member);
     for (int64_t r = mine.begin; r < mine.end; ++r) {
-      const int64_t row = d * p.steps.B + rows.batch_row(r), given = p.steps.given_row(d, rows.batch_row(r));
+      const int64_t row = rows.strand * p.steps.B + rows.batch_row(r), given = p.steps.given_row(d, rows.batch_row(r));
+      const int64_t h_at = given * p.P + first;
       const bool anew = p.steps.begins(d ? p.steps.T - 1 : 0, rows.batch_row(r), d);
       const auto *hx = static_cast<const S*>(anew ? p.reset_hx : p.hx), *cx = static_cast<const S*>(anew ? p.reset_cx : p.cx);
-      for (F* to : {h[0], h[1]}) load_row(to + row * h_row, h_row, hx, given, p.P);
-      for (int k = 0; k < kInner; ++k) load_row(inner[k] + row * unit_row, unit_row, cx, k * p.D * p.steps.B + given, p.H);
+      for (F* to : {h[0], h[1]}) load_row(to + row * h_row, h_row, hx, h_at, depth);
+      for (int k = 0; k < kInner; ++k)
+        load_row(inner[k] + row * unit_row, unit_row, cx, (k * p.D * p.steps.B + given) * p.H + first, units);
       if (p.hidden_mask) {
-        load_row(unmasked + row * h_row, h_row, hx, given, p.P);
+        load_row(unmasked + row * h_row, h_row, hx, h_at, depth);
         for (F* to : {h[0], h[1]})
-          for (int64_t u = 0; u < p.P; u += kLanes)
-            store(to + row * h_row + u, load(to + row * h_row + u) * hidden_mask(given, u, lanes_left<F>(u, p.P)));
+          for (int64_t u = 0; u < depth; u += kLanes)
+            store(to + row * h_row + u, load(to + row * h_row + u) * hidden_mask(given, first + u, lanes_left<F>(u, depth)));
       }
-      if (projected || Cell::kLate) load_row(between + row * unit_row, unit_row, static_cast<const S*>(nullptr), given, p.H);
+      if (projected || Cell::kLate) load_row(between + row * unit_row, unit_row, static_cast<const S*>(nullptr), 0, units);
     }
-    const Range blocks = share(recurrent[d].blocks(), direction.members, place);
+    const Recurrent weights = recurrent[d].head(head);
+    F* const biases = bias[d] + head * weights.blocks() * Recurrent::kWidth;
+    const Range blocks = share(weights.blocks(), strand.members, place);
     for (int64_t block = blocks.begin; block < blocks.end; ++block) {
-      if (recurrent[d].panels) recurrent[d].pack(block);
+      if (weights.panels) weights.pack(block);
       for (int g = 0; g < kFirst; ++g)
         for (int v = 0; v < kUnitVectors; ++v) {
           const int64_t u = block * Recurrent::kUnits + v * kLanes;
-          store(bias[d] + block * Recurrent::kWidth + (g * kUnitVectors + v) * kLanes,
-                p.bias_hh[d] ? load(static_cast<const S*>(p.bias_hh[d]) + g * p.H + u, lanes_left<F>(u, p.H))
+          store(biases + block * Recurrent::kWidth + (g * kUnitVectors + v) * kLanes,
+                p.bias_hh[d] ? load(static_cast<const S*>(p.bias_hh[d]) + g * p.H + first + u, lanes_left<F>(u, units))
                              : V(F(0)));
         }
     }
     if (second[d].panels) {
-      const Range columns = share(second[d].blocks(), direction.members, place);
-      for (int64_t block = columns.begin; block < columns.end; ++block) second[d].pack(block);
+      const Range columns = share(second[d].blocks(), strand.members, place);
+      for (int64_t block = columns.begin; block < columns.end; ++block) second[d].head(head).pack(block);
     }
   }
 
@@ -125,11 +132,15 @@ struct ForwardPass {
     const Barrier barrier;
 
     const ForwardParams& p = pass.p;
-    const int64_t d = rows.direction;
-    const Range blocks = share(pass.recurrent[d].blocks(), barrier.members, member);
-    const Range columns = share(pass.second[d].blocks(), barrier.members, member);  // of the second product
+    const int64_t d = rows.strand / p.N, head = rows.strand % p.N;
+    const int64_t units = pass.units, first = head * units;  // first: unit 0 of the strand, in tensors
+    const Recurrent recurrent = pass.recurrent[d].head(head);
+    const Second second = pass.second[d].head(head);
+    const F* const biases = pass.bias[d] + head * recurrent.blocks() * Recurrent::kWidth;
+    const Range blocks = share(recurrent.blocks(), barrier.members, member);
+    const Range columns = share(second.blocks(), barrier.members, member);  // of the second product
 
-    int64_t state_row(int64_t r) const { return d * p.steps.B + rows.batch_row(r); }
+    int64_t state_row(int64_t r) const { return rows.strand * p.steps.B + rows.batch_row(r); }
 
     void run() const {
       const int64_t T = p.steps.T;
@@ -167,12 +178,12 @@ struct ForwardPass {
           return pass.kKeeps ? kept(block, begin) : sums + (block - group.begin) * chunk * kWidth;
         };
         for (int64_t block = group.begin; block < group.end; ++block) {
-          const F* bias = pass.bias[d] + block * kWidth;
+          const F* bias = biases + block * kWidth;
           F* block_sums = sums_of(block);
           for (int64_t m = 0; m < chunk; ++m)
             for (int i = 0; i < kWidth; i += kLanes) store(block_sums + m * kWidth + i, load(bias + i));
           if (Cell::kMultiplies && multiplies)
-            pass.recurrent[d].multiply(block, h + state_row(begin) * pass.h_row, h_stride, chunk, block_sums);
+            recurrent.multiply(block, h + state_row(begin) * pass.h_row, h_stride, chunk, block_sums);
         }
         for (int64_t block = group.begin; block < group.end && !Cell::kNorms; ++block)
           for (int v = 0; v < kUnitVectors; ++v) {
@@ -186,12 +197,12 @@ struct ForwardPass {
               });
             };
             if constexpr (!is_of_torch<Cell>) {  // in one piece: each takes the compiler seconds
-              if (u < p.H) each(lanes_left<F>(u, p.H));
-            } else if (u + kLanes <= p.H) {  // nearly all are whole, and a constant width makes straight code
+              if (u < units) each(lanes_left<F>(u, units));
+            } else if (u + kLanes <= units) {  // nearly all are whole, and a constant width makes straight code
               each(kLanes);
             } else {
-              for (int64_t m = 0; m < chunk && u < p.H; ++m)
-                cell<1>(t, begin + m, u, int(p.H - u), block_sums + m * kWidth + v * kLanes, h, h_new);
+              for (int64_t m = 0; m < chunk && u < units; ++m)
+                cell<1>(t, begin + m, u, int(units - u), block_sums + m * kWidth + v * kLanes, h, h_new);
             }
           }
       }
@@ -200,7 +211,7 @@ struct ForwardPass {
     // Where the sums of a block that are kept have row r of the team's.
     FUSEDRNN_INLINE F* kept(int64_t block, int64_t r) const {
       const int64_t place = rows.slice * blocks_of(p.steps.B, rows.slices) + r;
-      return pass.kept + ((d * pass.recurrent[d].blocks() + block) * pass.kept_rows + place) * Recurrent::kWidth;
+      return pass.kept + ((rows.strand * recurrent.blocks() + block) * pass.kept_rows + place) * Recurrent::kWidth;
     }
 
     // What the cell of kLanes units from u on, n of them real, of kRows rows from r on at step t begins with. late_sums: those of a late
@@ -230,10 +241,10 @@ struct ForwardPass {
 
     template <int kRows>
     FUSEDRNN_INLINE auto given(int64_t r, int64_t u, int n) const {
-      auto found = given_to<Cell, S, F, kRows>(p, d, u, n);
+      auto found = given_to<Cell, S, F, kRows>(p, d, first + u, n);
       if constexpr (Cell::kLate)
         for (int i = 0; i < kRows; ++i)
-          found.mask.row[i] = p.hidden_mask ? pass.hidden_mask(p.steps.given_row(d, rows.batch_row(r + i)), u, n) : V(F(1));
+          found.mask.row[i] = p.hidden_mask ? pass.hidden_mask(p.steps.given_row(d, rows.batch_row(r + i)), first + u, n) : V(F(1));
       return found;
     }
 
@@ -291,18 +302,18 @@ struct ForwardPass {
           store(pass.between + state_row * pass.unit_row + u, new_state[0].row[i]);
         } else {
           leave_h(h_new, b, u, n, ends ? begun(p.reset_hx, p.P, u, n, b) : new_state[0].row[i]);
-          store(static_cast<S*>(p.output) + (row * p.D + d) * p.P + u, new_state[0].row[i], n);
+          store(static_cast<S*>(p.output) + (row * p.D + d) * p.P + first + u, new_state[0].row[i], n);
         }
 #pragma GCC unroll 4
         for (int k = 0; k < kInner; ++k)
           store(pass.inner[k] + state_row * pass.unit_row + u,
                 ends ? begun(p.reset_cx, p.H, u, n, b, k) : new_state[k + 1].row[i]);
         if (p.save == Save::kNothing) continue;
-        S* saved_row = static_cast<S*>(p.saved) + (row * p.D + d) * Cell::kSaved * p.H + u;
+        S* saved_row = static_cast<S*>(p.saved) + (row * p.D + d) * Cell::kSaved * p.H + first + u;
         if (p.save == Save::kAll)
 #pragma GCC unroll 4
           for (int k = 0; k < Cell::kSaved; ++k) store(saved_row + k * p.H, saved[k].row[i], n);
-        S* states_row = static_cast<S*>(p.states) + (row * p.D + d) * p.stored * p.H + u;
+        S* states_row = static_cast<S*>(p.states) + (row * p.D + d) * p.stored * p.H + first + u;
 #pragma GCC unroll 4
         for (int k = 0; k < kInner; ++k) store(states_row + k * p.H, new_state[k + 1].row[i], n);
         if (pass.projected) store(states_row + kInner * p.H, new_state[0].row[i], n);
@@ -311,14 +322,14 @@ struct ForwardPass {
 
     // What row b begins anew with: h, or inner state k.
     FUSEDRNN_INLINE V begun(const void* states, int64_t width, int64_t u, int n, int64_t b, int64_t k = 0) const {
-      return load_given<F, S>(states, width, u, n, k * p.D * p.steps.B + p.steps.given_row(d, b));
+      return load_given<F, S>(states, width, first + u, n, k * p.D * p.steps.B + p.steps.given_row(d, b));
     }
 
     // The hidden state of row b of the batch, for the next step.
     FUSEDRNN_INLINE void leave_h(F* h_new, int64_t b, int64_t u, int n, V value) const {
-      const int64_t at = (d * p.steps.B + b) * pass.h_row + u;
+      const int64_t at = (rows.strand * p.steps.B + b) * pass.h_row + u;
       if (p.hidden_mask) store(pass.unmasked + at, value);
-      store(h_new + at, p.hidden_mask ? value * pass.hidden_mask(p.steps.given_row(d, b), u, n) : value);
+      store(h_new + at, p.hidden_mask ? value * pass.hidden_mask(p.steps.given_row(d, b), first + u, n) : value);
     }
 
     template <int kRows>
@@ -326,8 +337,8 @@ struct ForwardPass {
                               Rows<F, kRows> (&new_state)[Cell::kStates]) const {
       for (int i = 0; i < kRows; ++i) {
         const int64_t row = p.steps.row(t, rows.batch_row(r + i));
-        const S* z = static_cast<const S*>(p.zoneout) + p.zoneout_at(row, d, Cell::kStates) + u;
-        S* made = static_cast<S*>(p.states) + ((row * p.D + d) * p.stored + kInner) * p.H + u;
+        const S* z = static_cast<const S*>(p.zoneout) + p.zoneout_at(row, d, Cell::kStates) + first + u;
+        S* made = static_cast<S*>(p.states) + ((row * p.D + d) * p.stored + kInner) * p.H + first + u;
         for (int k = 0; k < Cell::kStates && p.save != Save::kNothing; ++k) store(made + k * p.H, new_state[k].row[i], n);
         for (int k = 0; k < Cell::kStates; ++k)
           new_state[k].row[i] = rounded(zoneout(load(z + k * p.H, n), state[k].row[i], rounded(new_state[k].row[i])));
@@ -335,7 +346,7 @@ struct ForwardPass {
     }
 
     const S* gates_x(int64_t t, int64_t r) const {
-      return static_cast<const S*>(p.gates_x[d]) + p.steps.position(t, rows.batch_row(r), p.gates_x_step[d], p.gates_x_row[d]);
+      return static_cast<const S*>(p.gates_x[d]) + first + p.steps.position(t, rows.batch_row(r), p.gates_x_step[d], p.gates_x_row[d]);
     }
 
     void multiply_second(int64_t block, int64_t t, int64_t count, const F* h, F* h_new) const {
@@ -343,7 +354,7 @@ struct ForwardPass {
       for (int64_t begin = 0; begin < count; begin += kSumRows) {
         const int64_t chunk = count - begin < kSumRows ? count - begin : kSumRows;
         __builtin_memset(sums, 0, chunk * kWidth * sizeof(F));
-        pass.second[d].multiply(block, pass.between + state_row(begin) * pass.unit_row, rows.slices * pass.unit_row, chunk, sums);
+        second.multiply(block, pass.between + state_row(begin) * pass.unit_row, rows.slices * pass.unit_row, chunk, sums);
         if constexpr (Cell::kLate) {
           late_cells(block, t, begin, chunk, h, h_new);
           continue;
@@ -366,10 +377,10 @@ struct ForwardPass {
       constexpr int kWidth = Second::kWidth;
       for (int i = 0; i < kWidth; i += kLanes) {
         const int64_t u = block * kWidth + i;
-        if (u >= p.H) break;
-        const int n = lanes_left<F>(u, p.H);
+        if (u >= units) break;
+        const int n = lanes_left<F>(u, units);
         const S* bias_hh = static_cast<const S*>(p.bias_hh[d]);
-        const V bias = bias_hh ? load(bias_hh + pass.kFirst * p.H + u, n) : V(F(0));
+        const V bias = bias_hh ? load(bias_hh + pass.kFirst * p.H + first + u, n) : V(F(0));
         for (int64_t m = 0; m < chunk; ++m) store(sums + m * kWidth + i, load(sums + m * kWidth + i) + bias);
         for_rows(chunk, [&](int64_t m, auto count) __attribute__((always_inline)) {
           cell<decltype(count)::value>(t, begin + m, u, n, kept(u / Recurrent::kUnits, begin + m) + u % Recurrent::kUnits, h, h_new,
@@ -382,16 +393,16 @@ struct ForwardPass {
     void finish(int64_t r, const F* h_new) const {
       const int64_t row = state_row(r), given = p.steps.given_row(d, rows.batch_row(r));
       const bool by_columns = pass.projected || Cell::kLate;
-      const Range all{0, pass.recurrent[d].blocks()}, blocks = Cell::kNorms ? all : this->blocks;
+      const Range all{0, recurrent.blocks()}, blocks = Cell::kNorms ? all : this->blocks;
       const int64_t h_end = by_columns ? columns.end * Second::kUnits : blocks.end * Recurrent::kUnits;
       const int64_t h_begin = by_columns ? columns.begin * Second::kUnits : blocks.begin * Recurrent::kUnits;
       const F* last = p.hidden_mask ? pass.unmasked : h_new;
-      for (int64_t u = h_begin; u < h_end && u < p.P; u += kLanes)
-        store(static_cast<S*>(p.hy) + given * p.P + u, load(last + row * pass.h_row + u), lanes_left<F>(u, p.P));
+      for (int64_t u = h_begin; u < h_end && u < pass.depth; u += kLanes)
+        store(static_cast<S*>(p.hy) + given * p.P + first + u, load(last + row * pass.h_row + u), lanes_left<F>(u, pass.depth));
       for (int k = 0; k < kInner; ++k)
-        for (int64_t u = blocks.begin * Recurrent::kUnits; u < blocks.end * Recurrent::kUnits && u < p.H; u += kLanes)
-          store(static_cast<S*>(p.cy) + (k * p.D * p.steps.B + given) * p.H + u, load(pass.inner[k] + row * pass.unit_row + u),
-                lanes_left<F>(u, p.H));
+        for (int64_t u = blocks.begin * Recurrent::kUnits; u < blocks.end * Recurrent::kUnits && u < units; u += kLanes)
+          store(static_cast<S*>(p.cy) + (k * p.D * p.steps.B + given) * p.H + first + u,
+                load(pass.inner[k] + row * pass.unit_row + u), lanes_left<F>(u, units));
     }
   };
 };

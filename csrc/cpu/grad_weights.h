@@ -21,21 +21,23 @@ struct GradWeightsPass {
   static constexpr int64_t kBlockTiles = 288 / kTileRows, kBlockPanels = 256 / kPanelWidth;
   static constexpr int64_t kSumColumns = 16 * kLanes;  // of the gradients of biases, to a piece of work
 
-  // The gradient (rows, columns) of one weight. A piece of work is a block of it, some tiles high and some panels wide.
+  // The gradient (rows, columns) of one weight, or of each head of one. A piece of work is a block of it, some tiles high and some
+  // panels wide.
   struct Product {
     enum Kind { kInput, kRecurrent, kLate, kProjection } kind;  // kLate: weight_hh of the last gate, if that is late
-    int64_t d, rows, columns;
+    int64_t d, heads, units, rows, columns;  // units: of a head
     S* grad;
     int64_t tile_blocks, panel_blocks;
 
     // Whether the gradient is its own memory for sums: of the same format, and with a block's rows one behind the other. (Rows of a
     // block that lie far apart would share a few sets of the caches.)
     bool in_place() const {
-      return sizeof(F) == sizeof(S) && panel_blocks == 1 && columns % kPanelWidth == 0;
+      return heads == 1 && sizeof(F) == sizeof(S) && panel_blocks == 1 && columns % kPanelWidth == 0;
     }
     int64_t tiles() const { return blocks_of(rows, kTileRows); }
     int64_t panels() const { return blocks_of(columns, kPanelWidth); }
-    int64_t blocks() const { return tile_blocks * panel_blocks; }
+    int64_t blocks() const { return tile_blocks * panel_blocks; }  // of a head
+    int64_t pieces() const { return heads * blocks(); }
     Range block_tiles(int64_t block) const { return share(tiles(), tile_blocks, block / panel_blocks); }
     Range block_panels(int64_t block) const { return share(panels(), panel_blocks, block % panel_blocks); }
   };
@@ -53,15 +55,15 @@ struct GradWeightsPass {
   GradWeightsPass(const GradWeightsParams& p, Arena& arena)
       : p(p), rows(p.steps.row_count()), part(part_of(p.steps.B, rows)) {
     for (int64_t d = 0; d < p.D; ++d) {
-      add(Product::kInput, d, Cell::kGates * p.H, p.I, p.grad_weight_ih[d]);
-      if (Cell::kMultiplies) add(Product::kRecurrent, d, kFirst * p.H, p.P, p.grad_weight_hh[d]);
+      add(Product::kInput, d, 1, Cell::kGates * p.H, p.I, p.grad_weight_ih[d]);
+      if (Cell::kMultiplies) add(Product::kRecurrent, d, p.N, kFirst * p.units(), p.depth(), p.grad_weight_hh[d]);
       if (Cell::kLate && p.grad_weight_hh[d])
-        add(Product::kLate, d, p.H, p.P, static_cast<S*>(p.grad_weight_hh[d]) + kFirst * p.H * p.P);
-      add(Product::kProjection, d, p.P, p.H, p.grad_weight_hr[d]);
+        add(Product::kLate, d, p.N, p.units(), p.depth(), static_cast<S*>(p.grad_weight_hh[d]) + kFirst * p.H * p.depth());
+      add(Product::kProjection, d, 1, p.P, p.H, p.grad_weight_hr[d]);
     }
     constexpr int64_t kThreadProducts = 100000;  // a thread that sleeps takes about as long to wake
     int64_t row_products = 0;
-    for (int i = 0; i < product_count; ++i) row_products += products[i].rows * products[i].columns;
+    for (int i = 0; i < product_count; ++i) row_products += products[i].heads * products[i].rows * products[i].columns;
     const int64_t useful = 1 + rows * row_products / kThreadProducts;
     threads = int(useful < p.threads ? useful : p.threads);
     for (int i = 0; i < product_count; ++i) divide(products[i]);
@@ -78,15 +80,15 @@ struct GradWeightsPass {
     const int64_t part = 2 * batch < kLeastPart ? kLeastPart : 2 * batch > kMostPart ? kMostPart : 2 * batch;
     return part < rows ? part : rows;
   }
-  void add(typename Product::Kind kind, int64_t d, int64_t height, int64_t width, void* grad) {
-    if (grad) products[product_count++] = {kind, d, height, width, static_cast<S*>(grad), 0, 0};
+  void add(typename Product::Kind kind, int64_t d, int64_t heads, int64_t height, int64_t width, void* grad) {
+    if (grad) products[product_count++] = {kind, d, heads, p.H / heads, height, width, static_cast<S*>(grad), 0, 0};
   }
   // Blocks that fit the cache, and enough of them for all threads.
   void divide(Product& product) {
     product.tile_blocks = blocks_of(product.tiles(), kBlockTiles);
     product.panel_blocks = blocks_of(product.panels(), kBlockPanels);
-    if (product.blocks() < threads) product.tile_blocks = product.tiles() < threads ? product.tiles() : threads;
-    pieces += product.blocks();
+    if (product.pieces() < threads) product.tile_blocks = product.tiles() < threads ? product.tiles() : threads;
+    pieces += product.pieces();
     const int64_t tiles = blocks_of(product.tiles(), product.tile_blocks);
     const int64_t panels = blocks_of(product.panels(), product.panel_blocks);
     most_tiles = most_tiles > tiles ? most_tiles : tiles;
@@ -106,7 +108,7 @@ struct GradWeightsPass {
       Block block(*this, arena);
       for (int64_t piece; (piece = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED)) < pieces;) {
         int i = 0;
-        for (; i < product_count && piece >= products[i].blocks(); ++i) piece -= products[i].blocks();
+        for (; i < product_count && piece >= products[i].pieces(); ++i) piece -= products[i].pieces();
         if (i < product_count)
           block.compute(products[i], piece);
         else
@@ -125,6 +127,7 @@ struct GradWeightsPass {
     const GradWeightsParams& p = pass.p;
     const int64_t part = pass.part;
     Product product{};
+    int64_t first = 0;                           // unit 0 of its head, in tensors
     Range tiles{}, panels{}, height{}, width{};  // the block's, and as rows and columns of the weight
 
     Block(const GradWeightsPass& pass, Arena& arena)
@@ -138,8 +141,10 @@ struct GradWeightsPass {
       const S *gates[kMostPart], *fed[kMostPart], *masks[kMostPart];  // masks: of what was fed, null: none
     };
 
-    void compute(const Product& of, int64_t block) {
+    void compute(const Product& of, int64_t piece) {
+      const int64_t block = piece % of.blocks();
       product = of;
+      first = piece / of.blocks() * of.units;
       tiles = product.block_tiles(block);
       panels = product.block_panels(block);
       height = {tiles.begin * kTileRows, tiles.end * kTileRows < product.rows ? tiles.end * kTileRows : product.rows};
@@ -165,12 +170,15 @@ struct GradWeightsPass {
                                      to + panel * kPanelWidth, sums_row);
           }
       }
-      const int64_t first = height.begin + whole_tiles * kTileRows;
-      for (int64_t m = first; m < height.end; ++m)
+      const int64_t summed = height.begin + whole_tiles * kTileRows;
+      for (int64_t m = summed; m < height.end; ++m)
         for (int64_t u = width.begin; u < width.end; u += kLanes)
-          store(product.grad + m * product.columns + u, load(sums + (m - first) * sums_row + u - width.begin),
+          store(product.grad + weight_row(m) * product.columns + u, load(sums + (m - summed) * sums_row + u - width.begin),
                 lanes_left<F>(u, width.end));
     }
+
+    // Where row m of the product is in the weight, which has all heads' rows of a gate before those of the next.
+    int64_t weight_row(int64_t m) const { return m / product.units * p.H + first + m % product.units; }
 
     // The next part, from row b of step t on; moves (t, b) behind it. Empty at the end. Leaves out rows that were fed with zeros.
     Part collect(int64_t& t, int64_t& b) const {
@@ -200,16 +208,16 @@ struct GradWeightsPass {
       if (begins && !p.reset_hx) return nullptr;
       if constexpr (Cell::kLate)
         if (product.kind == Product::kLate)
-          return static_cast<const S*>(p.saved) + ((row * p.D + d) * Cell::kSaved + Cell::kMiddle) * p.H;
+          return static_cast<const S*>(p.saved) + ((row * p.D + d) * Cell::kSaved + Cell::kMiddle) * p.H + first;
       const int64_t before = p.steps.row_before(t, b, d);
-      if (before >= 0 && !begins) return static_cast<const S*>(p.output) + (before * p.D + d) * p.P;
+      if (before >= 0 && !begins) return static_cast<const S*>(p.output) + (before * p.D + d) * p.P + first;
       const auto* given = static_cast<const S*>(begins ? p.reset_hx : p.hx);
-      return given ? given + p.steps.given_row(d, b) * p.P : nullptr;
+      return given ? given + p.steps.given_row(d, b) * p.P + first : nullptr;
     }
 
     const S* mask_row(int64_t b) const {
       if (product.kind != Product::kRecurrent || !p.hidden_mask) return nullptr;
-      return static_cast<const S*>(p.hidden_mask) + p.steps.given_row(product.d, b) * p.P;
+      return static_cast<const S*>(p.hidden_mask) + p.steps.given_row(product.d, b) * p.P + first;
     }
 
     // visit(row of the weight, place in a row of gradients, count) for the runs of the block's rows that follow each other there.
@@ -219,9 +227,9 @@ struct GradWeightsPass {
         n = height.end - m;
         int64_t at = m;
         if (product.kind != Product::kProjection) {
-          const int gate = int(m / p.H) + (product.kind == Product::kLate ? kFirst : 0);
-          at = (product.kind == Product::kInput ? Cell::x_pre(gate) : Cell::h_pre(gate)) * p.H + m % p.H;
-          const int64_t left = p.H - m % p.H;
+          const int gate = int(m / product.units) + (product.kind == Product::kLate ? kFirst : 0);
+          at = (product.kind == Product::kInput ? Cell::x_pre(gate) : Cell::h_pre(gate)) * p.H + first + m % product.units;
+          const int64_t left = product.units - m % product.units;
           n = left < n ? left : n;
         }
         visit(m, at, n);

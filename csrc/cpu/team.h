@@ -1,7 +1,7 @@
 // Who does what: the division of one call among threads, and the barrier they meet at.
 //
-// A team is the threads that compute one direction of the layer for one slice of the batch. Its members own blocks of
-// hidden units for the whole sequence and meet once a step, because each needs the whole of the state that they made
+// A team is the threads that compute one strand of the layer, a head of a direction, for one slice of the batch. Its members own
+// blocks of hidden units for the whole sequence and meet once a step, because each needs the whole of the state that they made
 // together. Teams never wait for each other while the sequence runs.
 #pragma once
 #include <omp.h>
@@ -52,16 +52,16 @@ FUSEDRNN_INLINE Range share(int64_t count, int64_t parts, int64_t part) {
   return {count * part / parts, count * (part + 1) / parts};
 }
 
-// How a call is divided. `members` threads a team, `slices` teams a direction.
+// How a call is divided. `members` threads a team, `slices` teams a strand.
 struct Division {
-  int directions, slices, members;
-  int teams() const { return directions * slices; }
+  int strands, slices, members;
+  int teams() const { return strands * slices; }
   int threads() const { return teams() * members; }
 };
 
-// Threads go to directions first, since these are independent; then to slices of the batch where every slice can afford to
+// Threads go to strands first, since these are independent; then to slices of the batch where every slice can afford to
 // read all the weights from its own core's cache; then to blocks of units.
-FUSEDRNN_INLINE Division divide(int threads, int64_t directions, int64_t batch, int64_t blocks, int64_t weight_bytes,
+FUSEDRNN_INLINE Division divide(int threads, int64_t strands, int64_t batch, int64_t blocks, int64_t weight_bytes,
                                 int64_t step_flops) {
   constexpr int64_t kOwnCache = 256 << 10;     // half of the second-level cache of the machine measured (512 KiB a core)
   constexpr int64_t kSliceRows = 16;           // fewer rows do not fill the register tiles
@@ -69,12 +69,12 @@ FUSEDRNN_INLINE Division divide(int threads, int64_t directions, int64_t batch, 
   constexpr int64_t kMemberFlops = 50000;
   auto least = [](int64_t a, int64_t b) { return a < b ? a : b; };
   auto at_least_one = [](int64_t a) { return a < 1 ? 1 : a; };
-  const int64_t per_direction = at_least_one(threads / directions);
+  const int64_t per_strand = at_least_one(threads / strands);
   const int64_t slices =
-      weight_bytes <= kOwnCache ? at_least_one(least(per_direction, batch / kSliceRows)) : 1;
+      weight_bytes <= kOwnCache ? at_least_one(least(per_strand, batch / kSliceRows)) : 1;
   const int64_t members =
-      at_least_one(least(least(per_direction / slices, blocks), step_flops / slices / kMemberFlops));
-  return {int(directions), int(slices), int(members)};
+      at_least_one(least(least(per_strand / slices, blocks), step_flops / slices / kMemberFlops));
+  return {int(strands), int(slices), int(members)};
 }
 
 // Runs work(granted) on up to `threads` threads, all of them alive at once, so that they may wait for each other; `granted` is

@@ -27,8 +27,13 @@ struct RowWeights {
   static constexpr int kUnits = kUnitVectors * kLanes, kWidth = kGates * kUnits;
   static constexpr int kPanels = kGates * kUnitVectors / kPanelVectors;
   const S* w;
-  int64_t units, depth;
+  int64_t units, depth, gate_rows;  // gate_rows: of w from gate to gate, where there are other heads' between
   F* panels;  // (blocks, block_size()) as multiply_panels reads them, null: never packed
+
+  // Of the head n behind this one.
+  RowWeights head(int64_t n) const {
+    return {w + n * units * depth, units, depth, gate_rows, panels ? panels + n * blocks() * block_size() : nullptr};
+  }
 
   int64_t blocks() const { return blocks_of(units, kUnits); }
   int64_t block_size() const { return depth * kWidth; }
@@ -49,7 +54,7 @@ struct RowWeights {
         for (int64_t u = 0; u < kUnits; u += kLanes) {
           const int64_t at = g * kUnits + u, panel = at / kPanelWidth;
           F* columns = packed + (pass_begin * kPanels + panel * pass - pass_begin) * kPanelWidth + at % kPanelWidth;
-          const S* rows = w + (g * units + block * kUnits + u) * depth;
+          const S* rows = w + (g * gate_rows + block * kUnits + u) * depth;
           for (int64_t i = k; i < end; i += kLanes)
             pack_square(columns + i * kPanelWidth, kPanelWidth, rows + i, count - u, lanes_left<F>(i, end));
         }
@@ -74,7 +79,7 @@ struct RowWeights {
       return;
     }
     for (int64_t g = 0; g < kGates; ++g)
-      multiply_dots<F, S>(a, a_row, rows, w + (g * units + block * kUnits) * depth, depth, valid(block), depth,
+      multiply_dots<F, S>(a, a_row, rows, w + (g * gate_rows + block * kUnits) * depth, depth, valid(block), depth,
                           sums + g * kUnits, kWidth);
   }
 };
@@ -85,8 +90,15 @@ struct ColumnWeights {
   static constexpr int kWidth = kPanelVectors * Vec<F>::kLanes, kUnits = kWidth;
   const S* w;
   int64_t columns, depth;
+  int64_t run, run_rows;  // so many rows of w follow each other, and so many are from one of these runs to the next
   F* panels;    // (blocks, depth, panel), null: packed into scratch at each use
   F* scratch;   // (depth, kWidth), the calling thread's own
+
+  // Of the head n behind this one.
+  ColumnWeights head(int64_t n) const {
+    F* const own = panels ? panels + n * blocks() * block_size() : nullptr;
+    return {w + n * run * columns, columns, depth, run, run_rows, own, scratch};
+  }
 
   int64_t blocks() const { return blocks_of(columns, kWidth); }
   int64_t block_size() const { return depth * kWidth; }
@@ -105,20 +117,22 @@ struct ColumnWeights {
  private:
   void pack_into(int64_t block, F* panel) const {
     constexpr int kLanes = Vec<F>::kLanes;
-    for (int64_t k = 0; k < depth; ++k)
-      for (int v = 0; v < kPanelVectors; ++v) {
-        const int64_t u = block * kWidth + v * kLanes;
-        store(panel + k * kWidth + v * kLanes, load(w + k * columns + u, lanes_left<F>(u, columns)));
-      }
+    const S* rows = w;
+    for (int64_t first = 0; first < depth; first += run, rows += run_rows * columns)
+      for (int64_t k = 0; k < run; ++k)
+        for (int v = 0; v < kPanelVectors; ++v) {
+          const int64_t u = block * kWidth + v * kLanes;
+          store(panel + (first + k) * kWidth + v * kLanes, load(rows + k * columns + u, lanes_left<F>(u, columns)));
+        }
   }
 };
 
-// A row of a state of `width` values: row `row` of `from` (rows, count) and zeros behind it; all zeros where from is null.
+// A row of a state of `width` values: `count` from place `at` of `from` on, and zeros behind them; all zeros where from is null.
 template <class F, class S>
-FUSEDRNN_INLINE void load_row(F* to, int64_t width, const S* from, int64_t row, int64_t count) {
+FUSEDRNN_INLINE void load_row(F* to, int64_t width, const S* from, int64_t at, int64_t count) {
   constexpr int kLanes = Vec<F>::kLanes;
   for (int64_t u = 0; u < width; u += kLanes)
-    store(to + u, from && u < count ? load(from + row * count + u, lanes_left<F>(u, count)) : Vec<F>(F(0)),
+    store(to + u, from && u < count ? load(from + at + u, lanes_left<F>(u, count)) : Vec<F>(F(0)),
           lanes_left<F>(u, width));
 }
 
@@ -130,7 +144,7 @@ FUSEDRNN_INLINE Vec<F> load_given(const void* states, int64_t width, int64_t u, 
 
 // Which rows of the batch a team has: every slices-th one, so that sequences sorted by length are spread evenly.
 struct TeamRows {
-  int64_t direction, slice, slices;
+  int64_t strand, slice, slices;
   int64_t count(int64_t batch) const { return batch > slice ? (batch - slice + slices - 1) / slices : 0; }
   int64_t batch_row(int64_t r) const { return slice + r * slices; }
 };
@@ -157,7 +171,7 @@ FUSEDRNN_INLINE void for_groups(const Range& blocks, int64_t rows, const Visit& 
 // What is common to the passes: the threads of a call and where they meet. Pass is one of ForwardPass, BackwardPass; it
 // gives division(threads), prepare(thread's rows, barrier) and run(...).
 struct Crew {
-  Barrier::Count* counts;  // (2, threads) each thread's count at its team's barrier, then at its direction's
+  Barrier::Count* counts;  // (2, threads) each thread's count at its team's barrier, then at its strand's
   int threads;
 
   Crew(Arena& arena, int threads) : counts(arena.take<Barrier::Count>(2 * threads)), threads(threads) {
@@ -165,20 +179,20 @@ struct Crew {
       for (int i = 0; i < 2 * threads; ++i) counts[i].reached = 0;
   }
 
-  // Calls member(rows, thread, place in the team, team's barrier, place in the direction, direction's barrier) on every thread
-  // for every team that it serves: one, unless there are fewer threads than directions.
+  // Calls member(rows, thread, place in the team, team's barrier, place in the strand, strand's barrier) on every thread
+  // for every team that it serves: one, unless there are fewer threads than strands.
   template <class Divide, class Member>
   void run(const Divide& divide, const Member& member) const {
     const int useful = divide(threads).threads();
     run_team(useful < threads ? useful : threads, [&](int thread, int granted) {
       const Division division = divide(granted);
-      const int members = division.members, per_direction = division.slices * members;
+      const int members = division.members, per_strand = division.slices * members;
       const int stride = granted < division.threads() ? granted : division.threads();
       for (int place = thread; thread < stride && place < division.threads(); place += stride) {
-        const int team = place / members, direction = place / per_direction;
-        member(TeamRows{direction, team % division.slices, division.slices}, thread, place % members,
-               Barrier{counts + team * members, members}, place % per_direction,
-               Barrier{counts + threads + direction * per_direction, per_direction});
+        const int team = place / members, strand = place / per_strand;
+        member(TeamRows{strand, team % division.slices, division.slices}, thread, place % members,
+               Barrier{counts + team * members, members}, place % per_strand,
+               Barrier{counts + threads + strand * per_strand, per_strand});
       }
     });
   }

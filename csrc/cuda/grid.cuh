@@ -6,7 +6,7 @@
 
 namespace fusedrnn {
 
-// Words of one direction in which blocks say what they have done.
+// Words of one strand in which blocks say what they have done.
 inline int64_t exchange_words(const ProductPlan& plan) { return plan.regime == Regime::kGrid ? plan.blocks() : 0; }
 
 template <class Step>
@@ -19,7 +19,7 @@ struct ByGrid {
 
   FUSEDRNN_DEVICE ByGrid(const ManySteps<Step>& args, const BlockPlace& place, int64_t row_size, prims::Shared&)
       : step(args.step), d(blockIdx.z), first_number(place.first_row * row_size),
-        exchange{args.done + (d * step.plan.batch_tiles + place.batch_tile) * step.plan.sharers, int(step.plan.sharers),
+        exchange{args.done + (strand_of(d) * step.plan.batch_tiles + place.batch_tile) * step.plan.sharers, int(step.plan.sharers),
                  int(place.sharer)} {}
   FUSEDRNN_DEVICE void begin() const {
     prims::block_sync();  // the weights are there

@@ -35,12 +35,13 @@ void launch_walk(const char* name, void (*kernel)(ManySteps<Step>), const Grid& 
   }
 }
 
-// done: the words of an exchange, all zero; exchange_words() for each direction.
+// done: the words of an exchange, all zero; exchange_words() for each strand.
 template <class Step>
 void launch_many_steps(const char* name, const Step& step, const Walk& walk, int64_t directions, int64_t steps, uint32_t* done,
                        const Queue& queue) {
   const ProductPlan& plan = step.plan;
   Grid grid{plan.blocks(), int(directions), plan.threads(), plan.shared_bytes, false};
+  grid.heads = int(step.p.N);
   grid.all_at_once = plan.regime == Regime::kGrid;
   grid.cluster = plan.regime == Regime::kCluster ? int(plan.sharers) : 1;
   launch_walk<Step>(name, kernel_of_many_steps<Step>(plan), grid, step, walk, steps, done, queue);

@@ -55,8 +55,9 @@ class OnCuda {
         const Tensor h = columns(*hidden_before_, rows, d * P, P);
         // What the late gate multiplied lies in what is saved.
         const int64_t of_direction = call_.cell.saved * H, middle_at = d * of_direction + middle_ * H;
-        grad[1] = of_h_halves(pre, 1, [&](const Tensor& gates, bool late) {
-          return product(gates, late ? columns(from.saved, rows, middle_at, H) : h);
+        grad[1] = of_h_halves(pre, 1, call_.cell.heads == 1, [&](const Tensor& gates, bool late) {
+          const Tensor fed = late ? columns(from.saved, rows, middle_at, H) : h;
+          return call_.cell.heads > 1 ? product_of_heads(gates, fed) : product(gates, fed);
         });
       }
       MaybeTensor total;
@@ -64,7 +65,7 @@ class OnCuda {
       if (need_own) grad[call_.cell.multiplies ? 4 : 1] = reshape(clone(part(*total, 0, own, width - own)), {call_.cell.unit, H});
       if (needs.grad_bias) {
         grad[2] = clone(part(*total, 0, 0, G * H));
-        grad[3] = of_h_halves(*total, 0, [](const Tensor& gates, bool) { return clone(gates); });
+        grad[3] = of_h_halves(*total, 0, true, [](const Tensor& gates, bool) { return clone(gates); });
       }
       if (needs.grad_weight_hr && call_.projected) {
         const Tensor unprojected = columns(from.states, rows, (d * extra + extra - 1) * H, H);
@@ -104,15 +105,24 @@ class OnCuda {
     const int64_t dim = 0;
     return torch::stable::sum(tensor, torch::headeronly::IntHeaderOnlyArrayRef(&dim, 1));
   }
+  // a^T b head by head, of a gate: (rows, H) and (rows, H) to (H, H/N).
+  Tensor product_of_heads(const Tensor& a, const Tensor& b) const {
+    using namespace torch::stable;
+    const int64_t N = call_.cell.heads, rows = call_.rows, units = call_.H / N;
+    auto heads = [&](const Tensor& tensor) { return transpose(view(tensor, {rows, N, units}), 0, 1); };
+    return reshape(matmul(transpose(heads(a), 1, 2), heads(b)), {call_.H, units});
+  }
 
   // fn of the gates' recurrent halves, and whether they are late, which are a part of the pre-activations in dimension `dim`, gate
-  // below gate. Halves that lie side by side, and are both late or not, are taken at once: for most cells these are all.
+  // below gate. Halves that lie side by side, and are both late or not, are taken at once, if they may be: for most cells all are.
   template <class Fn>
-  Tensor of_h_halves(const Tensor& pre, int64_t dim, const Fn& fn) const {
+  Tensor of_h_halves(const Tensor& pre, int64_t dim, bool at_once, const Fn& fn) const {
     const int64_t H = call_.H, gates = int64_t(h_pre_.size()), late = gates - call_.cell.late;
     MaybeTensor all;
     for (int64_t gate = 0, count = 0; gate < gates; gate += count) {
-      auto goes_on = [&](int64_t other) { return other != late && h_pre_[size_t(other)] == h_pre_[size_t(gate)] + (other - gate); };
+      auto goes_on = [&](int64_t other) {
+        return at_once && other != late && h_pre_[size_t(other)] == h_pre_[size_t(gate)] + (other - gate);
+      };
       for (count = 1; gate + count < gates && goes_on(gate + count);) ++count;
       const Tensor found = fn(part(pre, dim, h_pre_[size_t(gate)] * H, count * H), gate >= late);
       if (count == gates) return found;

@@ -68,7 +68,7 @@ struct ProductPlan {
   int slots;                        // places for the parts of a sum: where there are fewer than parts, some are added to others
   int block_rows;                   // of the batch, to a block
   int64_t shared_bytes;
-  int64_t blocks() const { return sharers * batch_tiles; }  // of a direction
+  int64_t blocks() const { return sharers * batch_tiles; }  // of a strand
   int threads() const { return kWarp * warps; }
   int64_t padded_rows() const { return batch_tiles * block_rows; }
 };
@@ -128,7 +128,8 @@ inline ProductPlan plan_grid_a_step(const Chip& chip, const LayerParams& p, cons
   auto fits = [&](int warps) { return warps <= kMostWarps && product.sums_bytes(warps, plan.tiles) <= chip.shared_bytes; };
   plan.groups = 1;
   while (fits(2 * plan.groups) && 2 * plan.groups * plan.tiles <= tiles &&
-         product.unit_tiles * ceil_div(tiles, 2 * plan.groups * plan.tiles) * p.D >= int64_t(kBlocksEach) * chip.multiprocessors)
+         product.unit_tiles * ceil_div(tiles, 2 * plan.groups * plan.tiles) * p.strands() >=
+             int64_t(kBlocksEach) * chip.multiprocessors)
     plan.groups *= 2;
   plan.split = 1;
   while (fits(2 * plan.split * plan.groups) && 2 * plan.split <= product.depth_blocks) plan.split *= 2;
@@ -149,7 +150,7 @@ inline ProductPlan plan_block(const Chip& chip, const LayerParams& p, const Prod
   plan.shared_bytes = product.unit_tiles * product.tile_bytes;
   if (plan.shared_bytes > chip.shared_bytes || p.steps.T < kLeastSteps) return plan;
   plan.regime = Regime::kBlock;
-  const int64_t blocks = std::max<int64_t>(1, chip.multiprocessors / p.D);
+  const int64_t blocks = std::max<int64_t>(1, chip.multiprocessors / p.strands());
   const int64_t block_tiles = std::max<int64_t>(1, ceil_div(product.batch_tiles, blocks));
   plan.tiles = block_tiles == 1 ? 1 : most_block_tiles(product.sum_bytes);
   plan.groups = int(ceil_div(block_tiles, plan.tiles));
@@ -164,7 +165,7 @@ inline ProductPlan plan_block(const Chip& chip, const LayerParams& p, const Prod
 // `copies` of the states of its rows there.
 inline bool divide_shared(ProductPlan& plan, const Chip& chip, const LayerParams& p, const Product& product, int64_t sharers,
                           int copies) {
-  const int64_t places = chip.multiprocessors / (sharers * p.D);  // for blocks that do the same for other rows
+  const int64_t places = chip.multiprocessors / (sharers * p.strands());  // for blocks that do the same for other rows
   if (places < 1) return false;
   const int64_t block_tiles = std::max<int64_t>(1, ceil_div(product.batch_tiles, places));
   plan.tiles = tiles_of_warp(block_tiles, product.sum_bytes);
@@ -243,8 +244,9 @@ inline StepPlan plan_step(const Chip& chip, const LayerParams& p, const CellKind
     look(regimes.grid, plan_grid);
     return found.regime == Regime::kStep ? plan_grid_a_step(chip, p, product) : found;
   };
-  return {plan(p.H, gates, p.P, one_kernel), plan(p.P, 1, p.H, false), plan(p.P, 1, gates * p.H, one_kernel),
-          plan(p.H, 1, p.P, false)};
+  const int64_t units = p.units(), depth = p.depth();
+  return {plan(units, gates, depth, one_kernel), plan(depth, 1, units, false), plan(depth, 1, gates * units, one_kernel),
+          plan(units, 1, depth, false)};
 }
 
 }  // namespace fusedrnn

@@ -218,16 +218,17 @@ struct Grid {
   bool overlaps;             // may start before the grid before it has ended, and waits for it by itself
   bool all_at_once = false;  // its blocks wait for each other, so that all must be on the chip: one to a multiprocessor
   int cluster = 1;           // so many are neighbours and may read each other's shared memory (sm_90)
+  int heads = 1;             // of each direction
 };
 
-// Runs kernel(args) on the queue; blockIdx.z is the direction. Raises std::runtime_error with the kernel's name if CUDA
-// refuses.
+// Runs kernel(args) on the queue; blockIdx.z is the direction, blockIdx.y the head. Raises std::runtime_error with the kernel's name
+// if CUDA refuses.
 template <class Args>
 void launch(const char* name, void (*kernel)(Args), const Grid& grid, const Queue& queue, const Args& args) {
 #if defined(FUSEDRNN_ON_HOST)
   cuda_on_host::Launch launch{};
   launch.name = name;
-  launch.grid = dim3(unsigned(grid.blocks), 1, unsigned(grid.directions));
+  launch.grid = dim3(unsigned(grid.blocks), unsigned(grid.heads), unsigned(grid.directions));
   launch.block = dim3(unsigned(grid.threads));
   launch.shared_bytes = size_t(grid.shared_bytes);
   launch.overlaps_previous = grid.overlaps && queue.overlaps;
@@ -237,7 +238,7 @@ void launch(const char* name, void (*kernel)(Args), const Grid& grid, const Queu
   cuda_on_host::launch(launch, [kernel, args] { kernel(args); });
 #else
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(unsigned(grid.blocks), 1, unsigned(grid.directions));
+  config.gridDim = dim3(unsigned(grid.blocks), unsigned(grid.heads), unsigned(grid.directions));
   config.blockDim = dim3(unsigned(grid.threads));
   config.dynamicSmemBytes = size_t(grid.shared_bytes);
   config.stream = static_cast<cudaStream_t>(queue.stream);

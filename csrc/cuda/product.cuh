@@ -12,27 +12,35 @@
 
 namespace fusedrnn {
 
-// Weights of one direction: (unit tiles, depth blocks, gates, 16 units by kDepth).
+// Weights of one strand: (unit tiles, depth blocks, gates, 16 units by kDepth).
 template <class A, int kGates>
 FUSEDRNN_DEVICE int64_t packed_weight_at(int64_t depth_blocks, int64_t unit, int gate, int64_t k) {
   const int64_t block = ((unit / kUnits) * depth_blocks + k / A::kDepth) * kGates + gate;
   return block * kRows * A::kDepth + A::weight_at(int(unit % kUnits), int(k % A::kDepth));
 }
 
-// States of one direction: (tiles of 8 rows, depth blocks, 8 rows by kDepth).
+// States of one strand: (tiles of 8 rows, depth blocks, 8 rows by kDepth).
 template <class A>
 FUSEDRNN_DEVICE int64_t packed_state_at(int64_t depth_blocks, int64_t row, int64_t k) {
   const int64_t block = row / kTileRows * depth_blocks + k / A::kDepth;
   return block * kColumns * A::kDepth + A::state_at(int(row % kTileRows), int(k % A::kDepth));
 }
 
+// ---- Strands: a block's direction is blockIdx.z, its head blockIdx.y ----
+
+FUSEDRNN_DEVICE int strand_of(int d) { return d * int(gridDim.y) + int(blockIdx.y); }
+// Unit 0 of the head, and its tile 0 of packed weights, where heads of so many lie side by side.
+FUSEDRNN_DEVICE int64_t first_of_head(int64_t each) { return blockIdx.y * each; }
+
 // ---- Grids without a plan: each thread takes every so many-th place of a matrix ----
 
 constexpr int kPlainThreads = 256;
 constexpr int64_t kPlainBlocks = 1024;  // at most; a thread then takes several. Not measured yet.
 
-inline Grid plain_grid(int64_t places, int directions) {
-  return {std::clamp<int64_t>(ceil_div(places, kPlainThreads), 1, kPlainBlocks), directions, kPlainThreads, 0, false};
+inline Grid plain_grid(int64_t places, const LayerParams& p) {
+  Grid grid{std::clamp<int64_t>(ceil_div(places, kPlainThreads), 1, kPlainBlocks), int(p.D), kPlainThreads, 0, false};
+  grid.heads = int(p.N);
+  return grid;
 }
 
 // Calls fn(row, column) for this thread's part of a matrix. Neighbouring threads have neighbouring columns.
@@ -44,12 +52,24 @@ FUSEDRNN_DEVICE void for_each_place(int64_t rows, int64_t columns, const Fn& fn)
 
 // ---- Packing, once a call ----
 
+// A head's weight, whose element (gate, unit, k) lies at gate * gate_stride + unit * unit_stride + k / run * run_stride +
+// k % run * k_stride, and that of the next head head_stride behind it.
+struct WeightPlaces {
+  int64_t units, depth, gate_stride, unit_stride, run, run_stride, k_stride, head_stride;
+};
+// Of a weight that has, for a gate after the other, rows_of_gate rows, those of all heads. Its rows are the units, or what is summed.
+inline WeightPlaces by_rows(int64_t units, int64_t depth, int64_t rows_of_gate) {
+  return {units, depth, rows_of_gate * depth, depth, depth, 0, 1, units * depth};
+}
+inline WeightPlaces by_columns(int64_t units, int64_t rows, int64_t gates, int64_t rows_of_gate) {
+  return {units, gates * rows, 0, 1, rows, rows_of_gate * units, units, rows * units};
+}
+
 template <class A>
 struct PackArgs {
-  // Element (gate, unit, k) lies at (gate * units + unit) * unit_stride + k * k_stride.
   const typename A::Storage* from[kMaxDirections];
   typename A::Element* to[kMaxDirections];
-  int64_t units, depth, unit_stride, k_stride;
+  WeightPlaces at;
   int64_t unit_tiles, depth_blocks;
 };
 
@@ -57,20 +77,23 @@ template <class A, int kGates>
 __global__ void pack_kernel(const __grid_constant__ PackArgs<A> args) {
   const int d = blockIdx.z;
   const int64_t units = args.unit_tiles * kUnits, depth = args.depth_blocks * A::kDepth;
+  const typename A::Storage* from = args.from[d] + first_of_head(args.at.head_stride);
+  typename A::Element* to = args.to[d] + first_of_head(units * depth * kGates);
   auto pack = [&](int64_t unit, int64_t k) {
-    const bool real = unit < args.units && k < args.depth;
+    const bool real = unit < args.at.units && k < args.at.depth;
+    const WeightPlaces& at = args.at;
+    const int64_t place = unit * at.unit_stride + k / at.run * at.run_stride + k % at.run * at.k_stride;
     for (int gate = 0; gate < kGates; ++gate) {
-      const int64_t at = (gate * args.units + unit) * args.unit_stride + k * args.k_stride;
-      const typename A::Sum value = real ? typename A::Sum(widen(args.from[d][at])) : typename A::Sum(0);
-      args.to[d][packed_weight_at<A, kGates>(args.depth_blocks, unit, gate, k)] = A::element(value);
+      const typename A::Sum value = real ? typename A::Sum(widen(from[gate * at.gate_stride + place])) : typename A::Sum(0);
+      to[packed_weight_at<A, kGates>(args.depth_blocks, unit, gate, k)] = A::element(value);
     }
   };
   // Neighbouring threads read neighbouring numbers, whichever way the weight lies.
-  if (args.unit_stride < args.k_stride) for_each_place(depth, units, [&](int64_t k, int64_t unit) { pack(unit, k); });
+  if (args.at.unit_stride < args.at.k_stride) for_each_place(depth, units, [&](int64_t k, int64_t unit) { pack(unit, k); });
   else for_each_place(units, depth, pack);
 }
 
-// Numbers of a tile of 16 units, and of one direction.
+// Numbers of a tile of 16 units, and of one strand.
 template <class A>
 FUSEDRNN_ANYWHERE int64_t packed_tile_count(const ProductPlan& plan, int gates) {
   return plan.depth_blocks * gates * kRows * A::kDepth;
@@ -88,16 +111,16 @@ FUSEDRNN_DEVICE void copy_in(Element* to, const Element* from, int64_t count) {
     reinterpret_cast<Sixteen*>(to)[i] = reinterpret_cast<const Sixteen*>(from)[i];
 }
 
-// Packs, for each direction, a weight whose element (gate, unit, k) lies at (gate * units + unit) * unit_stride + k * k_stride.
+// Packs a weight of each direction, head after head.
 template <class A, int kGates>
-void pack(const void* const (&from)[kMaxDirections], typename A::Element* const (&to)[kMaxDirections], int64_t units, int64_t depth,
-          int64_t unit_stride, int64_t k_stride, const ProductPlan& plan, int directions, const Queue& queue) {
-  PackArgs<A> args{{}, {}, units, depth, unit_stride, k_stride, plan.unit_tiles, plan.depth_blocks};
-  for (int d = 0; d < directions; ++d) {
+void pack(const LayerParams& p, const void* const (&from)[kMaxDirections], typename A::Element* const (&to)[kMaxDirections],
+          const WeightPlaces& at, const ProductPlan& plan, const Queue& queue) {
+  PackArgs<A> args{{}, {}, at, plan.unit_tiles, plan.depth_blocks};
+  for (int64_t d = 0; d < p.D; ++d) {
     args.from[d] = static_cast<const typename A::Storage*>(from[d]);
     args.to[d] = to[d];
   }
-  const Grid grid = plain_grid(plan.unit_tiles * kUnits * plan.depth_blocks * A::kDepth, directions);
+  const Grid grid = plain_grid(plan.unit_tiles * kUnits * plan.depth_blocks * A::kDepth, p);
   launch("pack", pack_kernel<A, kGates>, grid, queue, args);
 }
 
@@ -109,7 +132,7 @@ template <class Cell, class A>
 LateWeights late_weights(const LayerParams& p) {
   LateWeights weights{};
   for (int64_t d = 0; d < p.D; ++d)
-    weights.of[d] = static_cast<const typename A::Storage*>(p.weight_hh[d]) + (Cell::kGates - Cell::kLate) * p.H * p.P;
+    weights.of[d] = static_cast<const typename A::Storage*>(p.weight_hh[d]) + (Cell::kGates - Cell::kLate) * p.H * p.depth();
   return weights;
 }
 
@@ -234,7 +257,7 @@ struct PassNothing {
 //   Now, step[d]                 what differs between the steps of one direction
 //   int64_t multiplied(now)      rows whose sum is wanted; others take zero
 //   int64_t visited(now)         rows that are looked at
-//   int64_t units
+//   int64_t units                of a head; a unit's number below counts those of the heads before its own
 //   fetch(d, now, row, unit)     what a unit reads besides its sums: Inputs
 //   finish(d, now, row, unit, sums, inputs, pass)   what becomes of them; pass(at, element) for each number that the next step
 //                                multiplies, when it is written: its place in states(d, next)
@@ -249,7 +272,8 @@ __global__ void __launch_bounds__(kMostWarps * kLanes, 1) step_kernel(const __gr
   const bool multiplies = place.first_row < step.multiplied(now);
   prims::Shared shared;
   BlockSums<A, kGates, kTiles> sums(step.plan, shared);
-  const typename A::Element* weights = step.weights(d) + place.unit_tile * packed_tile_count<A>(step.plan, kGates);
+  const int64_t tile = first_of_head(step.plan.unit_tiles) + place.unit_tile;
+  const typename A::Element* weights = step.weights(d) + tile * packed_tile_count<A>(step.plan, kGates);
   prims::let_next_grid_start();  // whose threads wait for the end of this grid before they touch anything that it writes
   if (multiplies) sums.load_weights(weights, sums.part);  // which were packed before the first step
   prims::wait_for_previous_grid();
@@ -258,14 +282,16 @@ __global__ void __launch_bounds__(kMostWarps * kLanes, 1) step_kernel(const __gr
   for (int i = threadIdx.x; i < kUnits * step.plan.block_rows; i += blockDim.x) {
     const int64_t row = place.first_row + i / kUnits, unit = place.unit_tile * kUnits + i % kUnits;
     if (row >= step.visited(now) || unit >= step.units) continue;
-    sums.finish(step, d, now, i, row, unit, step.fetch(d, now, row, unit), PassNothing{});
+    const int64_t own = first_of_head(step.units) + unit;
+    sums.finish(step, d, now, i, row, own, step.fetch(d, now, row, own), PassNothing{});
   }
 }
 
 // overlaps: the grid before this one is a step's too, so that this one may start early.
 template <class Step>
 void launch_step(const char* name, const Step& step, int directions, bool overlaps, const Queue& queue) {
-  const Grid grid{step.plan.blocks(), directions, step.plan.threads(), step.plan.shared_bytes, overlaps};
+  Grid grid{step.plan.blocks(), directions, step.plan.threads(), step.plan.shared_bytes, overlaps};
+  grid.heads = int(step.p.N);
   if (step.plan.tiles == 1) launch(name, step_kernel<Step, 1>, grid, queue, step);
   else if (step.plan.tiles == 2) launch(name, step_kernel<Step, 2>, grid, queue, step);
   else launch(name, step_kernel<Step, most_tiles(sizeof(typename Step::Sum))>, grid, queue, step);

@@ -17,14 +17,14 @@ template <class A>
 struct BackwardMemory {
   typename A::Element* weight_hh[kMaxDirections];  // packed: of units of h, over gates but a late one
   typename A::Element* weight_hr[kMaxDirections];  // packed: of units before the projection, over projected ones; or a late gate
-  typename A::Element* dpre[2];                    // (D, packed states) gradients of the gates' recurrent halves, by turns
-  typename A::Element* dprojected;                 // (D, packed states) whole gradient of the projected state; or of a late gate
+  typename A::Element* dpre[2];                    // (strands, packed states) gradients of the gates' recurrent halves, by turns
+  typename A::Element* dprojected;                 // (strands, packed states) whole gradient of the projected state; or of a late gate
   typename A::Sum* dh;                             // (D, B, P) gradient of h that does not come through weight_hh; or, between the
                                                    // two kernels of a cell that has two, all of it but the output's
   typename A::Sum* dinner;                         // (inner states, D, B, H)
   typename A::Sum *dreset_h, *dreset_inner;        // (D, B, P), (inner states, D, B, H) sums for grad_reset_hx and grad_reset_cx
-  uint32_t* done;                                  // (D, exchange words)
-  int64_t dpre_size, dprojected_size, done_size;   // elements of one direction
+  uint32_t* done;                                  // (strands, exchange words)
+  int64_t dpre_size, dprojected_size, done_size;   // elements of one strand
 };
 
 // What both kernels of a step need.
@@ -153,7 +153,7 @@ struct BackwardCell : BackwardBase<A> {
   FUSEDRNN_DEVICE bool projected() const { return p.weight_hr[0]; }
   FUSEDRNN_DEVICE int64_t inner_size() const { return p.D * p.steps.B * p.H; }
   FUSEDRNN_DEVICE const Element* weights(int d) const { return projected() ? m.weight_hr[d] : m.weight_hh[d]; }
-  FUSEDRNN_DEVICE const Element* states_of(int d, int turn) const { return m.dpre[turn] + d * m.dpre_size; }
+  FUSEDRNN_DEVICE const Element* states_of(int d, int turn) const { return m.dpre[turn] + strand_of(d) * m.dpre_size; }
   FUSEDRNN_DEVICE const Element* states(int d, const Now& now) const {
     return projected() ? m.dprojected + d * m.dprojected_size : states_of(d, now.turn);
   }
@@ -284,10 +284,10 @@ struct BackwardCell : BackwardBase<A> {
 #pragma unroll
     for (int k = 0; k < kGrads<Cell>; ++k) grad_pre_row[k * H] = narrow<S>(grad_pre[k]);
     if constexpr (Cell::kMultiplies) {
-      Element* dpre = m.dpre[1 - now.turn] + d * m.dpre_size;
+      Element* dpre = m.dpre[1 - now.turn] + strand_of(d) * m.dpre_size;
 #pragma unroll
       for (int g = 0; g < kEarly; ++g) {
-        const int64_t place = packed_state_at<A>(dpre_blocks, b, g * H + u);
+        const int64_t place = packed_state_at<A>(dpre_blocks, b, g * this->units + u - first_of_head(this->units));
         const Element element = A::element(h_goes_on ? grad_pre[Cell::h_pre(g)] : Sum(0));
         dpre[place] = element;
         pass(place, element);
@@ -323,7 +323,8 @@ struct BackwardFirst : BackwardCell<Cell, A> {
     auto cell = [&](const auto& saved, const auto& state, const auto&, const auto& grad_new, const auto&...) {
       if constexpr (Cell::kLate > 0) {
         const Sum late = Cell::late_backward(given_to<Cell, Sum, S>(p, at, in), saved, state, grad_new);
-        m.dprojected[d * m.dprojected_size + packed_state_at<A>(dprojected_blocks, b, u)] = A::element(late);
+        const int64_t place = packed_state_at<A>(dprojected_blocks, b, u - first_of_head(this->units));
+        m.dprojected[strand_of(d) * m.dprojected_size + place] = A::element(late);
       }
       return false;
     };
@@ -344,7 +345,7 @@ struct BackwardLate : BackwardCell<Cell, A> {
   using Base::p, Base::m;
 
   FUSEDRNN_DEVICE const Element* weights(int d) const { return m.weight_hr[d]; }
-  FUSEDRNN_DEVICE const Element* states(int d, const Now&) const { return m.dprojected + d * m.dprojected_size; }
+  FUSEDRNN_DEVICE const Element* states(int d, const Now&) const { return m.dprojected + strand_of(d) * m.dprojected_size; }
   FUSEDRNN_DEVICE int64_t multiplied(const Now& now) const { return now.count; }
   FUSEDRNN_DEVICE int64_t visited(const Now& now) const { return now.count; }
 
@@ -448,6 +449,7 @@ template <class A>
 struct EnterBackward {
   CudaBackwardParams p;
   BackwardMemory<A> m;
+  int64_t units, depth;  // of a strand
 };
 
 template <class A, int kStates>
@@ -455,30 +457,30 @@ __global__ void enter_backward_kernel(const __grid_constant__ EnterBackward<A> a
   using S = typename A::Storage;
   using Sum = typename A::Sum;
   const CudaBackwardParams& p = args.p;
-  const int d = blockIdx.z;
+  const int d = blockIdx.z, strand = strand_of(d);
   auto clear = [&](typename A::Element* states, int64_t size) {
-    for_each_place(1, size, [&](int64_t, int64_t i) { states[d * size + i] = A::element(Sum(0)); });
+    for_each_place(1, size, [&](int64_t, int64_t i) { states[strand * size + i] = A::element(Sum(0)); });
   };
   clear(args.m.dpre[0], args.m.dpre_size);
   clear(args.m.dpre[1], args.m.dpre_size);
   clear(args.m.dprojected, args.m.dprojected_size);
-  for_each_place(1, args.m.done_size, [&](int64_t, int64_t i) { args.m.done[d * args.m.done_size + i] = 0; });
-  auto enter = [&](const void* grads, int k, Sum* to, int64_t width) {
-    for_each_place(p.steps.B, width, [&](int64_t b, int64_t u) {
-      const int64_t at = ((k * p.D + d) * p.steps.B + b) * width + u;
+  for_each_place(1, args.m.done_size, [&](int64_t, int64_t i) { args.m.done[strand * args.m.done_size + i] = 0; });
+  auto enter = [&](const void* grads, int k, Sum* to, int64_t width, int64_t own) {
+    for_each_place(p.steps.B, own, [&](int64_t b, int64_t u) {
+      const int64_t at = ((k * p.D + d) * p.steps.B + b) * width + first_of_head(own) + u;
       to[at] = grads ? Sum(widen(static_cast<const S*>(grads)[at])) : Sum(0);
     });
   };
-  enter(p.grad_hy, 0, args.m.dh, p.P);
-  for (int k = 0; k < kStates - 1; ++k) enter(p.grad_cy, k, args.m.dinner, p.H);
-  auto begin = [&](Sum* sums, void* grad, int64_t size) {
+  enter(p.grad_hy, 0, args.m.dh, p.P, args.depth);
+  for (int k = 0; k < kStates - 1; ++k) enter(p.grad_cy, k, args.m.dinner, p.H, args.units);
+  auto begin = [&](Sum* sums, void* grad, int64_t size) {  // whichever strand's
     for_each_place(1, grad ? size : 0, [&](int64_t, int64_t i) {
-      sums[d * size + i] = Sum(0);
-      static_cast<S*>(grad)[d * size + i] = narrow<S>(Sum(0));
+      sums[strand * size + i] = Sum(0);
+      static_cast<S*>(grad)[strand * size + i] = narrow<S>(Sum(0));
     });
   };
-  begin(args.m.dreset_h, p.grad_reset_hx, p.steps.B * p.P);
-  begin(args.m.dreset_inner, p.grad_reset_cx, (kStates - 1) * p.steps.B * p.H);  // whichever direction's
+  begin(args.m.dreset_h, p.grad_reset_hx, p.steps.B * args.depth);
+  begin(args.m.dreset_inner, p.grad_reset_cx, (kStates - 1) * p.steps.B * args.units);
 }
 
 // Lays out the workspace of a call, and launches its kernels.
@@ -502,32 +504,31 @@ struct BackwardPass {
     m.dpre_size = padded_rows * dpre_blocks * A::kDepth;
     m.dprojected_size = padded_rows * dprojected_blocks * A::kDepth;
     for (int64_t d = 0; d < p.D; ++d) {
-      m.weight_hh[d] = arena.take<Element>(packed_weight_count<A>(plan.dh, 1));
-      m.weight_hr[d] = arena.take<Element>(two_products ? packed_weight_count<A>(plan.dunprojected, 1) : 0);
+      m.weight_hh[d] = arena.take<Element>(p.N * packed_weight_count<A>(plan.dh, 1));
+      m.weight_hr[d] = arena.take<Element>(two_products ? p.N * packed_weight_count<A>(plan.dunprojected, 1) : 0);
     }
-    for (Element*& dpre : m.dpre) dpre = arena.take<Element>(p.D * m.dpre_size);
-    m.dprojected = arena.take<Element>(p.D * m.dprojected_size);
+    for (Element*& dpre : m.dpre) dpre = arena.take<Element>(p.strands() * m.dpre_size);
+    m.dprojected = arena.take<Element>(p.strands() * m.dprojected_size);
     m.dh = arena.take<Sum>(p.D * p.steps.B * p.P);
     m.dinner = arena.take<Sum>((Cell::kStates - 1) * p.D * p.steps.B * p.H);
     m.dreset_h = arena.take<Sum>(p.grad_reset_hx ? p.D * p.steps.B * p.P : 0);
     m.dreset_inner = arena.take<Sum>(p.grad_reset_cx ? (Cell::kStates - 1) * p.D * p.steps.B * p.H : 0);
     m.done_size = exchange_words(plan.dh);
-    m.done = arena.take<uint32_t>(p.D * m.done_size);
+    m.done = arena.take<uint32_t>(p.strands() * m.done_size);
   }
 
   void run() const {
-    const int D = int(p.D);
-    const int64_t depth = (Cell::kGates - Cell::kLate) * p.H;
-    if constexpr (Cell::kMultiplies) pack<A, 1>(p.weight_hh, m.weight_hh, p.P, depth, 1, p.P, plan.dh, D, queue);
+    auto of_heads = [&](int64_t gates) { return by_columns(p.depth(), p.units(), gates, p.H); };
+    if constexpr (Cell::kMultiplies) pack<A, 1>(p, p.weight_hh, m.weight_hh, of_heads(Cell::kGates - Cell::kLate), plan.dh, queue);
     if constexpr (Cell::kLate > 0)
-      pack<A, 1>(late_weights<Cell, A>(p).of, m.weight_hr, p.H, p.H, 1, p.H, plan.dunprojected, D, queue);
-    if (projected) pack<A, 1>(p.weight_hr, m.weight_hr, p.H, p.P, 1, p.H, plan.dunprojected, D, queue);
-    const EnterBackward<A> enter{p, m};
+      pack<A, 1>(p, late_weights<Cell, A>(p).of, m.weight_hr, of_heads(Cell::kLate), plan.dunprojected, queue);
+    if (projected) pack<A, 1>(p, p.weight_hr, m.weight_hr, by_columns(p.H, p.P, 1, p.P), plan.dunprojected, queue);
+    const EnterBackward<A> enter{p, m, p.units(), p.depth()};
     const int64_t places = Cell::kMultiplies ? m.dpre_size : p.steps.B * p.H;
-    launch("enter_backward", enter_backward_kernel<A, Cell::kStates>, plain_grid(places, D), queue, enter);
+    launch("enter_backward", enter_backward_kernel<A, Cell::kStates>, plain_grid(places, p), queue, enter);
 
     BackwardCell<Cell, A> cell{};
-    fill(cell, projected ? plan.dunprojected : plan.dh, p.H);
+    fill(cell, projected ? plan.dunprojected : plan.dh, p.units());
     cell.dpre_blocks = dpre_blocks;
     const Walk walk{p.steps, true};
     const int64_t steps = p.steps.T + 1;  // and one that leaves the gradients of the initial states

@@ -1,7 +1,7 @@
 // The forward pass of a layer, step by step: the recurrent product and the cell in one kernel, and with projections a second
 // kernel for theirs. Two kernels, too, where the cell waits for more than one product of a unit: the first makes that product, and
-// the second is the cell with a late gate's product, or the cell of whole rows, which are normalised. Both directions are in one
-// grid (blockIdx.z).
+// the second is the cell with a late gate's product, or the cell of whole rows, which are normalised. All heads of both directions are
+// in one grid (blockIdx.y and .z).
 #pragma once
 #include "../arena.h"
 #include "engine.h"
@@ -18,12 +18,12 @@ template <class A>
 struct ForwardMemory {
   typename A::Element* weight_hh[kMaxDirections];  // packed: but for a late gate
   typename A::Element* weight_hr[kMaxDirections];  // or a late gate's
-  typename A::Element* h[2];                       // (D, packed states) the hidden state before and after a step, by turns
-  typename A::Element* unprojected;                // (D, packed states) or what a late gate multiplies
+  typename A::Element* h[2];                       // (strands, packed states) the hidden state before and after a step, by turns
+  typename A::Element* unprojected;                // (strands, packed states) or what a late gate multiplies
   typename A::Sum* state;                          // (states, D, B, H) as the cell has them; 0 is not kept if it is projected
   typename A::Sum* kept;                           // (D, B, ForwardCell::kKept, H) between the kernels of a step
-  uint32_t* done;                                  // (D, exchange words)
-  int64_t h_size, unprojected_size, done_size;     // elements of one direction
+  uint32_t* done;                                  // (strands, exchange words)
+  int64_t h_size, unprojected_size, done_size;     // elements of one strand
 };
 
 template <class Cell, class A>
@@ -46,7 +46,7 @@ struct ForwardCell {
   int64_t units, unprojected_blocks;
 
   FUSEDRNN_DEVICE const Element* weights(int d) const { return m.weight_hh[d]; }
-  FUSEDRNN_DEVICE const Element* states_of(int d, int turn) const { return m.h[turn] + d * m.h_size; }
+  FUSEDRNN_DEVICE const Element* states_of(int d, int turn) const { return m.h[turn] + strand_of(d) * m.h_size; }
   FUSEDRNN_DEVICE const Element* states(int d, const Now& now) const { return states_of(d, now.turn); }
   FUSEDRNN_DEVICE int64_t multiplied(const Now& now) const { return now.multiplied; }
   FUSEDRNN_DEVICE int64_t visited(const Now& now) const { return now.count; }
@@ -128,9 +128,9 @@ struct ForwardCell {
       const Sum h = next(0);
       m.state[at] = h;
       if constexpr (Cell::kMultiplies) {
-        const int64_t place = packed_state_at<A>(plan.depth_blocks, b, u);
+        const int64_t place = packed_state_at<A>(plan.depth_blocks, b, u - first_of_head(units));
         const Element element = A::element(p.hidden_mask ? h * Sum(widen(static_cast<const S*>(p.hidden_mask)[at])) : h);
-        m.h[1 - now.turn][d * m.h_size + place] = element;
+        m.h[1 - now.turn][strand_of(d) * m.h_size + place] = element;
         pass(place, element);
       }
       static_cast<S*>(p.output)[(row * p.D + d) * H + u] = seen(new_state[0]);
@@ -177,7 +177,8 @@ struct ForwardFirst : ForwardCell<Cell, A> {
       Sum pre[Cell::kPre] = {};
       this->add_up(all, in, pre);
       const Sum middle = Cell::middle(given_to<Cell, Sum, S>(p, this->state_at(d, b, u), in), pre, in.state);
-      m.unprojected[d * m.unprojected_size + packed_state_at<A>(this->unprojected_blocks, b, u)] = A::element(middle);
+      const int64_t place = packed_state_at<A>(this->unprojected_blocks, b, u - first_of_head(this->units));
+      m.unprojected[strand_of(d) * m.unprojected_size + place] = A::element(middle);
     }
   }
 };
@@ -194,7 +195,7 @@ struct ForwardLate : ForwardCell<Cell, A> {
   static constexpr int kGates = Cell::kLate;
 
   FUSEDRNN_DEVICE const Element* weights(int d) const { return m.weight_hr[d]; }
-  FUSEDRNN_DEVICE const Element* states(int d, const Now&) const { return m.unprojected + d * m.unprojected_size; }
+  FUSEDRNN_DEVICE const Element* states(int d, const Now&) const { return m.unprojected + strand_of(d) * m.unprojected_size; }
 
   template <class Pass>
   FUSEDRNN_DEVICE void finish(int d, const Now& now, int64_t b, int64_t u, const Sum (&sum)[kGates], const Inputs& in,
@@ -291,7 +292,7 @@ template <class A>
 struct EnterForward {
   ForwardParams p;
   ForwardMemory<A> m;
-  int64_t padded_rows, h_blocks, unprojected_blocks;
+  int64_t padded_rows, h_blocks, unprojected_blocks, units, depth;  // the last two: of a strand
 };
 
 template <class A, int kStates>
@@ -299,7 +300,8 @@ __global__ void enter_forward_kernel(const __grid_constant__ EnterForward<A> arg
   using S = typename A::Storage;
   using Sum = typename A::Sum;
   const ForwardParams& p = args.p;
-  const int d = blockIdx.z;
+  const int d = blockIdx.z, strand = strand_of(d);
+  const int64_t first_unit = first_of_head(args.units);
   const bool projected = p.weight_hr[0];
   auto given = [&](const void* states, int k, int64_t b, int64_t u, int64_t width) {
     const bool real = states && b < p.steps.B && u < width;
@@ -310,18 +312,19 @@ __global__ void enter_forward_kernel(const __grid_constant__ EnterForward<A> arg
     return given(begins ? anew : states, k, b, u, width);
   };
   for_each_place(args.padded_rows, args.h_blocks * A::kDepth, [&](int64_t b, int64_t k) {
-    const Sum mask = p.hidden_mask ? given(p.hidden_mask, 0, b, k, p.P) : Sum(1);
-    const typename A::Element h = A::element(initial(p.hx, p.reset_hx, 0, b, k, p.P) * mask);
-    const int64_t at = d * args.m.h_size + packed_state_at<A>(args.h_blocks, b, k);
+    const int64_t u = k < args.depth ? first_unit + k : p.P;  // or none
+    const Sum mask = p.hidden_mask ? given(p.hidden_mask, 0, b, u, p.P) : Sum(1);
+    const typename A::Element h = A::element(initial(p.hx, p.reset_hx, 0, b, u, p.P) * mask);
+    const int64_t at = strand * args.m.h_size + packed_state_at<A>(args.h_blocks, b, k);
     args.m.h[0][at] = h;
     args.m.h[1][at] = h;
   });
   for_each_place(args.padded_rows, args.unprojected_blocks * A::kDepth, [&](int64_t b, int64_t k) {
-    args.m.unprojected[d * args.m.unprojected_size + packed_state_at<A>(args.unprojected_blocks, b, k)] = A::element(Sum(0));
+    args.m.unprojected[strand * args.m.unprojected_size + packed_state_at<A>(args.unprojected_blocks, b, k)] = A::element(Sum(0));
   });
-  for_each_place(1, args.m.done_size, [&](int64_t, int64_t i) { args.m.done[d * args.m.done_size + i] = 0; });
-  for_each_place(p.steps.B, p.H, [&](int64_t b, int64_t u) {
-    const int64_t at = (d * p.steps.B + b) * p.H + u;
+  for_each_place(1, args.m.done_size, [&](int64_t, int64_t i) { args.m.done[strand * args.m.done_size + i] = 0; });
+  for_each_place(p.steps.B, args.units, [&](int64_t b, int64_t i) {
+    const int64_t u = first_unit + i, at = (d * p.steps.B + b) * p.H + u;
     if (!projected) args.m.state[at] = initial(p.hx, p.reset_hx, 0, b, u, p.H);
     for (int k = 1; k < kStates; ++k) {
       const int64_t size = p.D * p.steps.B * p.H;
@@ -331,7 +334,8 @@ __global__ void enter_forward_kernel(const __grid_constant__ EnterForward<A> arg
     }
   });
   if (p.steps.lengths)
-    for_each_place(p.steps.B, p.P, [&](int64_t b, int64_t u) {
+    for_each_place(p.steps.B, args.depth, [&](int64_t b, int64_t i) {
+      const int64_t u = first_unit + i;
       if (p.steps.lengths[b] < 1) static_cast<S*>(p.hy)[(d * p.steps.B + b) * p.P + u] = narrow<S>(given(p.hx, 0, b, u, p.P));
     });
 }
@@ -357,28 +361,27 @@ struct ForwardPass {
     m.h_size = padded_rows * h_blocks * A::kDepth;
     m.unprojected_size = padded_rows * unprojected_blocks * A::kDepth;
     for (int64_t d = 0; d < p.D; ++d) {
-      m.weight_hh[d] = arena.take<Element>(packed_weight_count<A>(plan.cell, Cell::kGates - Cell::kLate));
-      m.weight_hr[d] = arena.take<Element>(two_products ? packed_weight_count<A>(plan.projection, 1) : 0);
+      m.weight_hh[d] = arena.take<Element>(p.N * packed_weight_count<A>(plan.cell, Cell::kGates - Cell::kLate));
+      m.weight_hr[d] = arena.take<Element>(two_products ? p.N * packed_weight_count<A>(plan.projection, 1) : 0);
     }
-    for (Element*& h : m.h) h = arena.take<Element>(p.D * m.h_size);
-    m.unprojected = arena.take<Element>(p.D * m.unprojected_size);
+    for (Element*& h : m.h) h = arena.take<Element>(p.strands() * m.h_size);
+    m.unprojected = arena.take<Element>(p.strands() * m.unprojected_size);
     m.state = arena.take<Sum>(Cell::kStates * p.D * p.steps.B * p.H);
     m.kept = arena.take<Sum>(p.D * p.steps.B * ForwardCell<Cell, A>::kKept * p.H);
     m.done_size = exchange_words(plan.cell);
-    m.done = arena.take<uint32_t>(p.D * m.done_size);
+    m.done = arena.take<uint32_t>(p.strands() * m.done_size);
   }
 
   void run() const {
-    if constexpr (Cell::kMultiplies)
-      pack<A, Cell::kGates - Cell::kLate>(p.weight_hh, m.weight_hh, p.H, p.P, p.P, 1, plan.cell, int(p.D), queue);
-    if constexpr (Cell::kLate > 0)
-      pack<A, 1>(late_weights<Cell, A>(p).of, m.weight_hr, p.H, p.H, p.H, 1, plan.projection, int(p.D), queue);
-    if (projected) pack<A, 1>(p.weight_hr, m.weight_hr, p.P, p.H, p.H, 1, plan.projection, int(p.D), queue);
-    const EnterForward<A> enter{p, m, padded_rows, h_blocks, unprojected_blocks};
+    const WeightPlaces of_heads = by_rows(p.units(), p.depth(), p.H);
+    if constexpr (Cell::kMultiplies) pack<A, Cell::kGates - Cell::kLate>(p, p.weight_hh, m.weight_hh, of_heads, plan.cell, queue);
+    if constexpr (Cell::kLate > 0) pack<A, 1>(p, late_weights<Cell, A>(p).of, m.weight_hr, of_heads, plan.projection, queue);
+    if (projected) pack<A, 1>(p, p.weight_hr, m.weight_hr, by_rows(p.P, p.H, p.P), plan.projection, queue);
+    const EnterForward<A> enter{p, m, padded_rows, h_blocks, unprojected_blocks, p.units(), p.depth()};
     const int64_t places = Cell::kMultiplies ? padded_rows * h_blocks * A::kDepth : p.steps.B * p.H;
-    launch("enter_forward", enter_forward_kernel<A, Cell::kStates>, plain_grid(places, int(p.D)), queue, enter);
+    launch("enter_forward", enter_forward_kernel<A, Cell::kStates>, plain_grid(places, p), queue, enter);
 
-    ForwardCell<Cell, A> cell{p, m, {}, plan.cell, p.H, unprojected_blocks};
+    ForwardCell<Cell, A> cell{p, m, {}, plan.cell, p.units(), unprojected_blocks};
     const Walk walk{p.steps, false};
     if constexpr (Cell::kLate > 0) run_two(cell, ForwardLate<Cell, A>{cell}, walk);
     else if constexpr (Cell::kNorms > 0) run_two(cell, ForwardRow<Cell, A>{cell}, walk);
