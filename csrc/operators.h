@@ -62,7 +62,7 @@ using Sizes = std::vector<int64_t>;
 
 struct CellTraits {
   int id = -1, gates = 0, pre = 0, states = 0, saved = 0, unit = 0, norms = 0, late = 0;
-  bool chooses = false, multiplies = true;
+  bool chooses = false, multiplies = true, heads_too = true;
   Choice choice;
   int64_t heads = 1;
   int grads() const { return pre + unit; }
@@ -106,7 +106,7 @@ inline CellTraits find_cell(const char* op, const std::string& text) {
     using Cell = decltype(cell);
     if (name == Cell::kName)
       traits = {id,           Cell::kGates, Cell::kPre,      Cell::kStates,     Cell::kSaved, Cell::kUnit,
-                Cell::kNorms, Cell::kLate,  Cell::kChooses, Cell::kMultiplies, {}};
+                Cell::kNorms, Cell::kLate,  Cell::kChooses, Cell::kMultiplies, may_have_heads<Cell>, {}};
   });
   STD_TORCH_CHECK(traits.id >= 0, op, ": cell must be one of ", cell_names(), ", got '", name, "'");
   if (colon == std::string::npos) return traits;
@@ -116,8 +116,7 @@ inline CellTraits find_cell(const char* op, const std::string& text) {
   if (parts.size() == 1 || parts.size() == 5) {
     traits.heads = heads_of(parts.back());
     STD_TORCH_CHECK(traits.heads > 0, op, ": the heads of a cell must be a positive integer, got '", parts.back(), "'");
-    const bool may = traits.multiplies && !traits.norms;
-    STD_TORCH_CHECK(traits.heads == 1 || may, op, ": the cell ", name, " has no heads, got '", text, "'");
+    STD_TORCH_CHECK(traits.heads == 1 || traits.heads_too, op, ": the cell ", name, " has no heads, got '", text, "'");
     parts.pop_back();
     if (parts.empty()) return traits;
   }

@@ -113,6 +113,22 @@ def has_no_room(where, gates, dtype, tf32, product, copies):
     return memory.tile + -(-tiles // of_warp) * memory.sums_of_a_warp > where["shared_bytes"]
 
 
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("cell", ["lstm", "gru", "gru_reset_before"])
+def test_heads_are_planned_as_so_many_directions(cell, chip):
+    """Each head's product is as wide as the head, and those that wait for each other are on the chip at once, with all others'."""
+    multiprocessors, shared, major = CHIPS[chip]
+    where = dict(T=9, multiprocessors=multiprocessors, shared_bytes=shared, major=major)
+    regimes = set()
+    for B, units, N, D in itertools.product([1, 64, 257], [15, 64, 400], [2, 3, 8, 70], (1, 2)):
+        plan = _C.cuda_plan(cell, "bfloat16", B=B, H=N * units, P=N * units, D=D, N=N, **where)
+        assert plan == _C.cuda_plan(cell, "bfloat16", B=B, H=units, P=units, D=D * N, **where)
+        regimes.add(plan["cell"]["regime"])
+        for product in plan.values():
+            assert product["regime"] not in ("cluster", "grid") or product["blocks"] * D * N <= multiprocessors
+    assert regimes == {"step"} if cell == "gru_reset_before" else {"block", "step"} <= regimes
+
+
 def test_a_small_batch_is_spread_by_depth_and_a_large_one_by_rows():
     sizes = dict(T=9, H=1024, P=1024, D=1, multiprocessors=132, shared_bytes=227 << 10, kernel="step")
     plan = lambda B: _C.cuda_plan("lstm", "bfloat16", B=B, **sizes)  # noqa: E731

@@ -158,9 +158,9 @@ H100 = {"multiprocessors": 132, "shared_bytes": 227 << 10, "major": 9}
 def fake_cuda(monkeypatch):
     """fake_cuda(kind, built) -> (module, input) on a CUDA device, for a library built with CUDA or without."""
 
-    def make(kind, built, width=5):
+    def make(kind, built, width=5, **options):
         monkeypatch.setattr(select, "HAS_CUDA", built)
-        module = getattr(fusedrnn, kind)(4, width, device="meta")
+        module = getattr(fusedrnn, kind)(4, width, device="meta", **options)
         for name, weight in module._parameters.items():
             module._parameters[name] = nn.Parameter(torch.empty(weight.shape, device="cuda"))
         return module, torch.empty((2, 4) if "Cell" in kind else (3, 2, 4), device="cuda")
@@ -245,6 +245,20 @@ def test_cuda_kernel_by_width(width, chosen, reason, fake_cuda, monkeypatch):
     monkeypatch.setattr(select, "chip", lambda device: H100 | {"major": 8})
     text = explain(module, input)
     assert runs(text) != "fused CUDA kernels, cluster" and "cluster: this GPU has no clusters" in text
+
+
+@pytest.mark.parametrize("width, heads, chosen, reason", [
+    (512, 8, "block", "grid: one block can hold all of a head's weight_hh"),
+    (512, 1, "grid", "block: weight_hh does not fit into the 227 KiB of shared memory of a block"),
+    (1024, 2, "grid", "block: a head's weight_hh does not fit into the 227 KiB of shared memory of a block"),
+    (2176, 2, "step", "grid: it would take 136 blocks, of 16 units each, at once, and there are 132 multiprocessors"),
+])  # fmt: skip
+def test_cuda_kernel_by_heads(width, heads, chosen, reason, fake_cuda, monkeypatch):
+    module, input = fake_cuda("LSTM", built=True, width=width, num_heads=heads)
+    monkeypatch.setattr(select, "chip", lambda device: H100)
+    with fp32_precision(torch.backends.cudnn.rnn, "ieee"):
+        text = explain(module, input)
+    assert runs(text) == f"fused CUDA kernels, {chosen}" and reason in text
 
 
 def test_tf32_follows_torch():

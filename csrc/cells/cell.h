@@ -90,6 +90,10 @@ constexpr int kGrads = Cell::kPre + Cell::kUnit;
 template <class Cell>
 constexpr bool is_of_torch = Cell::kUnit == 0 && !Cell::kChooses && Cell::kMultiplies && Cell::kStates <= 2 && Cell::kNorms == 0;
 
+// Whether its units may be in heads, whose hidden states are multiplied each by themselves.
+template <class Cell>
+constexpr bool may_have_heads = Cell::kMultiplies && Cell::kNorms == 0;
+
 // Whether its hidden state may be projected.
 template <class Cell>
 constexpr bool can_project = is_of_torch<Cell> && Cell::kStates == 2;

@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(kMostWarps * kLanes, 1) block_kernel(const __g
   const Step& step = args.step;
   const ProductPlan& plan = step.plan;
   const int d = blockIdx.z, lane = threadIdx.x % kLanes;
-  const int64_t first_row = int64_t(blockIdx.x) * plan.block_rows, first_unit = first_of_head(step.units);
+  const int64_t first_row = int64_t(blockIdx.x) * plan.block_rows;
 
   const int64_t count = plan.unit_tiles * packed_tile_count<A>(plan, kGates);
   prims::Shared shared;
@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(kMostWarps * kLanes, 1) block_kernel(const __g
           for (int i = 0; i < 4; ++i) {
             const int64_t row = item_row + n * kTileRows + 2 * (lane % 4) + i % 2;
             const int64_t unit = int64_t(unit_tile) * kUnits + lane / 4 + 8 * (i / 2);
-            if (row < step.visited(now) && unit < step.units) fn(n, i, row, first_unit + unit);
+            if (row < step.visited(now) && unit < step.units) fn(n, i, row, first_unit(step.units) + unit);
           }
       };
       typename Step::Inputs inputs[kTiles][4];  // on their way while the product is made

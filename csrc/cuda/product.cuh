@@ -29,8 +29,20 @@ FUSEDRNN_DEVICE int64_t packed_state_at(int64_t depth_blocks, int64_t row, int64
 // ---- Strands: a block's direction is blockIdx.z, its head blockIdx.y ----
 
 FUSEDRNN_DEVICE int strand_of(int d) { return d * int(gridDim.y) + int(blockIdx.y); }
-// Unit 0 of the head, and its tile 0 of packed weights, where heads of so many lie side by side.
+// Where heads of so many numbers, or units, lie side by side, the first of the block's.
 FUSEDRNN_DEVICE int64_t first_of_head(int64_t each) { return blockIdx.y * each; }
+FUSEDRNN_DEVICE int first_unit(int64_t units) { return int(blockIdx.y) * int(units); }
+// The same for a cell, and the number of its unit u in the head: nothing to compute where there are no heads.
+template <class Cell>
+FUSEDRNN_DEVICE int strand_of(int d) {
+  if constexpr (may_have_heads<Cell>) return strand_of(d);
+  else return d;
+}
+template <class Cell>
+FUSEDRNN_DEVICE int64_t unit_in_head(int64_t u, int64_t units) {
+  if constexpr (may_have_heads<Cell>) return u - first_unit(units);
+  else return u;
+}
 
 // ---- Grids without a plan: each thread takes every so many-th place of a matrix ----
 
@@ -282,7 +294,7 @@ __global__ void __launch_bounds__(kMostWarps * kLanes, 1) step_kernel(const __gr
   for (int i = threadIdx.x; i < kUnits * step.plan.block_rows; i += blockDim.x) {
     const int64_t row = place.first_row + i / kUnits, unit = place.unit_tile * kUnits + i % kUnits;
     if (row >= step.visited(now) || unit >= step.units) continue;
-    const int64_t own = first_of_head(step.units) + unit;
+    const int64_t own = first_unit(step.units) + unit;
     sums.finish(step, d, now, i, row, own, step.fetch(d, now, row, own), PassNothing{});
   }
 }

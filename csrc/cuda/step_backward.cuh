@@ -153,7 +153,7 @@ struct BackwardCell : BackwardBase<A> {
   FUSEDRNN_DEVICE bool projected() const { return p.weight_hr[0]; }
   FUSEDRNN_DEVICE int64_t inner_size() const { return p.D * p.steps.B * p.H; }
   FUSEDRNN_DEVICE const Element* weights(int d) const { return projected() ? m.weight_hr[d] : m.weight_hh[d]; }
-  FUSEDRNN_DEVICE const Element* states_of(int d, int turn) const { return m.dpre[turn] + strand_of(d) * m.dpre_size; }
+  FUSEDRNN_DEVICE const Element* states_of(int d, int turn) const { return m.dpre[turn] + strand_of<Cell>(d) * m.dpre_size; }
   FUSEDRNN_DEVICE const Element* states(int d, const Now& now) const {
     return projected() ? m.dprojected + d * m.dprojected_size : states_of(d, now.turn);
   }
@@ -284,10 +284,10 @@ struct BackwardCell : BackwardBase<A> {
 #pragma unroll
     for (int k = 0; k < kGrads<Cell>; ++k) grad_pre_row[k * H] = narrow<S>(grad_pre[k]);
     if constexpr (Cell::kMultiplies) {
-      Element* dpre = m.dpre[1 - now.turn] + strand_of(d) * m.dpre_size;
+      Element* dpre = m.dpre[1 - now.turn] + strand_of<Cell>(d) * m.dpre_size;
 #pragma unroll
       for (int g = 0; g < kEarly; ++g) {
-        const int64_t place = packed_state_at<A>(dpre_blocks, b, g * this->units + u - first_of_head(this->units));
+        const int64_t place = packed_state_at<A>(dpre_blocks, b, g * this->units + unit_in_head<Cell>(u, this->units));
         const Element element = A::element(h_goes_on ? grad_pre[Cell::h_pre(g)] : Sum(0));
         dpre[place] = element;
         pass(place, element);
@@ -323,7 +323,7 @@ struct BackwardFirst : BackwardCell<Cell, A> {
     auto cell = [&](const auto& saved, const auto& state, const auto&, const auto& grad_new, const auto&...) {
       if constexpr (Cell::kLate > 0) {
         const Sum late = Cell::late_backward(given_to<Cell, Sum, S>(p, at, in), saved, state, grad_new);
-        const int64_t place = packed_state_at<A>(dprojected_blocks, b, u - first_of_head(this->units));
+        const int64_t place = packed_state_at<A>(dprojected_blocks, b, unit_in_head<Cell>(u, this->units));
         m.dprojected[strand_of(d) * m.dprojected_size + place] = A::element(late);
       }
       return false;
@@ -467,7 +467,7 @@ __global__ void enter_backward_kernel(const __grid_constant__ EnterBackward<A> a
   for_each_place(1, args.m.done_size, [&](int64_t, int64_t i) { args.m.done[strand * args.m.done_size + i] = 0; });
   auto enter = [&](const void* grads, int k, Sum* to, int64_t width, int64_t own) {
     for_each_place(p.steps.B, own, [&](int64_t b, int64_t u) {
-      const int64_t at = ((k * p.D + d) * p.steps.B + b) * width + first_of_head(own) + u;
+      const int64_t at = ((k * p.D + d) * p.steps.B + b) * width + first_unit(own) + u;
       to[at] = grads ? Sum(widen(static_cast<const S*>(grads)[at])) : Sum(0);
     });
   };

@@ -46,7 +46,7 @@ struct ForwardCell {
   int64_t units, unprojected_blocks;
 
   FUSEDRNN_DEVICE const Element* weights(int d) const { return m.weight_hh[d]; }
-  FUSEDRNN_DEVICE const Element* states_of(int d, int turn) const { return m.h[turn] + strand_of(d) * m.h_size; }
+  FUSEDRNN_DEVICE const Element* states_of(int d, int turn) const { return m.h[turn] + strand_of<Cell>(d) * m.h_size; }
   FUSEDRNN_DEVICE const Element* states(int d, const Now& now) const { return states_of(d, now.turn); }
   FUSEDRNN_DEVICE int64_t multiplied(const Now& now) const { return now.multiplied; }
   FUSEDRNN_DEVICE int64_t visited(const Now& now) const { return now.count; }
@@ -128,9 +128,9 @@ struct ForwardCell {
       const Sum h = next(0);
       m.state[at] = h;
       if constexpr (Cell::kMultiplies) {
-        const int64_t place = packed_state_at<A>(plan.depth_blocks, b, u - first_of_head(units));
+        const int64_t place = packed_state_at<A>(plan.depth_blocks, b, unit_in_head<Cell>(u, units));
         const Element element = A::element(p.hidden_mask ? h * Sum(widen(static_cast<const S*>(p.hidden_mask)[at])) : h);
-        m.h[1 - now.turn][strand_of(d) * m.h_size + place] = element;
+        m.h[1 - now.turn][strand_of<Cell>(d) * m.h_size + place] = element;
         pass(place, element);
       }
       static_cast<S*>(p.output)[(row * p.D + d) * H + u] = seen(new_state[0]);
@@ -177,7 +177,7 @@ struct ForwardFirst : ForwardCell<Cell, A> {
       Sum pre[Cell::kPre] = {};
       this->add_up(all, in, pre);
       const Sum middle = Cell::middle(given_to<Cell, Sum, S>(p, this->state_at(d, b, u), in), pre, in.state);
-      const int64_t place = packed_state_at<A>(this->unprojected_blocks, b, u - first_of_head(this->units));
+      const int64_t place = packed_state_at<A>(this->unprojected_blocks, b, unit_in_head<Cell>(u, this->units));
       m.unprojected[strand_of(d) * m.unprojected_size + place] = A::element(middle);
     }
   }
@@ -301,7 +301,7 @@ __global__ void enter_forward_kernel(const __grid_constant__ EnterForward<A> arg
   using Sum = typename A::Sum;
   const ForwardParams& p = args.p;
   const int d = blockIdx.z, strand = strand_of(d);
-  const int64_t first_unit = first_of_head(args.units);
+  const int64_t first = first_unit(args.units);
   const bool projected = p.weight_hr[0];
   auto given = [&](const void* states, int k, int64_t b, int64_t u, int64_t width) {
     const bool real = states && b < p.steps.B && u < width;
@@ -312,7 +312,7 @@ __global__ void enter_forward_kernel(const __grid_constant__ EnterForward<A> arg
     return given(begins ? anew : states, k, b, u, width);
   };
   for_each_place(args.padded_rows, args.h_blocks * A::kDepth, [&](int64_t b, int64_t k) {
-    const int64_t u = k < args.depth ? first_unit + k : p.P;  // or none
+    const int64_t u = k < args.depth ? first + k : p.P;  // or none
     const Sum mask = p.hidden_mask ? given(p.hidden_mask, 0, b, u, p.P) : Sum(1);
     const typename A::Element h = A::element(initial(p.hx, p.reset_hx, 0, b, u, p.P) * mask);
     const int64_t at = strand * args.m.h_size + packed_state_at<A>(args.h_blocks, b, k);
@@ -324,7 +324,7 @@ __global__ void enter_forward_kernel(const __grid_constant__ EnterForward<A> arg
   });
   for_each_place(1, args.m.done_size, [&](int64_t, int64_t i) { args.m.done[strand * args.m.done_size + i] = 0; });
   for_each_place(p.steps.B, args.units, [&](int64_t b, int64_t i) {
-    const int64_t u = first_unit + i, at = (d * p.steps.B + b) * p.H + u;
+    const int64_t u = first + i, at = (d * p.steps.B + b) * p.H + u;
     if (!projected) args.m.state[at] = initial(p.hx, p.reset_hx, 0, b, u, p.H);
     for (int k = 1; k < kStates; ++k) {
       const int64_t size = p.D * p.steps.B * p.H;
@@ -335,7 +335,7 @@ __global__ void enter_forward_kernel(const __grid_constant__ EnterForward<A> arg
   });
   if (p.steps.lengths)
     for_each_place(p.steps.B, args.depth, [&](int64_t b, int64_t i) {
-      const int64_t u = first_unit + i;
+      const int64_t u = first + i;
       if (p.steps.lengths[b] < 1) static_cast<S*>(p.hy)[(d * p.steps.B + b) * p.P + u] = narrow<S>(given(p.hx, 0, b, u, p.P));
     });
 }

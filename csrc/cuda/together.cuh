@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(kMostWarps * kLanes, 1) together_kernel(const 
             (place.end_tile - place.unit_tile) * tile_size);
   meeting.begin();
 
-  const int64_t first_unit = first_of_head(step.units);
+  const int first_own = first_unit(step.units);
   const int places = kUnits * plan.block_rows;  // (row, unit) of a tile, of which a thread has the same at every step
   int64_t first = args.first[d];
   for (int64_t s = args.rows.begin; s < args.rows.end; ++s) {
@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(kMostWarps * kLanes, 1) together_kernel(const 
     auto is_place = [&](int i) {
       return i < places && tile < place.end_tile && row_of(i) < step.visited(now) && unit_of(i) < step.units;
     };
-    auto fetch = [&](int i) { return is_place(i) ? step.fetch(d, now, row_of(i), first_unit + unit_of(i)) : typename Step::Inputs{}; };
+    auto fetch = [&](int i) { return is_place(i) ? step.fetch(d, now, row_of(i), first_own + unit_of(i)) : typename Step::Inputs{}; };
 
     typename Step::Inputs next = fetch(threadIdx.x);  // on its way while others finish the last step
     meeting.wait(s);
@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kMostWarps * kLanes, 1) together_kernel(const 
       for (int i = threadIdx.x; i < places; i += blockDim.x) {
         const typename Step::Inputs inputs = next;
         next = fetch(i + blockDim.x);
-        if (is_place(i)) sums.finish(step, d, now, i, row_of(i), first_unit + unit_of(i), inputs, pass);
+        if (is_place(i)) sums.finish(step, d, now, i, row_of(i), first_own + unit_of(i), inputs, pass);
       }
       if (++tile == place.end_tile) break;
       next = fetch(threadIdx.x);
