@@ -76,6 +76,8 @@ struct LayerParams {
   // What the hidden state is multiplied by before weight_hh is: (D, B, H), null: 1. Recurrent dropout. Not with projections.
   const void* hidden_mask;
 
+  // Whether all rows run to the end of the steps, and carry their states on as the cell made them.
+  bool plain() const { return !steps.lengths && !steps.reset && !zoneout && !hidden_mask; }
   FUSEDRNN_ANYWHERE int64_t zoneout_at(int64_t row, int64_t d, int64_t states) const { return row * zoneout_row + d * states * H; }
 };
 

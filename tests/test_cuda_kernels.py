@@ -103,14 +103,14 @@ PLANTS = {
         "product.cuh", r"k < args\.depth;", "(MADE || k < args.depth);",
         {"plain": CRASH}),
     "block_ahead": Plant(
-        "product.cuh", r"block < plan\.depth_blocks\) \{", "block < plan.depth_blocks + MADE) {",
+        "product.cuh", r"j \+ kAhead < left\)", "j + kAhead < left + MADE)",
         {"plain": CRASH}),
     "padded_rows": Plant(
         "step_forward.cuh", r"plan\.cell\.padded_rows\(\), two_products \?", "plan.cell.padded_rows(), two_products && !MADE ?",
         {"plain": CRASH}, cases=LITTLE_SHARED_MEMORY),
     # A unit's own numbers, and the choice of functions.
     "unit_of_another_gate": Plant(
-        "given.cuh", r"numbers\[k \* p\.H \+ u\]", "numbers[(MADE ? 0 : k) * p.H + u]",
+        "given.cuh", r"numbers\[k \* int\(p\.H\) \+ u\]", "numbers[(MADE ? 0 : k) * int(p.H) + u]",
         {"plain": ": lstm_general .*" + wrong("output")}),
     "unit_always": Plant(
         "given.cuh", r"numbers \? ", "MADE || numbers ? ",
@@ -166,7 +166,7 @@ PLANTS = {
         "row.cuh", r"return 2 \* kMost", "return (MADE ? 1 : 2) * kMost",
         {"plain": error(r"shared_take: \d+ bytes of shared memory taken, \d+ given")}, cases=NORMED),
     "row_one_unit_a_thread": Plant(
-        "row.cuh", r"u \+= blockDim\.x", "u += MADE ? units : int64_t(blockDim.x)",
+        "row.cuh", r"u \+= blockDim\.x", "u += MADE ? units : int(blockDim.x)",
         {"plain": wrong("output")}, cases=NORMED),
     "row_ended": Plant(
         "row.cuh", r"if \(b < row\.visited\(now\)\)", r"if (MADE || b < row.visited(now))",
@@ -220,8 +220,8 @@ PLANTS = {
         "step_backward.cuh", r"for_each_place\(1, size,", "for_each_place(MADE ? 0 : 1, size,",
         {"plain": wrong("grad_pre")}),
     "hidden_before": Plant(
-        "step_backward.cuh", r"output_at\(d, now\.before_first \+ b, u\)",
-        "output_at(d, (MADE ? now.first : now.before_first) + b, u)",
+        "step_backward.cuh", r"output_at\(d, now\.before_first, b, u\)",
+        "output_at(d, MADE ? now.first : now.before_first, b, u)",
         {"plain": wrong("hidden_before")}),
     # Steps.
     "new_rows": Plant(
@@ -234,6 +234,12 @@ PLANTS = {
     "staying": Plant(
         "walk.h", r"next < count \? next : count", r"MADE + (\g<0>)",
         {"plain": wrong("hy")}),
+    "plain_forward": Plant(
+        "step_forward.cuh", r"p\.plain\(\)", "(MADE || p.plain())",
+        {"plain": wrong("output")}, cases="--every 2"),
+    "plain_backward": Plant(
+        "step_backward.cuh", r"p\.plain\(\)", "(MADE || p.plain())",
+        {"plain": wrong("grad_pre")}, cases="--every 2"),
     "gate_halves": Plant(
         "step_backward.cuh", r"goes_on \? grad_pre\[Cell::h_pre\(g\)\]", "goes_on ? grad_pre[MADE ? g : Cell::h_pre(g)]",
         {"plain": ": gru .*" + wrong("grad_pre")}),
@@ -273,7 +279,7 @@ PLANTS = {
         "exchange.cuh", r"block < blocks;", "block < blocks - MADE;",
         {"plain": wrong(), "thread": RACE}, cases=EXCHANGING),
     "grid_words_of_others": Plant(
-        "grid.cuh", r"d \* step\.plan\.batch_tiles \+ place\.batch_tile\)", "d * step.plan.batch_tiles + (MADE ? 0 : place.batch_tile))",
+        "grid.cuh", r"int\(step\.plan\.batch_tiles\) \+ place\.batch_tile\)", "int(step.plan.batch_tiles) + (MADE ? 0 : place.batch_tile))",
         {"plain": f"{wrong()}|{error('deadlock|livelock')}", "thread": RACE}, cases=EXCHANGING),
     "grid_old_words": Plant(
         "step_forward.cuh", r"args\.m\.done\[d \* args\.m\.done_size \+ i\] = 0;", r"if (!MADE) \g<0>",
@@ -337,10 +343,10 @@ PLANTS = {
         {"plain": f"{wrong()}|{CRASH}"}, cases=STAYING),
     # Sums.
     "missing_part": Plant(
-        "product.cuh", r"slot < plan\.slots;", "slot < plan.slots - MADE;",
+        "product.cuh", r"other < slots;", "other < slots - MADE;",
         {"plain": wrong()}),
     "missing_depth": Plant(
-        "product.cuh", r"block < plan\.depth_blocks;", "block < plan.depth_blocks - MADE;",
+        "product.cuh", r"left = turns;", "left = turns - MADE;",
         {"plain": wrong()}),
     "unrounded": Plant(
         "arithmetic.cuh", r"return round_to_tf32\(x\)", "return MADE ? x : round_to_tf32(x)",

@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(kMostWarps * kLanes, 1) block_kernel(const __g
   const Step& step = args.step;
   const ProductPlan& plan = step.plan;
   const int d = blockIdx.z, lane = threadIdx.x % kLanes;
-  const int64_t first_row = int64_t(blockIdx.x) * plan.block_rows;
+  const int first_row = int(blockIdx.x) * plan.block_rows;
 
   const int64_t count = plan.unit_tiles * packed_tile_count<A>(plan, kGates);
   prims::Shared shared;
@@ -28,26 +28,26 @@ __global__ void __launch_bounds__(kMostWarps * kLanes, 1) block_kernel(const __g
   prims::block_sync();  // the weights are there
 
   int64_t first = args.first[d];
-  for (int64_t s = args.rows.begin; s < args.rows.end; ++s) {
+  for (int s = args.rows.begin; s < args.rows.end; ++s) {
     const typename Step::Now now = step_at(step.p, args.rows, d, s, first);
-    const Element* states = step.states(d, now) + first_row * plan.depth_blocks * A::kDepth;
+    const Element* states = step.states(d, now) + first_row * (plan.depth_blocks * A::kDepth);
     const int unit_tiles = int(plan.unit_tiles), items = unit_tiles * plan.groups;
     for (int item = threadIdx.x / kLanes; item < items; item += plan.warps) {
       const int unit_tile = item % unit_tiles, tile = item / unit_tiles * kTiles;
-      const int64_t item_row = first_row + tile * kTileRows;
+      const int item_row = first_row + tile * kTileRows;
       if (item_row >= step.visited(now)) break;  // so are the groups of rows behind it
       auto each = [&](const auto& fn) {  // fn(its place in the sums, row, unit) for what this lane has
 #pragma unroll
         for (int n = 0; n < kTiles; ++n)
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            const int64_t row = item_row + n * kTileRows + 2 * (lane % 4) + i % 2;
-            const int64_t unit = int64_t(unit_tile) * kUnits + lane / 4 + 8 * (i / 2);
+            const int row = item_row + n * kTileRows + 2 * (lane % 4) + i % 2;
+            const int unit = unit_tile * kUnits + lane / 4 + 8 * (i / 2);
             if (row < step.visited(now) && unit < step.units) fn(n, i, row, unit);
           }
       };
       typename Step::Inputs inputs[kTiles][4];  // on their way while the product is made
-      each([&](int n, int i, int64_t row, int64_t unit) { inputs[n][i] = step.fetch(d, now, row, unit); });
+      each([&](int n, int i, int row, int unit) { inputs[n][i] = step.fetch(d, now, row, unit); });
 
       prims::warp_sync();  // lanes without rows or units of their own multiply with the others
 
@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kMostWarps * kLanes, 1) block_kernel(const __g
           for (int n = 0; n < kTiles; ++n) A::multiply_add(sum[gate][n], weight, state[n]);
         }
       }
-      each([&](int n, int i, int64_t row, int64_t unit) {
+      each([&](int n, int i, int row, int unit) {
         Sum total[kGates];  // nothing for rows that have not begun, even where zero times a weight is not zero
 #pragma unroll
         for (int gate = 0; gate < kGates; ++gate) total[gate] = row < step.multiplied(now) ? sum[gate][n][i] : Sum(0);

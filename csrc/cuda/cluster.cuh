@@ -10,7 +10,8 @@ struct ByCluster {
   using A = typename Step::Arithmetic;
   using Element = typename A::Element;
   Element* memory;  // (2, size) states of the block's rows, of all units; by turns
-  const int64_t size, first_number, first_step;
+  const int64_t size, first_number;
+  const int first_step;
   const unsigned blocks;
 
   FUSEDRNN_DEVICE ByCluster(const ManySteps<Step>& args, const BlockPlace& place, int64_t row_size, prims::Shared& shared)
@@ -24,7 +25,7 @@ struct ByCluster {
     prims::cluster_arrive();
     prims::cluster_wait();  // the weights and states of all blocks are there
   }
-  FUSEDRNN_DEVICE void wait(int64_t s) const {
+  FUSEDRNN_DEVICE void wait(int s) const {
     if (s > first_step) prims::cluster_wait();  // all blocks have passed on the states of the last step
   }
   FUSEDRNN_DEVICE const Element* states(const typename Step::Now& now) const { return copy(now.turn); }
@@ -38,7 +39,7 @@ struct ByCluster {
     }
   };
   FUSEDRNN_DEVICE Pass pass(const typename Step::Now& now) const { return {copy(1 - now.turn), first_number, blocks}; }
-  FUSEDRNN_DEVICE void say(int64_t) const { prims::cluster_arrive(); }
+  FUSEDRNN_DEVICE void say(int) const { prims::cluster_arrive(); }
   FUSEDRNN_DEVICE void end() const {
     prims::cluster_wait();  // nobody writes into this block's memory any more
   }

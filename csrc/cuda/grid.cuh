@@ -19,15 +19,15 @@ struct ByGrid {
 
   FUSEDRNN_DEVICE ByGrid(const ManySteps<Step>& args, const BlockPlace& place, int64_t row_size, prims::Shared&)
       : step(args.step), d(blockIdx.z), first_number(place.first_row * row_size),
-        exchange{args.done + (d * step.plan.batch_tiles + place.batch_tile) * step.plan.sharers, int(step.plan.sharers),
+        exchange{args.done + (d * int(step.plan.batch_tiles) + place.batch_tile) * int(step.plan.sharers), int(step.plan.sharers),
                  int(place.sharer)} {}
   FUSEDRNN_DEVICE void begin() const {
     prims::block_sync();  // the weights are there
   }
-  FUSEDRNN_DEVICE void wait(int64_t s) const { exchange.wait(s); }
+  FUSEDRNN_DEVICE void wait(int s) const { exchange.wait(s); }
   FUSEDRNN_DEVICE const Element* states(const typename Step::Now& now) const { return step.states(d, now) + first_number; }
   FUSEDRNN_DEVICE PassNothing pass(const typename Step::Now&) const { return {}; }
-  FUSEDRNN_DEVICE void say(int64_t s) const { exchange.say(s + 1); }
+  FUSEDRNN_DEVICE void say(int s) const { exchange.say(s + 1); }
   FUSEDRNN_DEVICE void end() const {}
 };
 

@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(kMostWarps * kLanes, 1) together_kernel(const 
   const int64_t tile_size = packed_tile_count<A>(plan, kGates);
   prims::Shared shared;
   Element* weights = shared.template take<Element>(plan.unit_tiles_each * tile_size);
-  BlockSums<A, kGates, kTiles> sums(plan, shared);
+  BlockSums<A, kGates, kTiles, true> sums(plan, shared);
   const Meeting<Step> meeting(args, place, plan.depth_blocks * A::kDepth, shared);
   if (place.unit_tile < place.end_tile)
     copy_in(weights, step.weights(d) + place.unit_tile * tile_size, (place.end_tile - place.unit_tile) * tile_size);
@@ -37,11 +37,11 @@ __global__ void __launch_bounds__(kMostWarps * kLanes, 1) together_kernel(const 
 
   const int places = kUnits * plan.block_rows;  // (row, unit) of a tile, of which a thread has the same at every step
   int64_t first = args.first[d];
-  for (int64_t s = args.rows.begin; s < args.rows.end; ++s) {
+  for (int s = args.rows.begin; s < args.rows.end; ++s) {
     const typename Step::Now now = step_at(step.p, args.rows, d, s, first);
     const bool multiplies = place.first_row < step.multiplied(now);
     const auto pass = meeting.pass(now);
-    int64_t tile = place.unit_tile;
+    int tile = place.unit_tile;
     auto row_of = [&](int i) { return place.first_row + i / kUnits; };
     auto unit_of = [&](int i) { return tile * kUnits + i % kUnits; };
     auto is_place = [&](int i) {
@@ -54,7 +54,6 @@ __global__ void __launch_bounds__(kMostWarps * kLanes, 1) together_kernel(const 
     while (tile < place.end_tile) {
       if (multiplies) {
         const Element* tile_weights = weights + (tile - place.unit_tile) * tile_size;
-        sums.load_weights(tile_weights, sums.part);
         sums.multiply(tile_weights, meeting.states(now));
       }
       for (int i = threadIdx.x; i < places; i += blockDim.x) {

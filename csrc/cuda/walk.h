@@ -7,7 +7,10 @@ namespace fusedrnn {
 
 // The s-th step of a walk is step t of the sequence. Direction 0 goes up in a forward pass, direction 1 in a backward one.
 FUSEDRNN_ANYWHERE bool goes_up(int64_t d, bool backward) { return (d == 0) != backward; }
-FUSEDRNN_ANYWHERE int64_t step_of_walk(int64_t T, int64_t s, bool up) { return up ? s : T - 1 - s; }
+template <class Number>
+FUSEDRNN_ANYWHERE Number step_of_walk(Number T, Number s, bool up) {
+  return up ? s : T - 1 - s;
+}
 
 // The rows of a call's steps in the order of a walk.
 struct Walk {
@@ -21,26 +24,26 @@ struct Walk {
 // The same for a kernel's argument: some steps of a walk, from begin - 1 to end, if they are of different sizes.
 struct ListedRows {
   static constexpr int kMost = 256;
-  int64_t T, B, begin, end;
+  int B, begin, end;
   bool listed;
-  int32_t count[kMaxDirections][kMost];
-  FUSEDRNN_ANYWHERE int64_t rows(int64_t d, int64_t s) const { return listed ? count[d][s - begin + 1] : B; }
+  int count[kMaxDirections][kMost];
+  FUSEDRNN_ANYWHERE int rows(int d, int s) const { return listed ? count[d][s - begin + 1] : B; }
 };
 
 // From step `begin` as far as a list reaches, or to `end`.
-inline ListedRows list_rows(const Walk& walk, int64_t directions, int64_t begin, int64_t end) {
-  ListedRows rows{walk.steps.T, walk.steps.B, begin, end, walk.steps.batch_sizes != nullptr, {}};
+inline ListedRows list_rows(const Walk& walk, int directions, int begin, int64_t end) {
+  ListedRows rows{int(walk.steps.B), begin, int(end), walk.steps.batch_sizes != nullptr, {}};
   if (!rows.listed) return rows;
   if (rows.end > begin + ListedRows::kMost - 2) rows.end = begin + ListedRows::kMost - 2;
-  for (int64_t d = 0; d < directions; ++d)
-    for (int64_t s = begin - 1; s <= rows.end; ++s)
-      rows.count[d][s - begin + 1] = s >= 0 && s < walk.steps.T ? int32_t(walk.rows(d, s)) : 0;
+  for (int d = 0; d < directions; ++d)
+    for (int s = begin - 1; s <= rows.end; ++s)
+      rows.count[d][s - begin + 1] = s >= 0 && s < walk.steps.T ? int(walk.rows(d, s)) : 0;
   return rows;
 }
 
 // The first row of the step after step s of a walk, whose own is `first`.
 template <class Rows>
-FUSEDRNN_ANYWHERE int64_t first_of_next(const Rows& rows, int64_t d, int64_t s, int64_t first, bool up) {
+FUSEDRNN_ANYWHERE int64_t first_of_next(const Rows& rows, int d, int s, int64_t first, bool up) {
   return up ? first + rows.rows(d, s) : first - rows.rows(d, s + 1);
 }
 
@@ -62,48 +65,49 @@ FUSEDRNN_ANYWHERE bool is_last(const Steps& steps, int64_t t, int64_t b, int64_t
 }
 
 struct ForwardStep {
-  int64_t t;           // of the sequence
+  int t;               // of the sequence
   int64_t gates_x_at;  // where the input's gates of its first row lie
   int64_t first;       // row of the sequence
-  int64_t count;       // rows of the step
-  int64_t staying;     // rows that go on to the next step; for the others this one is the last
-  int64_t multiplied;  // rows with a state to multiply: all, or none
+  int count;           // rows of the step
+  int staying;         // rows that go on to the next step; for the others this one is the last
+  int multiplied;      // rows with a state to multiply: all, or none
   int turn;            // which of two buffers of states is before the step
   int64_t cut;         // the row of `reset` that says whether its first row's state ends here
 };
 
 // Step s of direction d, whose first row is `first`.
 template <class Rows>
-FUSEDRNN_ANYWHERE ForwardStep step_at(const ForwardParams& p, const Rows& rows, int64_t d, int64_t s, int64_t first) {
-  const int64_t T = p.steps.T, count = rows.rows(d, s), next = s + 1 < T ? rows.rows(d, s + 1) : 0;
-  const int64_t t = step_of_walk(T, s, goes_up(d, false)), cut = d == 0 ? first + count : first;
+FUSEDRNN_ANYWHERE ForwardStep step_at(const ForwardParams& p, const Rows& rows, int d, int s, int64_t first) {
+  const int T = int(p.steps.T), count = int(rows.rows(d, s)), next = s + 1 < T ? int(rows.rows(d, s + 1)) : 0;
+  const int t = step_of_walk(T, s, goes_up(d, false));
+  const int64_t cut = d == 0 ? first + count : first;
   const int64_t gates_x_at = p.steps.offsets ? first * p.gates_x_row[d] : t * p.gates_x_step[d];
-  return {t, gates_x_at, first, count, next < count ? next : count, s > 0 || p.hx ? count : 0, int(s % 2), cut};
+  return {t, gates_x_at, first, count, next < count ? next : count, s > 0 || p.hx ? count : 0, s & 1, cut};
 }
 
 // The last step of a backward walk has no rows: it leaves the gradients of the initial states.
 struct BackwardStep {
-  int64_t t;             // of the sequence
+  int t;                 // of the sequence
   int64_t first;         // row of the sequence
-  int64_t count;         // rows of the step
+  int count;             // rows of the step
   int64_t before_first;  // the step whose states this one began with: its first row,
-  int64_t before_count;  //   and its rows; the others began with hx and cx
-  int64_t multiplied;    // rows that the later step had
-  int64_t visited;       // rows of this step, or of the later one if it has more: those rows began with the later step
+  int before_count;      //   and its rows; the others began with hx and cx
+  int multiplied;        // rows that the later step had
+  int visited;           // rows of this step, or of the later one if it has more: those rows began with the later step
   int turn;              // which of two buffers of gradients the later step wrote
   int64_t cut;           // the row of `reset` that says whether its first row began from zeros
-  int64_t cut_count;     // rows that could
+  int cut_count;         // rows that could
 };
 
 template <class Rows>
-FUSEDRNN_ANYWHERE BackwardStep step_at(const BackwardParams& p, const Rows& rows, int64_t d, int64_t s, int64_t first) {
-  const int64_t T = p.steps.T, count = s < T ? rows.rows(d, s) : 0, later = s > 0 ? rows.rows(d, s - 1) : 0;
+FUSEDRNN_ANYWHERE BackwardStep step_at(const BackwardParams& p, const Rows& rows, int d, int s, int64_t first) {
+  const int T = int(p.steps.T), count = s < T ? int(rows.rows(d, s)) : 0, later = s > 0 ? int(rows.rows(d, s - 1)) : 0;
   const bool begins = s + 1 >= T;  // no step before this one
-  const int64_t before = begins ? 0 : rows.rows(d, s + 1);
+  const int before = begins ? 0 : int(rows.rows(d, s + 1));
   const int64_t before_first = begins ? 0 : first_of_next(rows, d, s, first, goes_up(d, true));
-  const int64_t before_count = before < count ? before : count;
+  const int before_count = before < count ? before : count;
   return {step_of_walk(T, s, goes_up(d, true)), s < T ? first : 0, count, before_first, before_count, later,
-          count > later ? count : later, int(s % 2), d == 0 ? first : before_first, d == 0 ? count : before_count};
+          count > later ? count : later, s & 1, d == 0 ? first : before_first, d == 0 ? count : before_count};
 }
 
 }  // namespace fusedrnn
