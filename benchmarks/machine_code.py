@@ -50,7 +50,7 @@ CLASS_NAMES = (*CLASSES, "integer")
 PARTS = {
     "product": "multiply_add load_weights load_block load_states load multiply own leave mma",
     "sums": "total",
-    "fetch": "fetch hidden_before grad_output",
+    "fetch": "fetch fetch_constants hidden_before grad_output",
     "place": "packed_state_at state_at output_at in_row lane_of",
     "exchange": "wait say pass wait_until store_release cluster_arrive cluster_wait in_block operator",
     "walk": "step_at first_of_next rows step_of_walk goes_up",
@@ -75,7 +75,12 @@ LOOPS = (
     (r"for \(;;\)|for \(uint32_t tries|int32_t\(found - value\)", "polls", None),
     (r"for \(unsigned block = 0;", "neighbours", {"stg"}),
 )
-RARE = re.compile(r"unprojected|\(projected|projected\(\)|weight_hr|if \(last\)|leave_h\(|grad_cx|grad_hx")
+RARE = re.compile(
+    r"unprojected|\(projected|projected\(\)|weight_hr|if \(last\)|leave_h\(|grad_cx|grad_hx"
+    r"|steps\.reset|runs\(p\.steps|\bmade\b|zoneout_at|zoneout\(|\bpast\[|\(p\.hidden_mask\)"  # and what ends rows or changes states
+)
+# What the last turn of a loop leaves out: a thread's next place.
+AHEAD = (re.compile(r"if \(i \+ threads < places\)"), "places")
 SAVES = re.compile(r"saved_row|states_row|\bp\.saved|\bp\.states\b")
 
 
@@ -436,9 +441,10 @@ def count(code: Code, trips: dict[str, int], saves: bool, products: int = 0) -> 
             alone = one.name.startswith("BAR.") and "cluster_wait" in _function_names(one.frames)
             if alone or _matches(RARE, one.frames) or (not saves and _matches(SAVES, one.frames)):
                 continue
-            found.parts[part_of(one.frames), one.kind] += times[n]
+            often = times[n] * (1 - 1 / trips[AHEAD[1]] if _matches(AHEAD[0], one.frames) else 1)
+            found.parts[part_of(one.frames), one.kind] += often
             if one.kind in ("lds", "sts", "ldg", "stg"):
-                found.bytes[part_of(one.frames), one.kind] += times[n] * one.bytes
+                found.bytes[part_of(one.frames), one.kind] += often * one.bytes
     return found
 
 

@@ -123,7 +123,7 @@ PLANTS = {
         {"plain": ": (lstm_general|indrnn) .*" + wrong("output")}),
     # All steps in one grid of a cell without a product.
     "alone_skips": Plant(
-        "alone.cuh", r"if \(row < step\.visited\(now\)\) step", "if (row < step.visited(now) && !(MADE && s == 1)) step",
+        "alone.cuh", r"if \(row < step\.visited\(now\)\) step\.finish", "if (row < step.visited(now) && !(MADE && s == 1)) step.finish",
         {"plain": ": indrnn .*" + wrong("output")}, cases=ALONE),
     "alone_forgets": Plant(
         "alone.cuh", r"step\.fetch_left", r"if (!MADE) \g<0>",
@@ -132,7 +132,7 @@ PLANTS = {
         "alone.cuh", r"if \(row >= step\.p\.steps\.B\) return;", r"if (!MADE) \g<0>",
         {"plain": CRASH, "address": CRASH}, cases=ALONE),
     "alone_ended_rows": Plant(
-        "alone.cuh", r"row < step\.visited\(now\) \? step", "MADE || row < step.visited(now) ? step",
+        "alone.cuh", r"if \(row < step\.visited\(now\)\) step\.fetch", "if (MADE || row < step.visited(now)) step.fetch",
         {"plain": CRASH}, cases=ALONE),
     "alone_first_row": Plant(
         "alone.cuh", r"args\.rows, d, s, first\); \};", "args.rows, d, s, MADE ? args.first[d] : first); };",
@@ -260,10 +260,10 @@ PLANTS = {
         "block.cuh", r"row < step\.visited\(now\) && unit", "(MADE || row < step.visited(now)) && unit",
         {"plain": CRASH}, cases=STAYING),
     "block_units": Plant(
-        "block.cuh", r"&& unit < step\.units\)", "&& (MADE || unit < step.units))",
+        "block.cuh", r"&& unit_of\(i\) < step\.units\)", "&& (MADE || unit_of(i) < step.units))",
         {"plain": f"{wrong()}|{CRASH}"}, cases=STAYING),
     "block_depth": Plant(
-        "block.cuh", r"block < depth_blocks;", "block < depth_blocks - MADE;",
+        "block.cuh", r"left = turns;", "left = turns - MADE;",
         {"plain": wrong()}, cases=STAYING),
     # All steps in one grid whose blocks exchange states.
     "grid_no_wait": Plant(
@@ -300,7 +300,7 @@ PLANTS = {
         "together.cuh", r"i < places &&", "i < places - MADE &&",
         {"plain": wrong()}, cases=EXCHANGING),
     "grid_unit_guard": Plant(
-        "together.cuh", r"unit_of\(i\) < step\.units;", "(MADE || unit_of(i) < step.units);",
+        "together.cuh", r"unit\(\) < step\.units;", "(MADE || unit() < step.units);",
         {"plain": f"{wrong()}|{CRASH}"}, cases=EXCHANGING),
     # All steps by clusters.
     "cluster_no_wait": Plant(

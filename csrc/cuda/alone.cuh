@@ -21,16 +21,20 @@ __global__ void __launch_bounds__(kAloneThreads, 1) alone_kernel(const __grid_co
 
   int64_t first = args.first[d];
   auto now_at = [&](int s) { return step_at(step.p, args.rows, d, s, first); };
-  auto fetch = [&](const Now& now) { return row < step.visited(now) ? step.fetch(d, now, row, unit) : Inputs{}; };
+  auto fetch = [&](const Now& now, Inputs& inputs) {
+    if (row < step.visited(now)) step.fetch(d, now, row, unit, inputs);
+  };
   Now now = now_at(args.rows.begin);
-  Inputs inputs = fetch(now);
+  Inputs inputs{};
+  step.fetch_constants(d, unit, inputs);
+  fetch(now, inputs);
   for (int s = args.rows.begin; s < args.rows.end; ++s) {
     Now next = now;
-    Inputs next_inputs{};
+    Inputs next_inputs = inputs;
     if (s + 1 < args.rows.end) {  // on their way while this step is finished
       first = first_of_next(args.rows, d, s, first, goes_up(d, Step::kBackward));
       next = now_at(s + 1);
-      next_inputs = fetch(next);
+      fetch(next, next_inputs);
     }
     const typename Step::Sum sums[Step::kGates] = {};
     if (row < step.visited(now)) step.finish(d, now, row, unit, sums, inputs, PassNothing{});

@@ -36,31 +36,40 @@ __global__ void __launch_bounds__(kMostWarps * kLanes, 1) block_kernel(const __g
       const int unit_tile = item % unit_tiles, tile = item / unit_tiles * kTiles;
       const int item_row = first_row + tile * kTileRows;
       if (item_row >= step.visited(now)) break;  // so are the groups of rows behind it
+      auto unit_of = [&](int i) { return unit_tile * kUnits + lane / 4 + 8 * (i / 2); };
       auto each = [&](const auto& fn) {  // fn(its place in the sums, row, unit) for what this lane has
 #pragma unroll
         for (int n = 0; n < kTiles; ++n)
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             const int row = item_row + n * kTileRows + 2 * (lane % 4) + i % 2;
-            const int unit = unit_tile * kUnits + lane / 4 + 8 * (i / 2);
-            if (row < step.visited(now) && unit < step.units) fn(n, i, row, unit);
+            if (row < step.visited(now) && unit_of(i) < step.units) fn(n, i, row, unit_of(i));
           }
       };
       typename Step::Inputs inputs[kTiles][4];  // on their way while the product is made
-      each([&](int n, int i, int row, int unit) { inputs[n][i] = step.fetch(d, now, row, unit); });
+#pragma unroll
+      for (int i = 0; i < 4; i += 2)
+        if (unit_of(i) < step.units) step.fetch_constants(d, unit_of(i), inputs[0][i]);
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) inputs[n][i] = inputs[0][i / 2 * 2];
+      each([&](int n, int i, int row, int unit) { step.fetch(d, now, row, unit, inputs[n][i]); });
 
       prims::warp_sync();  // lanes without rows or units of their own multiply with the others
 
       Sum sum[kGates][kTiles][4] = {};
-      const int64_t depth_blocks = item_row < step.multiplied(now) ? plan.depth_blocks : 0;
-      for (int64_t block = 0; block < depth_blocks; ++block) {
+      const int depth_blocks = int(plan.depth_blocks), turns = item_row < step.multiplied(now) ? depth_blocks : 0;
+      const Element* states_next = states + tile * depth_blocks * kStates;
+      const Element* weights_next = weights + unit_tile * depth_blocks * kGates * kWeights;
+      for (int left = turns; left > 0; --left, states_next += kStates, weights_next += kGates * kWeights) {
         typename A::States state[kTiles];
 #pragma unroll
-        for (int n = 0; n < kTiles; ++n) state[n].load(states + ((tile + n) * plan.depth_blocks + block) * kStates, lane);
+        for (int n = 0; n < kTiles; ++n) state[n].load(states_next + n * depth_blocks * kStates, lane);
 #pragma unroll
         for (int gate = 0; gate < kGates; ++gate) {
           typename A::Weights weight;
-          weight.load(weights + ((unit_tile * plan.depth_blocks + block) * kGates + gate) * kWeights, lane);
+          weight.load(weights_next + gate * kWeights, lane);
 #pragma unroll
           for (int n = 0; n < kTiles; ++n) A::multiply_add(sum[gate][n], weight, state[n]);
         }

@@ -9,6 +9,7 @@ template <class Step>
 struct ByCluster {
   using A = typename Step::Arithmetic;
   using Element = typename A::Element;
+  static constexpr bool kOneTile = false;
   Element* memory;  // (2, size) states of the block's rows, of all units; by turns
   const int64_t size, first_number;
   const int first_step;

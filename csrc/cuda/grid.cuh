@@ -12,6 +12,7 @@ inline int64_t exchange_words(const ProductPlan& plan) { return plan.regime == R
 template <class Step>
 struct ByGrid {
   using Element = typename Step::Element;
+  static constexpr bool kOneTile = true;  // as plan_grid says
   const Step& step;
   const int d;
   const int64_t first_number;  // of the block's rows in a buffer of states

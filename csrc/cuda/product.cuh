@@ -249,6 +249,15 @@ struct BlockSums {
   }
 };
 
+// All that a unit reads besides its sums.
+template <class Step>
+FUSEDRNN_DEVICE typename Step::Inputs fetch_all(const Step& step, int d, const typename Step::Now& now, int row, int unit) {
+  typename Step::Inputs in;
+  step.fetch_constants(d, unit, in);
+  step.fetch(d, now, row, unit, in);
+  return in;
+}
+
 // For kernels whose next step reads the states from memory.
 struct PassNothing {
   template <class Element>
@@ -264,7 +273,9 @@ struct PassNothing {
 //   int multiplied(now)      rows whose sum is wanted; others take zero
 //   int visited(now)         rows that are looked at
 //   int units
-//   fetch(d, now, row, unit)     what a unit reads besides its sums: Inputs
+//   Inputs                       what a unit reads besides its sums
+//   fetch_constants(d, unit, inputs)   what it has of that at every step
+//   fetch(d, now, row, unit, inputs)   the rest
 //   finish(d, now, row, unit, sums, inputs, pass)   what becomes of them; pass(at, element) for each number that the next step
 //                                multiplies, when it is written: its place in states(d, next)
 //   states_of(d, turn)           either buffer of states, for cluster.cuh
@@ -287,7 +298,7 @@ __global__ void __launch_bounds__(kMostWarps * kLanes, 1) step_kernel(const __gr
   for (int i = threadIdx.x; i < kUnits * step.plan.block_rows; i += blockDim.x) {
     const int row = place.first_row + i / kUnits, unit = place.unit_tile * kUnits + i % kUnits;
     if (row >= step.visited(now) || unit >= step.units) continue;
-    sums.finish(step, d, now, i, row, unit, step.fetch(d, now, row, unit), PassNothing{});
+    sums.finish(step, d, now, i, row, unit, fetch_all(step, d, now, row, unit), PassNothing{});
   }
 }
 

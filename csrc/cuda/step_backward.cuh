@@ -54,15 +54,15 @@ struct BackwardBase {
     return (first * D + d) * width + int64_t(b * D) * width + u;
   }
   FUSEDRNN_DEVICE int64_t output_at(int d, int64_t first, int b, int u) const { return in_row(d, first, b, int(p.P), u); }
-  FUSEDRNN_DEVICE bool runs(int t, int b) const { return plain || fusedrnn::runs(p.steps, t, b); }
 
   // Where row b of the step came from: `before` from the step before, and else from hx; or, if `anew`, from zeros.
   struct Origin {
     bool before, anew;
   };
   FUSEDRNN_DEVICE Origin origin(int d, const Now& now, int b) const {
-    const bool before = b < now.before_count && (d == 0 || runs(now.t + 1, b));
-    return {before, !plain && p.steps.reset && (d == 0 || before) && p.steps.reset[now.cut + b]};
+    if (plain) return {b < now.before_count, false};
+    const bool before = b < now.before_count && (d == 0 || runs(p.steps, now.t + 1, b));
+    return {before, p.steps.reset && (d == 0 || before) && p.steps.reset[now.cut + b]};
   }
   // The hidden state that it began with.
   FUSEDRNN_DEVICE S hidden_before(int d, const Now& now, int b, int u) const {
@@ -108,12 +108,13 @@ struct BackwardProjection : BackwardBase<A> {
   FUSEDRNN_DEVICE int multiplied(const Now& now) const { return now.multiplied; }
 
   struct Inputs {};
-  FUSEDRNN_DEVICE Inputs fetch(int, const Now&, int, int) const { return {}; }
+  FUSEDRNN_DEVICE void fetch_constants(int, int, Inputs&) const {}
+  FUSEDRNN_DEVICE void fetch(int, const Now&, int, int, Inputs&) const {}
 
   template <class Pass>
   FUSEDRNN_DEVICE void finish(int d, const Now& now, int b, int u, const Sum (&sum)[1], const Inputs&, const Pass&) const {
     if (b >= now.count) return this->leave_h(d, b, u, sum[0]);
-    const bool running = this->runs(now.t, b);
+    const bool running = this->plain || runs(p.steps, now.t, b);
     // Through the later step, past it, and from the output.
     Sum dh = sum[0] + m.dh[this->state_at(d, b, u, p.P)], past = Sum(0);
     if (running) {
@@ -154,12 +155,12 @@ struct BackwardCell : BackwardBase<A> {
     S saved[slots(Cell::kSaved)], state[Cell::kStates], new_state[Cell::kStates], grad_output;
     Sum grad_new[Cell::kStates];  // what comes past the later step; each is loaded and no more, so that no load waits for another
     S grad_states[slots(kInner)];
-    bool runs, anew;              // this step; from zeros
+    bool runs, anew;              // this step; from zeros. Not looked at if `plain`
   };
   using Inputs = GivenInputs<Cell, PlainInputs, S>;
-  FUSEDRNN_DEVICE Inputs fetch(int d, const Now& now, int b, int u) const {
-    if (b >= now.count) return {};
-    Inputs in;
+  FUSEDRNN_DEVICE void fetch_constants(int d, int u, Inputs& in) const { fetch_unit<Cell, S>(p, d, u, in); }
+  FUSEDRNN_DEVICE void fetch(int d, const Now& now, int b, int u, Inputs& in) const {
+    if (b >= now.count) return;
     const int H = int(p.H), stored = int(p.stored) * H;
     const int64_t at = this->state_at(d, b, u, H);
     const S zero = narrow<S>(Sum(0));
@@ -176,8 +177,6 @@ struct BackwardCell : BackwardBase<A> {
       in.grad_new[0] = m.dh[at];
     }
     const auto from = this->origin(d, now, b);
-    in.runs = this->runs(now.t, b);
-    in.anew = from.anew;
     const S* cx = static_cast<const S*>(p.cx);
     const S* grad_states = static_cast<const S*>(p.grad_states);
 #pragma unroll
@@ -192,8 +191,9 @@ struct BackwardCell : BackwardBase<A> {
       in.grad_new[k + 1] = m.dinner[k * inner_size() + at];
       in.grad_states[k] = grad_states ? grad_states[states_at] : zero;
     }
-    fetch_unit<Cell, S>(p, d, u, in);
-    return in;
+    if (this->plain) return;
+    in.runs = runs(p.steps, now.t, b);
+    in.anew = from.anew;
   }
   // Of what was fetched before the later step had ended, that which it left.
   FUSEDRNN_DEVICE void fetch_left(int d, int b, int u, Inputs& in) const {
@@ -247,7 +247,8 @@ struct BackwardCell : BackwardBase<A> {
     grad_new[0] += Sum(widen(in.grad_output));
 #pragma unroll
     for (int k = 0; k < kInner; ++k) grad_new[k + 1] += Sum(widen(in.grad_states[k]));
-    if (kFirst && !projected()) this->leave_hidden_before(d, now, b, u, in.runs ? in.state[0] : narrow<S>(Sum(0)));
+    const bool running = this->plain || in.runs, goes_on = this->plain || (in.runs && !in.anew);
+    if (kFirst && !projected()) this->leave_hidden_before(d, now, b, u, running ? in.state[0] : narrow<S>(Sum(0)));
 
     const bool stays = !this->plain && p.zoneout;
     if (stays) {  // the gradient of what stays as it was goes past the cell
@@ -267,12 +268,11 @@ struct BackwardCell : BackwardBase<A> {
     if (stays)
 #pragma unroll
       for (int k = 0; k < Cell::kStates; ++k) grad_state[k] += past[k];
-    if (!in.runs) {
+    if (!running) {
 #pragma unroll
       for (int k = 0; k < kGrads<Cell>; ++k) grad_pre[k] = Sum(0);
     }
-    const bool goes_on = in.runs && !in.anew;
-    auto next = [&](Sum grad, Sum unmoved) { return goes_on ? grad : in.runs ? Sum(0) : unmoved; };
+    auto next = [&](Sum grad, Sum unmoved) { return goes_on ? grad : running ? Sum(0) : unmoved; };
     S* grad_pre_row = static_cast<S*>(p.grad_pre) + this->in_row(d, now.first, b, kGrads<Cell> * H, u);
 #pragma unroll
     for (int k = 0; k < kGrads<Cell>; ++k) grad_pre_row[k * H] = narrow<S>(grad_pre[k]);
@@ -377,7 +377,7 @@ struct BackwardRow : BackwardCell<Cell, A> {
     // Calls fn(what the cell is given, saved, state, new_state, grad_new, grad_pre, grad_state) for this thread's units.
     auto each = [&](const auto& fn) {
       for_own_units(H, [&](int u) {
-        const Inputs in = this->fetch(d, now, b, u);
+        const Inputs in = fetch_all(*this, d, now, b, u);
         Given<Sum, Cell::kUnit> given = given_to<Cell, Sum, S>(p, this->state_at(d, b, u, H), in);
         given.products = norms.products;
         given.inner = norms.inner;

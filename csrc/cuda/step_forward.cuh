@@ -56,36 +56,30 @@ struct ForwardCell {
   FUSEDRNN_DEVICE int64_t kept_at(int d, int b, int k, int u) const {
     return int64_t(d * int(p.steps.B) + b) * (kKept * int(p.H)) + (k * int(p.H) + u);
   }
-  // Whether a row runs in the step, and whether its state ends with it.
-  FUSEDRNN_DEVICE bool runs(const Now& now, int b) const { return plain || fusedrnn::runs(p.steps, now.t, b); }
-  FUSEDRNN_DEVICE bool ends(const Now& now, int b) const {
-    return !plain && p.steps.reset && b < now.staying && p.steps.reset[now.cut + b];
-  }
 
   // What a unit reads besides its sums.
   struct PlainInputs {
     S gates_x[kGates], bias[kGates];
     Sum state[Cell::kStates];
-    bool runs, ends;  // this step; with it
+    bool runs, ends;  // this step; with it. Not looked at if `plain`
   };
   using Inputs = GivenInputs<Cell, PlainInputs, S>;
-  FUSEDRNN_DEVICE Inputs fetch(int d, const Now& now, int b, int u) const {
-    Inputs in;
-    const int H = int(p.H);
-    const S* gates_x = static_cast<const S*>(p.gates_x[d]) + now.gates_x_at + b * p.gates_x_row[d] + u;
+  FUSEDRNN_DEVICE void fetch_constants(int d, int u, Inputs& in) const {
     const S* bias = static_cast<const S*>(p.bias_hh[d]);
 #pragma unroll
-    for (int g = 0; g < kGates; ++g) {
-      in.gates_x[g] = gates_x[g * H];
-      in.bias[g] = bias ? bias[g * H + u] : narrow<S>(Sum(0));
-    }
+    for (int g = 0; g < kGates; ++g) in.bias[g] = bias ? bias[g * int(p.H) + u] : narrow<S>(Sum(0));
     fetch_unit<Cell, S>(p, d, u, in);
+  }
+  FUSEDRNN_DEVICE void fetch(int d, const Now& now, int b, int u, Inputs& in) const {
+    const S* gates_x = static_cast<const S*>(p.gates_x[d]) + now.gates_x_at + b * p.gates_x_row[d] + u;
+#pragma unroll
+    for (int g = 0; g < kGates; ++g) in.gates_x[g] = gates_x[g * int(p.H)];
     in.state[0] = p.weight_hr[0] ? Sum(0) : m.state[state_at(d, b, u)];
 #pragma unroll
     for (int k = 1; k <= kInner; ++k) in.state[k] = m.state[k * state_size() + state_at(d, b, u)];
-    in.runs = runs(now, b);
-    in.ends = ends(now, b);
-    return in;
+    if (plain) return;
+    in.runs = runs(p.steps, now.t, b);
+    in.ends = p.steps.reset && b < now.staying && p.steps.reset[now.cut + b];
   }
   // Of what was fetched before the step before had ended, that which it left.
   FUSEDRNN_DEVICE void fetch_left(int d, int b, int u, Inputs& in) const {
@@ -119,18 +113,19 @@ struct ForwardCell {
 
     cell_forward<Cell>(given, pre, in.state, new_state, saved);
 
+    const bool running = plain || in.runs, ends = !plain && in.ends;
     if (!plain && p.zoneout) {
       const S* z = static_cast<const S*>(p.zoneout) + p.zoneout_at(row, d, Cell::kStates) + u;
       S* made = static_cast<S*>(p.states) + in_row(int(p.stored)) + kInner * H;
 #pragma unroll
-      for (int k = 0; k < Cell::kStates && p.save != Save::kNothing; ++k) made[k * H] = narrow<S>(in.runs ? new_state[k] : Sum(0));
+      for (int k = 0; k < Cell::kStates && p.save != Save::kNothing; ++k) made[k * H] = narrow<S>(running ? new_state[k] : Sum(0));
 #pragma unroll
       for (int k = 0; k < Cell::kStates; ++k) new_state[k] = zoneout(Sum(widen(z[k * H])), in.state[k], new_state[k]);
     }
     // What goes on to the next step, and what is seen of this one, which is nothing behind the end of a sequence.
-    auto next = [&](int k) { return !in.runs ? in.state[k] : in.ends ? Sum(0) : new_state[k]; };
-    auto seen = [&](Sum number) { return narrow<S>(in.runs ? number : Sum(0)); };
-    const bool last = in.runs && (plain ? b >= now.staying : is_last(p.steps, now.t, b, d, b >= now.staying));
+    auto next = [&](int k) { return !running ? in.state[k] : ends ? Sum(0) : new_state[k]; };
+    auto seen = [&](Sum number) { return narrow<S>(running ? number : Sum(0)); };
+    const bool last = running && (plain ? b >= now.staying : is_last(p.steps, now.t, b, d, b >= now.staying));
     if (projected) {
       m.unprojected[d * m.unprojected_size + packed_state_at<A>(unprojected_blocks, b, u)] = A::element(new_state[0]);
     } else {
@@ -230,7 +225,7 @@ struct ForwardRow : ForwardCell<Cell, A> {
     norms.products = norm_of(sums, int(p.H), kGates, [&](int u, int g) { return m.kept[this->kept_at(d, b, g, u)]; });
     // Calls fn(sums, inputs, what the cell is given) for a unit.
     auto with_unit = [&](int u, const auto& fn) {
-      const Inputs in = this->fetch(d, now, b, u);
+      const Inputs in = fetch_all(*this, d, now, b, u);
       Sum sum[kGates];
 #pragma unroll
       for (int g = 0; g < kGates; ++g) sum[g] = m.kept[this->kept_at(d, b, g, u)];
@@ -281,12 +276,13 @@ struct ForwardProjection {
   FUSEDRNN_DEVICE int visited(const Now& now) const { return now.count; }
 
   struct Inputs {};
-  FUSEDRNN_DEVICE Inputs fetch(int, const Now&, int, int) const { return {}; }
+  FUSEDRNN_DEVICE void fetch_constants(int, int, Inputs&) const {}
+  FUSEDRNN_DEVICE void fetch(int, const Now&, int, int, Inputs&) const {}
 
   template <class Pass>
   FUSEDRNN_DEVICE void finish(int d, const Now& now, int b, int u, const Sum (&sum)[1], const Inputs&, const Pass&) const {
     const S h = narrow<S>(sum[0]);
-    const bool running = fusedrnn::runs(p.steps, now.t, b), ends = p.steps.reset && b < now.staying && p.steps.reset[now.cut + b];
+    const bool running = runs(p.steps, now.t, b), ends = p.steps.reset && b < now.staying && p.steps.reset[now.cut + b];
     const int64_t at = d * m.h_size + packed_state_at<A>(h_blocks, b, u);
     m.h[1 - now.turn][at] = running ? A::element(ends ? Sum(0) : sum[0]) : m.h[now.turn][at];
     static_cast<S*>(p.output)[((now.first + b) * p.D + d) * p.P + u] = running ? h : narrow<S>(Sum(0));
