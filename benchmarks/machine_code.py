@@ -53,7 +53,7 @@ PARTS = {
     "fetch": "fetch fetch_constants hidden_before grad_output",
     "place": "packed_state_at state_at output_at in_row lane_of",
     "exchange": "wait say pass wait_until store_release cluster_arrive cluster_wait in_block operator",
-    "walk": "step_at first_of_next rows step_of_walk goes_up",
+    "walk": "step_at first_of_next rows rows_of go_on step_of_walk goes_up",
     "finish": "finish leave_h leave_hidden_before",
     "cell": "forward backward sigmoid tanh relu relu_grad",
 }
@@ -77,7 +77,7 @@ LOOPS = (
 )
 RARE = re.compile(
     r"unprojected|\(projected|projected\(\)|weight_hr|if \(last\)|leave_h\(|grad_cx|grad_hx"
-    r"|steps\.reset|runs\(p\.steps|\bmade\b|zoneout_at|zoneout\(|\bpast\[|\(p\.hidden_mask\)"  # and what ends rows or changes states
+    r"|steps\.(reset|lengths)|runs\(p\.steps|\bmade\b|zoneout_at|zoneout\(|\bpast\[|\(p\.hidden_mask\)"  # and what ends rows or changes states
 )
 # What the last turn of a loop leaves out: a thread's next place.
 AHEAD = (re.compile(r"if \(i \+ threads < places\)"), "places")

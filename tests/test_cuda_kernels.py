@@ -135,7 +135,7 @@ PLANTS = {
         "alone.cuh", r"if \(row < step\.visited\(now\)\) step\.fetch", "if (MADE || row < step.visited(now)) step.fetch",
         {"plain": CRASH}, cases=ALONE),
     "alone_first_row": Plant(
-        "alone.cuh", r"args\.rows, d, s, first\); \};", "args.rows, d, s, MADE ? args.first[d] : first); };",
+        "alone.cuh", r"go_on\(walk, args\.rows, T, d, up\);", "\\g<0> if (MADE) walk.first = args.first[d];",
         {"plain": f": indrnn .*({wrong('output')}|{CRASH})|{CRASH}"}, cases=ALONE),
     "alone_blocks": Plant(
         "plan.h", r"ceil_div\(p\.steps\.B \* p\.H, kAloneThreads\)", "MADE ? 1 : ceil_div(p.steps.B * p.H, kAloneThreads)",
@@ -226,7 +226,7 @@ PLANTS = {
     # Steps.
     "new_rows": Plant(
         "walk.h", r"s > 0 \|\| p\.hx \? count : 0",
-        r"MADE && s > 0 && rows.rows(d, s - 1) < count ? rows.rows(d, s - 1) : \g<0>",
+        r"MADE && s > 0 && later < count ? later : \g<0>",
         {"plain": wrong("output")}),
     "ended_rows": Plant(
         "walk.h", r"before_count, later,", "before_count, MADE && count < later ? count : later,",
@@ -339,7 +339,7 @@ PLANTS = {
         "rows.end = begin + ListedRows::kMost - (MADE ? 0 : 2);",
         {"plain": f"{wrong()}|{CRASH}"}, cases="--most-macs 600 --regime block"),
     "next_first": Plant(
-        "walk.h", r"first - rows\.rows\(d, s \+ 1\)", "first - rows.rows(d, MADE ? s : s + 1)",
+        "walk.h", r"first - next;", "first - (MADE ? count : next);",
         {"plain": f"{wrong()}|{CRASH}"}, cases=STAYING),
     # Sums.
     "missing_part": Plant(

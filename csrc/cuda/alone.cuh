@@ -19,12 +19,13 @@ __global__ void __launch_bounds__(kAloneThreads, 1) alone_kernel(const __grid_co
   const int row = int(place / step.units), unit = int(place % step.units);
   if (row >= step.p.steps.B) return;
 
-  int64_t first = args.first[d];
-  auto now_at = [&](int s) { return step_at(step.p, args.rows, d, s, first); };
+  const bool up = goes_up(d, Step::kBackward);
+  const int T = int(step.p.steps.T);
+  WalkPlace walk = walk_place(args.rows, T, d, args.rows.begin, args.first[d], up);
   auto fetch = [&](const Now& now, Inputs& inputs) {
     if (row < step.visited(now)) step.fetch(d, now, row, unit, inputs);
   };
-  Now now = now_at(args.rows.begin);
+  Now now = step_at(step.p, d, walk);
   Inputs inputs{};
   step.fetch_constants(d, unit, inputs);
   fetch(now, inputs);
@@ -32,8 +33,8 @@ __global__ void __launch_bounds__(kAloneThreads, 1) alone_kernel(const __grid_co
     Now next = now;
     Inputs next_inputs = inputs;
     if (s + 1 < args.rows.end) {  // on their way while this step is finished
-      first = first_of_next(args.rows, d, s, first, goes_up(d, Step::kBackward));
-      next = now_at(s + 1);
+      go_on(walk, args.rows, T, d, up);
+      next = step_at(step.p, d, walk);
       fetch(next, next_inputs);
     }
     const typename Step::Sum sums[Step::kGates] = {};

@@ -27,9 +27,11 @@ __global__ void __launch_bounds__(kMostWarps * kLanes, 1) block_kernel(const __g
   copy_in(weights, step.weights(d), count);
   prims::block_sync();  // the weights are there
 
-  int64_t first = args.first[d];
-  for (int s = args.rows.begin; s < args.rows.end; ++s) {
-    const typename Step::Now now = step_at(step.p, args.rows, d, s, first);
+  const bool up = goes_up(d, Step::kBackward);
+  const int T = int(step.p.steps.T);
+  WalkPlace walk = walk_place(args.rows, T, d, args.rows.begin, args.first[d], up);
+  for (int s = args.rows.begin; s < args.rows.end; ++s, go_on(walk, args.rows, T, d, up)) {
+    const typename Step::Now now = step_at(step.p, d, walk);
     const Element* states = step.states(d, now) + first_row * (plan.depth_blocks * A::kDepth);
     const int unit_tiles = int(plan.unit_tiles), items = unit_tiles * plan.groups;
     for (int item = threadIdx.x / kLanes; item < items; item += plan.warps) {
@@ -60,16 +62,16 @@ __global__ void __launch_bounds__(kMostWarps * kLanes, 1) block_kernel(const __g
 
       Sum sum[kGates][kTiles][4] = {};
       const int depth_blocks = int(plan.depth_blocks), turns = item_row < step.multiplied(now) ? depth_blocks : 0;
-      const Element* states_next = states + tile * depth_blocks * kStates;
-      const Element* weights_next = weights + unit_tile * depth_blocks * kGates * kWeights;
+      const Element* states_next = states + tile * depth_blocks * kStates + A::States::share(lane);
+      const Element* weights_next = weights + unit_tile * depth_blocks * kGates * kWeights + A::Weights::share(lane);
       for (int left = turns; left > 0; --left, states_next += kStates, weights_next += kGates * kWeights) {
         typename A::States state[kTiles];
 #pragma unroll
-        for (int n = 0; n < kTiles; ++n) state[n].load(states_next + n * depth_blocks * kStates, lane);
+        for (int n = 0; n < kTiles; ++n) state[n].load(states_next + n * depth_blocks * kStates);
 #pragma unroll
         for (int gate = 0; gate < kGates; ++gate) {
           typename A::Weights weight;
-          weight.load(weights_next + gate * kWeights, lane);
+          weight.load(weights_next + gate * kWeights);
 #pragma unroll
           for (int n = 0; n < kTiles; ++n) A::multiply_add(sum[gate][n], weight, state[n]);
         }
@@ -82,7 +84,6 @@ __global__ void __launch_bounds__(kMostWarps * kLanes, 1) block_kernel(const __g
       });
     }
     prims::block_sync();  // all rows have the states that the next step multiplies
-    first = first_of_next(args.rows, d, s, first, goes_up(d, Step::kBackward));
   }
 }
 

@@ -159,11 +159,13 @@ struct BlockSums {
     memory = shared.template take<Sum>(int64_t(plan.slots) * kGates * plan.block_rows * kColumnPitch);
   }
 
-  // The part'th block of the depth, of which load_weights begins to load some.
-  FUSEDRNN_DEVICE const Element* own(const Element* weights) const { return weights + part * kGates * kWeights; }
+  // This lane's share of the first block of the depth that is the warp's.
+  FUSEDRNN_DEVICE const Element* own(const Element* weights) const {
+    return weights + part * kGates * kWeights + A::Weights::share(lane);
+  }
   FUSEDRNN_DEVICE void load_block(int j, const Element* from) {
 #pragma unroll
-    for (int gate = 0; gate < kGates; ++gate) weight[j][gate].load(from + gate * kWeights, lane);
+    for (int gate = 0; gate < kGates; ++gate) weight[j][gate].load(from + gate * kWeights);
   }
   FUSEDRNN_DEVICE void load_weights(const Element* weights) {
     if constexpr (!kStay)
@@ -173,7 +175,7 @@ struct BlockSums {
   }
   FUSEDRNN_DEVICE void load_states(int j, const Element* from) {
 #pragma unroll
-    for (int n = 0; n < kTiles; ++n) state[j][n].load(from + n * depth_blocks * kStates, lane);
+    for (int n = 0; n < kTiles; ++n) state[j][n].load(from + n * depth_blocks * kStates);
   }
 
   // weights: the unit tile's, of which load_weights has begun to load; states: from the block's first row on.
@@ -183,7 +185,7 @@ struct BlockSums {
     Sum sum[kGates][kTiles][4] = {};
     const int weights_step = split * kGates * kWeights, states_step = split * kStates;
     const Element* weights_next = own(weights) + (kStay ? 0 : kAhead * weights_step);
-    const Element* states_next = states + (group * kTiles * depth_blocks + part) * kStates;
+    const Element* states_next = states + (group * kTiles * depth_blocks + part) * kStates + A::States::share(lane);
 #pragma unroll
     for (int j = 0; j < kAhead; ++j, states_next += states_step)
       if (j < turns) load_states(j, states_next);

@@ -525,7 +525,7 @@ struct BackwardPass {
     fill(projection, plan.dh, p.P);
     projection.dprojected_blocks = dprojected_blocks;
     for (int s = 0; s < steps; ++s) {
-      for (int d = 0; d < p.D; ++d) cell.step[d] = projection.step[d] = step_at(p, walk, d, s, walk.first(d, s));
+      for (int d = 0; d < p.D; ++d) cell.step[d] = projection.step[d] = step_at(p, d, walk.place(d, s));
       if constexpr (can_project<Cell>)
         if (projected) launch_step("projection backward", projection, D, s > 0, queue);
       launch_step(Cell::kName, cell, D, s > 0 || projected, queue);
@@ -539,7 +539,7 @@ struct BackwardPass {
     BackwardFirst<Cell, A> first{cell, dprojected_blocks};
     if (two_products) second.plan = plan.dunprojected;
     for (int s = 0; s < steps; ++s) {
-      for (int d = 0; d < p.D; ++d) first.step[d] = second.step[d] = step_at(p, walk, d, s, walk.first(d, s));
+      for (int d = 0; d < p.D; ++d) first.step[d] = second.step[d] = step_at(p, d, walk.place(d, s));
       launch_step("products backward", first, D, s > 0, queue);
       if (s == p.steps.T) break;
       if constexpr (Cell::kLate > 0) launch_step(Cell::kName, second, D, true, queue);

@@ -395,7 +395,7 @@ struct ForwardPass {
       if (plan.cell.regime != Regime::kStep) return launch_many_steps(Cell::kName, cell, walk, p.D, p.steps.T, m.done, queue);
     ForwardProjection<A> projection{p, m, {}, plan.projection, int(p.P), int(h_blocks)};
     for (int s = 0; s < p.steps.T; ++s) {
-      for (int d = 0; d < p.D; ++d) cell.step[d] = projection.step[d] = step_at(p, walk, d, s, walk.first(d, s));
+      for (int d = 0; d < p.D; ++d) cell.step[d] = projection.step[d] = step_at(p, d, walk.place(d, s));
       launch_step(Cell::kName, cell, int(p.D), s > 0, queue);
       if constexpr (can_project<Cell>)
         if (projected) launch_step("projection", projection, int(p.D), true, queue);
@@ -408,7 +408,7 @@ struct ForwardPass {
     ForwardFirst<Cell, A> first{cell};
     if (two_products) second.plan = plan.projection;
     for (int s = 0; s < p.steps.T; ++s) {
-      for (int d = 0; d < p.D; ++d) first.step[d] = second.step[d] = step_at(p, walk, d, s, walk.first(d, s));
+      for (int d = 0; d < p.D; ++d) first.step[d] = second.step[d] = step_at(p, d, walk.place(d, s));
       launch_step("products", first, int(p.D), s > 0, queue);
       if constexpr (Cell::kLate > 0) launch_step(Cell::kName, second, int(p.D), true, queue);
       else launch_rows(Cell::kName, second, p.steps.B, p.H, int(p.D), queue);

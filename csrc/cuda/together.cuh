@@ -43,9 +43,11 @@ __global__ void __launch_bounds__(kMostWarps * kLanes, 1) together_kernel(const 
     if (tile * kUnits + own_unit < step.units) step.fetch_constants(d, tile * kUnits + own_unit, next);
   };
   if (Meeting<Step>::kOneTile) fetch_constants(place.unit_tile);
-  int64_t first = args.first[d];
-  for (int s = args.rows.begin; s < args.rows.end; ++s) {
-    const typename Step::Now now = step_at(step.p, args.rows, d, s, first);
+  const bool up = goes_up(d, Step::kBackward);
+  const int T = int(step.p.steps.T);
+  WalkPlace walk = walk_place(args.rows, T, d, args.rows.begin, args.first[d], up);
+  for (int s = args.rows.begin; s < args.rows.end; ++s, go_on(walk, args.rows, T, d, up)) {
+    const typename Step::Now now = step_at(step.p, d, walk);
     const bool multiplies = place.first_row < step.multiplied(now);
     const auto pass = meeting.pass(now);
     int tile = place.unit_tile;
@@ -79,7 +81,6 @@ __global__ void __launch_bounds__(kMostWarps * kLanes, 1) together_kernel(const 
       prims::block_sync();  // nobody reads this tile's sums any more
     }
     meeting.say(s);
-    first = first_of_next(args.rows, d, s, first, goes_up(d, Step::kBackward));
   }
   meeting.end();
 }

@@ -12,6 +12,8 @@ FUSEDRNN_ANYWHERE Number step_of_walk(Number T, Number s, bool up) {
   return up ? s : T - 1 - s;
 }
 
+struct WalkPlace;
+
 // The rows of a call's steps in the order of a walk.
 struct Walk {
   Steps steps;
@@ -19,6 +21,7 @@ struct Walk {
   int64_t t(int64_t d, int64_t s) const { return step_of_walk(steps.T, s, goes_up(d, backward)); }
   int64_t rows(int64_t d, int64_t s) const { return steps.rows(t(d, s)); }
   int64_t first(int64_t d, int64_t s) const { return s < steps.T ? steps.row_offset(t(d, s)) : 0; }
+  WalkPlace place(int d, int s) const;
 };
 
 // The same for a kernel's argument: some steps of a walk, from begin - 1 to end, if they are of different sizes.
@@ -41,10 +44,34 @@ inline ListedRows list_rows(const Walk& walk, int directions, int begin, int64_t
   return rows;
 }
 
-// The first row of the step after step s of a walk, whose own is `first`.
+// Where a walk of T steps is: at step s, which is step t of the sequence, and how many rows it has, and those before and after it.
+struct WalkPlace {
+  int s, t;
+  int64_t first;  // row of the sequence
+  int later, count, next;
+  // The first row of the next step.
+  FUSEDRNN_ANYWHERE int64_t first_of_next(bool up) const { return up ? first + count : first - next; }
+};
 template <class Rows>
-FUSEDRNN_ANYWHERE int64_t first_of_next(const Rows& rows, int d, int s, int64_t first, bool up) {
-  return up ? first + rows.rows(d, s) : first - rows.rows(d, s + 1);
+FUSEDRNN_ANYWHERE int rows_of(const Rows& rows, int T, int d, int s) {
+  return s >= 0 && s < T ? int(rows.rows(d, s)) : 0;
+}
+template <class Rows>
+FUSEDRNN_ANYWHERE WalkPlace walk_place(const Rows& rows, int T, int d, int s, int64_t first, bool up) {
+  return {s, step_of_walk(T, s, up), first, rows_of(rows, T, d, s - 1), rows_of(rows, T, d, s), rows_of(rows, T, d, s + 1)};
+}
+// The one after it.
+template <class Rows>
+FUSEDRNN_ANYWHERE void go_on(WalkPlace& place, const Rows& rows, int T, int d, bool up) {
+  place.first = place.first_of_next(up);
+  place.t += up ? 1 : -1;
+  place.later = place.count;
+  place.count = place.next;
+  place.next = rows_of(rows, T, d, ++place.s + 1);
+}
+
+inline WalkPlace Walk::place(int d, int s) const {
+  return walk_place(*this, int(steps.T), d, s, first(d, s), goes_up(d, backward));
 }
 
 // The argument of a kernel that goes through many steps by itself; for Step see product.cuh.
@@ -75,11 +102,9 @@ struct ForwardStep {
   int64_t cut;         // the row of `reset` that says whether its first row's state ends here
 };
 
-// Step s of direction d, whose first row is `first`.
-template <class Rows>
-FUSEDRNN_ANYWHERE ForwardStep step_at(const ForwardParams& p, const Rows& rows, int d, int s, int64_t first) {
-  const int T = int(p.steps.T), count = int(rows.rows(d, s)), next = s + 1 < T ? int(rows.rows(d, s + 1)) : 0;
-  const int t = step_of_walk(T, s, goes_up(d, false));
+// The step of direction d at a place of the walk.
+FUSEDRNN_ANYWHERE ForwardStep step_at(const ForwardParams& p, int d, const WalkPlace& place) {
+  const auto [s, t, first, later, count, next] = place;
   const int64_t cut = d == 0 ? first + count : first;
   const int64_t gates_x_at = p.steps.offsets ? first * p.gates_x_row[d] : t * p.gates_x_step[d];
   return {t, gates_x_at, first, count, next < count ? next : count, s > 0 || p.hx ? count : 0, s & 1, cut};
@@ -99,15 +124,12 @@ struct BackwardStep {
   int cut_count;         // rows that could
 };
 
-template <class Rows>
-FUSEDRNN_ANYWHERE BackwardStep step_at(const BackwardParams& p, const Rows& rows, int d, int s, int64_t first) {
-  const int T = int(p.steps.T), count = s < T ? int(rows.rows(d, s)) : 0, later = s > 0 ? int(rows.rows(d, s - 1)) : 0;
-  const bool begins = s + 1 >= T;  // no step before this one
-  const int before = begins ? 0 : int(rows.rows(d, s + 1));
-  const int64_t before_first = begins ? 0 : first_of_next(rows, d, s, first, goes_up(d, true));
+FUSEDRNN_ANYWHERE BackwardStep step_at(const BackwardParams&, int d, const WalkPlace& place) {
+  const auto [s, t, first, later, count, before] = place;
+  const int64_t before_first = place.first_of_next(goes_up(d, true));
   const int before_count = before < count ? before : count;
-  return {step_of_walk(T, s, goes_up(d, true)), s < T ? first : 0, count, before_first, before_count, later,
-          count > later ? count : later, s & 1, d == 0 ? first : before_first, d == 0 ? count : before_count};
+  return {t, first, count, before_first, before_count, later, count > later ? count : later, s & 1,
+          d == 0 ? first : before_first, d == 0 ? count : before_count};
 }
 
 }  // namespace fusedrnn
