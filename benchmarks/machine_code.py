@@ -432,7 +432,7 @@ def count(code: Code, trips: dict[str, int], saves: bool, products: int = 0) -> 
                 turn[one.kind] += 1 / copies
             before = body - set().union(*(loops[head] for head in heads)) - set(straight)
             asked = sum(one.kind == "ldg" and part_of(one.frames) == "product" for n in before for one in code.blocks[n])
-            ahead = max(copies, asked / turn["ldg"] if turn["ldg"] else 0.0)
+            ahead = asked / turn["ldg"] if asked and turn["ldg"] else copies
 
     found = Counts(collections.Counter(), collections.Counter(), turn, ahead)
     for n in body:

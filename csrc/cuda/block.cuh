@@ -62,8 +62,9 @@ __global__ void __launch_bounds__(kMostWarps * kLanes, 1) block_kernel(const __g
 
       Sum sum[kGates][kTiles][4] = {};
       const int depth_blocks = int(plan.depth_blocks), turns = item_row < step.multiplied(now) ? depth_blocks : 0;
-      const Element* states_next = states + tile * depth_blocks * kStates + A::States::share(lane);
+      const Element* states_next = states + int64_t(tile) * depth_blocks * kStates + A::States::share(lane);
       const Element* weights_next = weights + unit_tile * depth_blocks * kGates * kWeights + A::Weights::share(lane);
+#pragma unroll 2
       for (int left = turns; left > 0; --left, states_next += kStates, weights_next += kGates * kWeights) {
         typename A::States state[kTiles];
 #pragma unroll

@@ -22,8 +22,8 @@ FUSEDRNN_DEVICE int64_t packed_weight_at(int64_t depth_blocks, int64_t unit, int
 // States of one direction: (tiles of 8 rows, depth blocks, 8 rows by kDepth).
 template <class A>
 FUSEDRNN_DEVICE int64_t packed_state_at(int depth_blocks, unsigned row, unsigned k) {
-  const int64_t block = int64_t(row / kTileRows) * depth_blocks + k / A::kDepth;
-  return block * (kColumns * A::kDepth) + A::state_at(int(row % kTileRows), int(k % A::kDepth));
+  const unsigned block = row / kTileRows * unsigned(depth_blocks) + k / A::kDepth;
+  return int64_t(block) * (kColumns * A::kDepth) + A::state_at(int(row % kTileRows), int(k % A::kDepth));
 }
 
 // ---- Grids without a plan: each thread takes every so many-th place of a matrix ----
