@@ -51,7 +51,7 @@ PARTS = {
     "product": "multiply_add load_weights load_block load_states load multiply own leave mma",
     "sums": "total",
     "fetch": "fetch fetch_constants hidden_before grad_output",
-    "place": "packed_state_at state_at output_at in_row lane_of",
+    "place": "packed_state_at state_at output_at in_row in_state lane_of",
     "exchange": "wait say pass wait_until store_release cluster_arrive cluster_wait in_block operator",
     "walk": "step_at first_of_next rows rows_of go_on step_of_walk goes_up",
     "finish": "finish leave_h leave_hidden_before",

@@ -220,8 +220,8 @@ PLANTS = {
         "step_backward.cuh", r"for_each_place\(1, size,", "for_each_place(MADE ? 0 : 1, size,",
         {"plain": wrong("grad_pre")}),
     "hidden_before": Plant(
-        "step_backward.cuh", r"output_at\(d, now\.before_first, b, u\)",
-        "output_at(d, MADE ? now.first : now.before_first, b, u)",
+        "step_backward.cuh", r"output_at\(now\.before_place, b, u\)",
+        "output_at(MADE ? now.place : now.before_place, b, u)",
         {"plain": wrong("hidden_before")}),
     # Steps.
     "new_rows": Plant(

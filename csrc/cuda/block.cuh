@@ -15,6 +15,7 @@ __global__ void __launch_bounds__(kMostWarps * kLanes, 1) block_kernel(const __g
   using A = typename Step::Arithmetic;
   using Sum = typename A::Sum;
   using Element = typename A::Element;
+  constexpr int kTogether = Step::kGates == 1 ? 4 : 2;  // blocks of the depth to a turn. Not measured yet.
   constexpr int kGates = Step::kGates, kWeights = kRows * A::kDepth, kStates = kColumns * A::kDepth;
   const Step& step = args.step;
   const ProductPlan& plan = step.plan;
@@ -64,7 +65,7 @@ __global__ void __launch_bounds__(kMostWarps * kLanes, 1) block_kernel(const __g
       const int depth_blocks = int(plan.depth_blocks), turns = item_row < step.multiplied(now) ? depth_blocks : 0;
       const Element* states_next = states + int64_t(tile) * depth_blocks * kStates + A::States::share(lane);
       const Element* weights_next = weights + unit_tile * depth_blocks * kGates * kWeights + A::Weights::share(lane);
-#pragma unroll 2
+#pragma unroll kTogether
       for (int left = turns; left > 0; --left, states_next += kStates, weights_next += kGates * kWeights) {
         typename A::States state[kTiles];
 #pragma unroll

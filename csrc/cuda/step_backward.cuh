@@ -46,14 +46,10 @@ struct BackwardBase {
 
   FUSEDRNN_DEVICE int visited(const Now& now) const { return now.visited; }
   FUSEDRNN_DEVICE int64_t state_at(int d, int b, int u, int64_t width) const {
-    return int64_t(d * int(p.steps.B) + b) * int(width) + u;
+    return in_state(p.steps, d, b, width, u);
   }
-  // Where number u of row b of a step, whose first row is `first`, lies in (rows, D, width).
-  FUSEDRNN_DEVICE int64_t in_row(int d, int64_t first, int b, int width, int u) const {
-    const int D = int(p.D);
-    return (first * D + d) * width + int64_t(b * D) * width + u;
-  }
-  FUSEDRNN_DEVICE int64_t output_at(int d, int64_t first, int b, int u) const { return in_row(d, first, b, int(p.P), u); }
+  FUSEDRNN_DEVICE int64_t in_row(int64_t place, int b, int width, int u) const { return fusedrnn::in_row(place, b, p.D, width, u); }
+  FUSEDRNN_DEVICE int64_t output_at(int64_t place, int b, int u) const { return in_row(place, b, int(p.P), u); }
 
   // Where row b of the step came from: `before` from the step before, and else from hx; or, if `anew`, from zeros.
   struct Origin {
@@ -69,7 +65,7 @@ struct BackwardBase {
     const S* hx = static_cast<const S*>(p.hx);
     const Origin from = origin(d, now, b);
     return from.anew     ? narrow<S>(Sum(0))
-           : from.before ? static_cast<const S*>(p.output)[output_at(d, now.before_first, b, u)]
+           : from.before ? static_cast<const S*>(p.output)[output_at(now.before_place, b, u)]
            : hx          ? hx[state_at(d, b, u, p.P)]
                          : narrow<S>(Sum(0));
   }
@@ -79,11 +75,11 @@ struct BackwardBase {
   // For the gradient of weight_hh.
   FUSEDRNN_DEVICE void leave_hidden_before(int d, const Now& now, int b, int u, S h) const {
     if (!plain && p.hidden_mask) h = narrow<S>(Sum(widen(h)) * hidden_mask(d, b, u));
-    if (p.hidden_before) static_cast<S*>(p.hidden_before)[output_at(d, now.first, b, u)] = h;
+    if (p.hidden_before) static_cast<S*>(p.hidden_before)[output_at(now.place, b, u)] = h;
   }
 
   FUSEDRNN_DEVICE S grad_output(int d, const Now& now, int b, int u) const {
-    return p.grad_output ? static_cast<const S*>(p.grad_output)[output_at(d, now.first, b, u)] : narrow<S>(Sum(0));
+    return p.grad_output ? static_cast<const S*>(p.grad_output)[output_at(now.place, b, u)] : narrow<S>(Sum(0));
   }
 
   FUSEDRNN_DEVICE void leave_h(int d, int b, int u, Sum through) const {
@@ -126,7 +122,7 @@ struct BackwardProjection : BackwardBase<A> {
     this->leave_hidden_before(d, now, b, u, running ? this->hidden_before(d, now, b, u) : narrow<S>(Sum(0)));
     m.dh[this->state_at(d, b, u, p.P)] = past;
     m.dprojected[d * m.dprojected_size + packed_state_at<A>(dprojected_blocks, b, u)] = A::element(dh);
-    static_cast<S*>(p.grad_proj)[this->output_at(d, now.first, b, u)] = narrow<S>(dh);
+    static_cast<S*>(p.grad_proj)[this->output_at(now.place, b, u)] = narrow<S>(dh);
   }
 };
 
@@ -164,7 +160,7 @@ struct BackwardCell : BackwardBase<A> {
     const int H = int(p.H), stored = int(p.stored) * H;
     const int64_t at = this->state_at(d, b, u, H);
     const S zero = narrow<S>(Sum(0));
-    const S* saved_row = static_cast<const S*>(p.saved) + this->in_row(d, now.first, b, Cell::kSaved * H, u);
+    const S* saved_row = static_cast<const S*>(p.saved) + this->in_row(now.place, b, Cell::kSaved * H, u);
 #pragma unroll
     for (int k = 0; k < Cell::kSaved; ++k) in.saved[k] = saved_row[k * H];
     if (projected()) {  // a cell whose hidden state may be projected does not look at state 0 in backward
@@ -172,7 +168,7 @@ struct BackwardCell : BackwardBase<A> {
       in.grad_new[0] = Sum(0);
     } else {
       in.state[0] = this->hidden_before(d, now, b, u);
-      in.new_state[0] = static_cast<const S*>(p.output)[this->output_at(d, now.first, b, u)];
+      in.new_state[0] = static_cast<const S*>(p.output)[this->output_at(now.place, b, u)];
       in.grad_output = this->grad_output(d, now, b, u);
       in.grad_new[0] = m.dh[at];
     }
@@ -181,10 +177,10 @@ struct BackwardCell : BackwardBase<A> {
     const S* grad_states = static_cast<const S*>(p.grad_states);
 #pragma unroll
     for (int k = 0; k < kInner; ++k) {
-      const int64_t states_at = this->in_row(d, now.first, b, stored, k * H + u);
+      const int64_t states_at = this->in_row(now.place, b, stored, k * H + u);
       const S* states = static_cast<const S*>(p.states);
       in.state[k + 1] = from.anew     ? zero
-                        : from.before ? states[this->in_row(d, now.before_first, b, stored, k * H + u)]
+                        : from.before ? states[this->in_row(now.before_place, b, stored, k * H + u)]
                         : cx          ? cx[k * inner_size() + at]
                                       : zero;
       in.new_state[k + 1] = states[states_at];
@@ -253,7 +249,7 @@ struct BackwardCell : BackwardBase<A> {
     const bool stays = !this->plain && p.zoneout;
     if (stays) {  // the gradient of what stays as it was goes past the cell
       const S* part = static_cast<const S*>(p.zoneout) + p.zoneout_at(now.first + b, d, Cell::kStates) + u;
-      const S* made = static_cast<const S*>(p.states) + this->in_row(d, now.first, b, int(p.stored) * H, kInner * H + u);
+      const S* made = static_cast<const S*>(p.states) + this->in_row(now.place, b, int(p.stored) * H, kInner * H + u);
 #pragma unroll
       for (int k = 0; k < Cell::kStates; ++k) {
         z[k] = Sum(widen(part[k * H]));
@@ -273,7 +269,7 @@ struct BackwardCell : BackwardBase<A> {
       for (int k = 0; k < kGrads<Cell>; ++k) grad_pre[k] = Sum(0);
     }
     auto next = [&](Sum grad, Sum unmoved) { return goes_on ? grad : running ? Sum(0) : unmoved; };
-    S* grad_pre_row = static_cast<S*>(p.grad_pre) + this->in_row(d, now.first, b, kGrads<Cell> * H, u);
+    S* grad_pre_row = static_cast<S*>(p.grad_pre) + this->in_row(now.place, b, kGrads<Cell> * H, u);
 #pragma unroll
     for (int k = 0; k < kGrads<Cell>; ++k) grad_pre_row[k * H] = narrow<S>(grad_pre[k]);
     if constexpr (Cell::kMultiplies) {
@@ -365,7 +361,7 @@ struct BackwardRow : BackwardCell<Cell, A> {
 
   FUSEDRNN_DEVICE void finish_row(int d, const Now& now, int b, RowSums<Sum>& sums) const {
     const int H = int(p.H);
-    const int64_t place = (now.first + b) * p.D + d;
+    const int64_t place = now.place + b * p.D;
     Given<Sum, Cell::kUnit> norms;
     const S* products = static_cast<const S*>(p.saved) + (place * Cell::kSaved + kProducts) * H;
     norms.products = norm_of(sums, H, kNormed, [&](int u, int g) { return Sum(widen(products[g * H + u])); });

@@ -51,7 +51,7 @@ struct ForwardCell {
   FUSEDRNN_DEVICE const Element* states(int d, const Now& now) const { return states_of(d, now.turn); }
   FUSEDRNN_DEVICE int multiplied(const Now& now) const { return now.multiplied; }
   FUSEDRNN_DEVICE int visited(const Now& now) const { return now.count; }
-  FUSEDRNN_DEVICE int64_t state_at(int d, int b, int u) const { return int64_t(d * int(p.steps.B) + b) * int(p.H) + u; }
+  FUSEDRNN_DEVICE int64_t state_at(int d, int b, int u) const { return in_state(p.steps, d, b, p.H, u); }
   FUSEDRNN_DEVICE int64_t state_size() const { return int64_t(int(p.D) * int(p.steps.B)) * int(p.H); }
   FUSEDRNN_DEVICE int64_t kept_at(int d, int b, int k, int u) const {
     return int64_t(d * int(p.steps.B) + b) * (kKept * int(p.H)) + (k * int(p.H) + u);
@@ -104,10 +104,9 @@ struct ForwardCell {
   FUSEDRNN_DEVICE void finish_given(int d, const Now& now, int b, int u, const Sum (&sum)[kGates], const Inputs& in,
                                     const Given<Sum, Cell::kUnit>& given, const Pass& pass) const {
     const bool projected = p.weight_hr[0];
-    const int H = int(p.H), D = int(p.D);
-    const int64_t row = now.first + b, at = state_at(d, b, u);
-    // Where the unit is in (rows, D, count * H).
-    auto in_row = [&](int count) { return (now.first * D + d) * (count * H) + int64_t(b * D) * (count * H) + u; };
+    const int H = int(p.H);
+    const int64_t at = state_at(d, b, u);
+    auto in_row = [&](int count) { return fusedrnn::in_row(now.place, b, p.D, count * H, u); };
     Sum pre[Cell::kPre] = {}, new_state[Cell::kStates], saved[slots(Cell::kSaved)];
     add_up(sum, in, pre);
 
@@ -115,7 +114,7 @@ struct ForwardCell {
 
     const bool running = plain || in.runs, ends = !plain && in.ends;
     if (!plain && p.zoneout) {
-      const S* z = static_cast<const S*>(p.zoneout) + p.zoneout_at(row, d, Cell::kStates) + u;
+      const S* z = static_cast<const S*>(p.zoneout) + p.zoneout_at(now.first + b, d, Cell::kStates) + u;
       S* made = static_cast<S*>(p.states) + in_row(int(p.stored)) + kInner * H;
 #pragma unroll
       for (int k = 0; k < Cell::kStates && p.save != Save::kNothing; ++k) made[k * H] = narrow<S>(running ? new_state[k] : Sum(0));

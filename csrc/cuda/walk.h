@@ -83,6 +83,14 @@ struct ManySteps {
   uint32_t* done;                 // exchange.cuh; null where blocks do not wait for each other
 };
 
+// Where number u of row b of a step lies in (rows, D, width), and in (D, B, width).
+FUSEDRNN_ANYWHERE int64_t in_row(int64_t place, int b, int64_t D, int64_t width, int u) {
+  return (place + b * int(D)) * unsigned(width) + unsigned(u);
+}
+FUSEDRNN_ANYWHERE int64_t in_state(const Steps& steps, int d, int b, int64_t width, int u) {
+  return int64_t(uint64_t(unsigned(d * int(steps.B) + b)) * unsigned(width) + unsigned(u));
+}
+
 // Sequences whose lengths only the device knows: all rows are in every step, and those whose end has come keep the states they have.
 FUSEDRNN_ANYWHERE bool runs(const Steps& steps, int64_t t, int64_t b) { return !steps.lengths || t < steps.lengths[b]; }
 // Whether step t is the last of row b, of those that are in the step.
@@ -95,6 +103,7 @@ struct ForwardStep {
   int t;               // of the sequence
   int64_t gates_x_at;  // where the input's gates of its first row lie
   int64_t first;       // row of the sequence
+  int64_t place;       // of that row in (rows, D)
   int count;           // rows of the step
   int staying;         // rows that go on to the next step; for the others this one is the last
   int multiplied;      // rows with a state to multiply: all, or none
@@ -107,15 +116,16 @@ FUSEDRNN_ANYWHERE ForwardStep step_at(const ForwardParams& p, int d, const WalkP
   const auto [s, t, first, later, count, next] = place;
   const int64_t cut = d == 0 ? first + count : first;
   const int64_t gates_x_at = p.steps.offsets ? first * p.gates_x_row[d] : t * p.gates_x_step[d];
-  return {t, gates_x_at, first, count, next < count ? next : count, s > 0 || p.hx ? count : 0, s & 1, cut};
+  return {t, gates_x_at, first, first * p.D + d, count, next < count ? next : count, s > 0 || p.hx ? count : 0, s & 1, cut};
 }
 
 // The last step of a backward walk has no rows: it leaves the gradients of the initial states.
 struct BackwardStep {
   int t;                 // of the sequence
   int64_t first;         // row of the sequence
+  int64_t place;         // of that row in (rows, D)
   int count;             // rows of the step
-  int64_t before_first;  // the step whose states this one began with: its first row,
+  int64_t before_place;  // the step whose states this one began with: its first row's,
   int before_count;      //   and its rows; the others began with hx and cx
   int multiplied;        // rows that the later step had
   int visited;           // rows of this step, or of the later one if it has more: those rows began with the later step
@@ -124,11 +134,11 @@ struct BackwardStep {
   int cut_count;         // rows that could
 };
 
-FUSEDRNN_ANYWHERE BackwardStep step_at(const BackwardParams&, int d, const WalkPlace& place) {
+FUSEDRNN_ANYWHERE BackwardStep step_at(const BackwardParams& p, int d, const WalkPlace& place) {
   const auto [s, t, first, later, count, before] = place;
   const int64_t before_first = place.first_of_next(goes_up(d, true));
   const int before_count = before < count ? before : count;
-  return {t, first, count, before_first, before_count, later, count > later ? count : later, s & 1,
+  return {t, first, first * p.D + d, count, before_first * p.D + d, before_count, later, count > later ? count : later, s & 1,
           d == 0 ? first : before_first, d == 0 ? count : before_count};
 }
 
