@@ -74,6 +74,7 @@ LOOPS = (
     (r"for \(int block = threadIdx\.x;", "words", None),
     (r"for \(;;\)|for \(uint32_t tries|int32_t\(found - value\)", "polls", None),
     (r"for \(unsigned block = 0;", "neighbours", {"stg"}),
+    (r"\*prims::in_block\(", "neighbours", {"stg"}),
 )
 RARE = re.compile(
     r"unprojected|\(projected|projected\(\)|weight_hr|if \(last\)|leave_h\(|grad_cx|grad_hx"

@@ -15,7 +15,7 @@ __global__ void __launch_bounds__(kMostWarps * kLanes, 1) block_kernel(const __g
   using A = typename Step::Arithmetic;
   using Sum = typename A::Sum;
   using Element = typename A::Element;
-  constexpr int kTogether = Step::kGates == 1 ? 4 : 2;  // blocks of the depth to a turn. Not measured yet.
+  [[maybe_unused]] constexpr int kTogether = Step::kGates == 1 ? 4 : 2;  // blocks of the depth to a turn. Not measured yet.
   constexpr int kGates = Step::kGates, kWeights = kRows * A::kDepth, kStates = kColumns * A::kDepth;
   const Step& step = args.step;
   const ProductPlan& plan = step.plan;

@@ -11,12 +11,13 @@ struct ByCluster {
   using Element = typename A::Element;
   static constexpr bool kOneTile = false;
   Element* memory;  // (2, size) states of the block's rows, of all units; by turns
-  const int64_t size, first_number;
+  const int size;
+  const int64_t first_number;
   const int first_step;
   const unsigned blocks;
 
-  FUSEDRNN_DEVICE ByCluster(const ManySteps<Step>& args, const BlockPlace& place, int64_t row_size, prims::Shared& shared)
-      : size(args.step.plan.block_rows * row_size), first_number(place.first_row * row_size), first_step(args.rows.begin),
+  FUSEDRNN_DEVICE ByCluster(const ManySteps<Step>& args, const BlockPlace& place, int row_size, prims::Shared& shared)
+      : size(args.step.plan.block_rows * row_size), first_number(int64_t(place.first_row) * row_size), first_step(args.rows.begin),
         blocks(unsigned(args.step.plan.sharers)) {
     memory = shared.template take<Element>(2 * size);
     for (int turn = 0; turn < 2; ++turn) copy_in(copy(turn), args.step.states_of(blockIdx.z, turn) + first_number, size);
@@ -35,8 +36,14 @@ struct ByCluster {
     Element* next;
     int64_t first_number;
     unsigned blocks;
-    FUSEDRNN_DEVICE void operator()(int64_t at, Element element) const {
-      for (unsigned block = 0; block < blocks; ++block) *prims::in_block(next + (at - first_number), block) = element;
+    template <int kCount>
+    FUSEDRNN_DEVICE void operator()(const int64_t (&at)[kCount], const Element (&element)[kCount]) const {
+      Element* own[kCount];
+#pragma unroll
+      for (int k = 0; k < kCount; ++k) own[k] = next + int(at[k] - first_number);
+      for (unsigned block = 0; block < blocks; ++block)
+#pragma unroll
+        for (int k = 0; k < kCount; ++k) *prims::in_block(own[k], block) = element[k];
     }
   };
   FUSEDRNN_DEVICE Pass pass(const typename Step::Now& now) const { return {copy(1 - now.turn), first_number, blocks}; }

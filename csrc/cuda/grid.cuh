@@ -18,8 +18,8 @@ struct ByGrid {
   const int64_t first_number;  // of the block's rows in a buffer of states
   const Exchange exchange;
 
-  FUSEDRNN_DEVICE ByGrid(const ManySteps<Step>& args, const BlockPlace& place, int64_t row_size, prims::Shared&)
-      : step(args.step), d(blockIdx.z), first_number(place.first_row * row_size),
+  FUSEDRNN_DEVICE ByGrid(const ManySteps<Step>& args, const BlockPlace& place, int row_size, prims::Shared&)
+      : step(args.step), d(blockIdx.z), first_number(int64_t(place.first_row) * row_size),
         exchange{args.done + (d * int(step.plan.batch_tiles) + place.batch_tile) * int(step.plan.sharers), int(step.plan.sharers),
                  int(place.sharer)} {}
   FUSEDRNN_DEVICE void begin() const {

@@ -127,7 +127,7 @@ struct BlockPlace {
 };
 
 // Blocks of the depth whose states are on their way at once, if those of one take so many bytes of a lane's registers.
-constexpr int states_ahead(int bytes) { return std::clamp(128 / bytes, 2, 8); }
+constexpr int states_ahead(int bytes, int gates) { return std::clamp(128 / bytes, 2, gates == 1 ? 8 : 4); }
 
 // The sums of a block, in shared memory: (slots, groups, gates, rows of a group, kColumnPitch) numbers, of which 16 to a row are in
 // use. So from gate to gate, and from row to row of a warp, it is as far in every plan.
@@ -141,7 +141,7 @@ struct BlockSums {
   static constexpr int kWeights = kRows * A::kDepth, kStates = kColumns * A::kDepth;  // numbers of a block of either
   static constexpr int kWarpRows = kTiles * kColumns, kGatePitch = kWarpRows * kColumnPitch, kWarpPitch = kGates * kGatePitch;
   // Blocks of the depth that are on their way at once: as many as have room in the registers. Not measured yet.
-  static constexpr int kAhead = kStay ? states_ahead(int(sizeof(typename A::States)) * kTiles) : 2;
+  static constexpr int kAhead = kStay ? states_ahead(int(sizeof(typename A::States)) * kTiles, kGates) : 2;
 
   const int lane, part, group;  // of this thread: in its warp; its warp's share of the depth, and of the rows
   const int split, turns;       // turns: blocks of the depth that are the warp's
@@ -230,8 +230,8 @@ struct BlockSums {
 
   // The sums of the i-th (row, unit) of the block: their parts, in an order that never changes.
   FUSEDRNN_DEVICE void total(int i, Sum (&sum)[kGates]) const {
-    const int row = i / kUnits;
-    const Sum* parts = memory + row / kWarpRows * kWarpPitch + row % kWarpRows * kColumnPitch + i % kUnits;
+    const unsigned row = unsigned(i) / kUnits;
+    const Sum* parts = memory + row / kWarpRows * kWarpPitch + row % kWarpRows * kColumnPitch + unsigned(i) % kUnits;
 #pragma unroll
     for (int gate = 0; gate < kGates; ++gate) sum[gate] = parts[gate * kGatePitch];
     for (int other = 1; other < slots; ++other) {
@@ -262,8 +262,8 @@ FUSEDRNN_DEVICE typename Step::Inputs fetch_all(const Step& step, int d, const t
 
 // For kernels whose next step reads the states from memory.
 struct PassNothing {
-  template <class Element>
-  FUSEDRNN_DEVICE void operator()(int64_t, Element) const {}
+  template <class Places, class Elements>
+  FUSEDRNN_DEVICE void operator()(const Places&, const Elements&) const {}
 };
 
 // One kernel of a step. A Step is what differs from kernel to kernel, and is its argument:
@@ -278,8 +278,8 @@ struct PassNothing {
 //   Inputs                       what a unit reads besides its sums
 //   fetch_constants(d, unit, inputs)   what it has of that at every step
 //   fetch(d, now, row, unit, inputs)   the rest
-//   finish(d, now, row, unit, sums, inputs, pass)   what becomes of them; pass(at, element) for each number that the next step
-//                                multiplies, when it is written: its place in states(d, next)
+//   finish(d, now, row, unit, sums, inputs, pass)   what becomes of them; pass(places, elements) with the numbers that the next step
+//                                multiplies, when they are written: arrays, of their places in states(d, next) and of themselves
 //   states_of(d, turn)           either buffer of states, for cluster.cuh
 template <class Step, int kTiles>
 __global__ void __launch_bounds__(kMostWarps * kLanes, 1) step_kernel(const __grid_constant__ Step step) {

@@ -78,7 +78,7 @@ struct BackwardBase {
     if (p.hidden_before) static_cast<S*>(p.hidden_before)[output_at(now.place, b, u)] = h;
   }
 
-  FUSEDRNN_DEVICE S grad_output(int d, const Now& now, int b, int u) const {
+  FUSEDRNN_DEVICE S grad_output(const Now& now, int b, int u) const {
     return p.grad_output ? static_cast<const S*>(p.grad_output)[output_at(now.place, b, u)] : narrow<S>(Sum(0));
   }
 
@@ -114,7 +114,7 @@ struct BackwardProjection : BackwardBase<A> {
     // Through the later step, past it, and from the output.
     Sum dh = sum[0] + m.dh[this->state_at(d, b, u, p.P)], past = Sum(0);
     if (running) {
-      dh += Sum(widen(this->grad_output(d, now, b, u)));
+      dh += Sum(widen(this->grad_output(now, b, u)));
     } else {
       past = dh;
       dh = Sum(0);
@@ -169,7 +169,7 @@ struct BackwardCell : BackwardBase<A> {
     } else {
       in.state[0] = this->hidden_before(d, now, b, u);
       in.new_state[0] = static_cast<const S*>(p.output)[this->output_at(now.place, b, u)];
-      in.grad_output = this->grad_output(d, now, b, u);
+      in.grad_output = this->grad_output(now, b, u);
       in.grad_new[0] = m.dh[at];
     }
     const auto from = this->origin(d, now, b);
@@ -274,13 +274,15 @@ struct BackwardCell : BackwardBase<A> {
     for (int k = 0; k < kGrads<Cell>; ++k) grad_pre_row[k * H] = narrow<S>(grad_pre[k]);
     if constexpr (Cell::kMultiplies) {
       Element* dpre = m.dpre[1 - now.turn] + d * m.dpre_size;
+      int64_t place[kEarly];
+      Element element[kEarly];
 #pragma unroll
       for (int g = 0; g < kEarly; ++g) {
-        const int64_t place = packed_state_at<A>(dpre_blocks, b, g * H + u);
-        const Element element = A::element(goes_on ? grad_pre[Cell::h_pre(g)] : Sum(0));
-        dpre[place] = element;
-        pass(place, element);
+        place[g] = packed_state_at<A>(dpre_blocks, b, g * H + u);
+        element[g] = A::element(goes_on ? grad_pre[Cell::h_pre(g)] : Sum(0));
+        dpre[place[g]] = element[g];
       }
+      pass(place, element);
     }
     if (!projected()) m.dh[at] = next(grad_state[0], dh);
 #pragma unroll

@@ -131,9 +131,9 @@ struct ForwardCell {
       const Sum h = next(0);
       m.state[at] = h;
       if constexpr (Cell::kMultiplies) {
-        const int64_t place = packed_state_at<A>(plan.depth_blocks, b, u);
-        const Element element = A::element(!plain && p.hidden_mask ? h * Sum(widen(static_cast<const S*>(p.hidden_mask)[at])) : h);
-        m.h[1 - now.turn][d * m.h_size + place] = element;
+        const int64_t place[1] = {packed_state_at<A>(int(plan.depth_blocks), b, u)};
+        const Element element[1] = {A::element(!plain && p.hidden_mask ? h * Sum(widen(static_cast<const S*>(p.hidden_mask)[at])) : h)};
+        m.h[1 - now.turn][d * m.h_size + place[0]] = element[0];
         pass(place, element);
       }
       static_cast<S*>(p.output)[in_row(1)] = seen(new_state[0]);

@@ -27,13 +27,13 @@ __global__ void __launch_bounds__(kMostWarps * kLanes, 1) together_kernel(const 
   const int d = blockIdx.z;
   const BlockPlace place(plan);
 
-  const int64_t tile_size = packed_tile_count<A>(plan, kGates);
+  const int tile_size = int(packed_tile_count<A>(plan, kGates));
   prims::Shared shared;
-  Element* weights = shared.template take<Element>(plan.unit_tiles_each * tile_size);
+  Element* weights = shared.template take<Element>(int(plan.unit_tiles_each) * tile_size);
   BlockSums<A, kGates, kTiles, true> sums(plan, shared);
-  const Meeting<Step> meeting(args, place, plan.depth_blocks * A::kDepth, shared);
+  const Meeting<Step> meeting(args, place, int(plan.depth_blocks) * A::kDepth, shared);
   if (place.unit_tile < place.end_tile)
-    copy_in(weights, step.weights(d) + place.unit_tile * tile_size, (place.end_tile - place.unit_tile) * tile_size);
+    copy_in(weights, step.weights(d) + place.unit_tile * int64_t(tile_size), (place.end_tile - place.unit_tile) * tile_size);
   meeting.begin();
 
   const int places = kUnits * plan.block_rows;  // (row, unit) of a tile, of which a thread has the same at every step
@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kMostWarps * kLanes, 1) together_kernel(const 
     const bool multiplies = place.first_row < step.multiplied(now);
     const auto pass = meeting.pass(now);
     int tile = place.unit_tile;
-    auto row_of = [&](int i) { return place.first_row + i / kUnits; };
+    auto row_of = [&](int i) { return place.first_row + int(unsigned(i) / kUnits); };
     auto unit = [&] { return tile * kUnits + own_unit; };
     auto is_place = [&](int i) {
       return i < places && tile < place.end_tile && row_of(i) < step.visited(now) && unit() < step.units;

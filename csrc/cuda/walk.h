@@ -116,7 +116,7 @@ FUSEDRNN_ANYWHERE ForwardStep step_at(const ForwardParams& p, int d, const WalkP
   const auto [s, t, first, later, count, next] = place;
   const int64_t cut = d == 0 ? first + count : first;
   const int64_t gates_x_at = p.steps.offsets ? first * p.gates_x_row[d] : t * p.gates_x_step[d];
-  return {t, gates_x_at, first, first * p.D + d, count, next < count ? next : count, s > 0 || p.hx ? count : 0, s & 1, cut};
+  return {t, gates_x_at, first, first * int(p.D) + d, count, next < count ? next : count, s > 0 || p.hx ? count : 0, s & 1, cut};
 }
 
 // The last step of a backward walk has no rows: it leaves the gradients of the initial states.
@@ -138,7 +138,8 @@ FUSEDRNN_ANYWHERE BackwardStep step_at(const BackwardParams& p, int d, const Wal
   const auto [s, t, first, later, count, before] = place;
   const int64_t before_first = place.first_of_next(goes_up(d, true));
   const int before_count = before < count ? before : count;
-  return {t, first, first * p.D + d, count, before_first * p.D + d, before_count, later, count > later ? count : later, s & 1,
+  const int D = int(p.D);
+  return {t, first, first * D + d, count, before_first * D + d, before_count, later, count > later ? count : later, s & 1,
           d == 0 ? first : before_first, d == 0 ? count : before_count};
 }
 
