@@ -226,7 +226,7 @@ PLANTS = {
     # Steps.
     "new_rows": Plant(
         "walk.h", r"s > 0 \|\| p\.hx \? count : 0",
-        r"MADE && s > 0 && later < count ? later : \g<0>",
+        r"MADE && s > 0 && last < count ? last : \g<0>",
         {"plain": wrong("output")}),
     "ended_rows": Plant(
         "walk.h", r"before_count, later,", "before_count, MADE && count < later ? count : later,",
@@ -332,14 +332,14 @@ PLANTS = {
         "together.cuh", r"prims::block_sync\(\);  // nobody", r"if (!MADE) \g<0>",
         {"plain": wrong(), "thread": RACE}, cases=NEIGHBOURS),
     "cluster_last_tile": Plant(
-        "product.cuh", r"end_tile = plan\.unit_tiles;", "end_tile = plan.unit_tiles - MADE;",
+        "product.cuh", r"end_tile = int\(plan\.unit_tiles\);", "end_tile = int(plan.unit_tiles) - MADE;",
         {"plain": wrong()}, cases=NEIGHBOURS),
     "list_goes_on": Plant(
-        "walk.h", r"rows\.end = begin \+ ListedRows::kMost - 2;",
-        "rows.end = begin + ListedRows::kMost - (MADE ? 0 : 2);",
+        "walk.h", r"rows\.end = begin \+ ListedRows::kMost - 3;",
+        "rows.end = begin + ListedRows::kMost - (MADE ? 0 : 3);",
         {"plain": f"{wrong()}|{CRASH}"}, cases="--most-macs 600 --regime block"),
     "next_first": Plant(
-        "walk.h", r"first - next;", "first - (MADE ? count : next);",
+        "walk.h", r"first - next_count;", "first - (MADE ? count : next_count);",
         {"plain": f"{wrong()}|{CRASH}"}, cases=STAYING),
     # Sums.
     "missing_part": Plant(

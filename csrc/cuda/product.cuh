@@ -193,14 +193,13 @@ struct BlockSums {
 #pragma unroll
       for (int j = 0; j < kAhead; ++j) {
         if (j >= left) break;
-        constexpr bool kNow = kStay;
-        if (kNow) load_block(0, weights_next);
+        if (kStay) load_block(0, weights_next);
 #pragma unroll
         for (int gate = 0; gate < kGates; ++gate)
 #pragma unroll
-          for (int n = 0; n < kTiles; ++n) A::multiply_add(sum[gate][n], weight[kNow ? 0 : j][gate], state[j][n]);
+          for (int n = 0; n < kTiles; ++n) A::multiply_add(sum[gate][n], weight[kStay ? 0 : j][gate], state[j][n]);
         if (j + kAhead < left) {
-          if (!kNow) load_block(j, weights_next);
+          if (!kStay) load_block(j, weights_next);
           load_states(j, states_next);
         }
         weights_next += weights_step;

@@ -6,11 +6,8 @@
 namespace fusedrnn {
 
 // The s-th step of a walk is step t of the sequence. Direction 0 goes up in a forward pass, direction 1 in a backward one.
-FUSEDRNN_ANYWHERE bool goes_up(int64_t d, bool backward) { return (d == 0) != backward; }
-template <class Number>
-FUSEDRNN_ANYWHERE Number step_of_walk(Number T, Number s, bool up) {
-  return up ? s : T - 1 - s;
-}
+FUSEDRNN_ANYWHERE bool goes_up(int d, bool backward) { return (d == 0) != backward; }
+FUSEDRNN_ANYWHERE int step_of_walk(int T, int s, bool up) { return up ? s : T - 1 - s; }
 
 struct WalkPlace;
 
@@ -18,13 +15,13 @@ struct WalkPlace;
 struct Walk {
   Steps steps;
   bool backward;
-  int64_t t(int64_t d, int64_t s) const { return step_of_walk(steps.T, s, goes_up(d, backward)); }
-  int64_t rows(int64_t d, int64_t s) const { return steps.rows(t(d, s)); }
-  int64_t first(int64_t d, int64_t s) const { return s < steps.T ? steps.row_offset(t(d, s)) : 0; }
+  int t(int d, int s) const { return step_of_walk(int(steps.T), s, goes_up(d, backward)); }
+  int64_t rows(int d, int s) const { return steps.rows(t(d, s)); }
+  int64_t first(int d, int s) const { return s < steps.T ? steps.row_offset(t(d, s)) : 0; }
   WalkPlace place(int d, int s) const;
 };
 
-// The same for a kernel's argument: some steps of a walk, from begin - 1 to end, if they are of different sizes.
+// The same for a kernel's argument: some steps of a walk, from begin - 1 to end + 1, if they are of different sizes.
 struct ListedRows {
   static constexpr int kMost = 256;
   int B, begin, end;
@@ -37,21 +34,24 @@ struct ListedRows {
 inline ListedRows list_rows(const Walk& walk, int directions, int begin, int64_t end) {
   ListedRows rows{int(walk.steps.B), begin, int(end), walk.steps.batch_sizes != nullptr, {}};
   if (!rows.listed) return rows;
-  if (rows.end > begin + ListedRows::kMost - 2) rows.end = begin + ListedRows::kMost - 2;
+  if (rows.end > begin + ListedRows::kMost - 3) rows.end = begin + ListedRows::kMost - 3;
   for (int d = 0; d < directions; ++d)
-    for (int s = begin - 1; s <= rows.end; ++s)
+    for (int s = begin - 1; s <= rows.end + 1; ++s)
       rows.count[d][s - begin + 1] = s >= 0 && s < walk.steps.T ? int(walk.rows(d, s)) : 0;
   return rows;
 }
 
-// Where a walk of T steps is: at step s, which is step t of the sequence, and how many rows it has, and those before and after it.
+// Where a walk is.
 struct WalkPlace {
-  int s, t;
-  int64_t first;  // row of the sequence
-  int later, count, next;
+  int s, t;        // the walk's step, and that of the sequence
+  int64_t first;   // row of the sequence
+  int last_count;  // rows of the step before this one in the walk,
+  int count;       //   of this one,
+  int next_count;  //   and of the one after it
   // The first row of the next step.
-  FUSEDRNN_ANYWHERE int64_t first_of_next(bool up) const { return up ? first + count : first - next; }
+  FUSEDRNN_ANYWHERE int64_t first_of_next(bool up) const { return up ? first + count : first - next_count; }
 };
+// None before the first step and behind the last.
 template <class Rows>
 FUSEDRNN_ANYWHERE int rows_of(const Rows& rows, int T, int d, int s) {
   return s >= 0 && s < T ? int(rows.rows(d, s)) : 0;
@@ -60,14 +60,14 @@ template <class Rows>
 FUSEDRNN_ANYWHERE WalkPlace walk_place(const Rows& rows, int T, int d, int s, int64_t first, bool up) {
   return {s, step_of_walk(T, s, up), first, rows_of(rows, T, d, s - 1), rows_of(rows, T, d, s), rows_of(rows, T, d, s + 1)};
 }
-// The one after it.
+// The place of the next step.
 template <class Rows>
 FUSEDRNN_ANYWHERE void go_on(WalkPlace& place, const Rows& rows, int T, int d, bool up) {
   place.first = place.first_of_next(up);
   place.t += up ? 1 : -1;
-  place.later = place.count;
-  place.count = place.next;
-  place.next = rows_of(rows, T, d, ++place.s + 1);
+  place.last_count = place.count;
+  place.count = place.next_count;
+  place.next_count = rows_of(rows, T, d, ++place.s + 1);
 }
 
 inline WalkPlace Walk::place(int d, int s) const {
@@ -113,7 +113,7 @@ struct ForwardStep {
 
 // The step of direction d at a place of the walk.
 FUSEDRNN_ANYWHERE ForwardStep step_at(const ForwardParams& p, int d, const WalkPlace& place) {
-  const auto [s, t, first, later, count, next] = place;
+  const auto [s, t, first, last, count, next] = place;
   const int64_t cut = d == 0 ? first + count : first;
   const int64_t gates_x_at = p.steps.offsets ? first * p.gates_x_row[d] : t * p.gates_x_step[d];
   return {t, gates_x_at, first, first * int(p.D) + d, count, next < count ? next : count, s > 0 || p.hx ? count : 0, s & 1, cut};
