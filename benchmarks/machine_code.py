@@ -3,8 +3,9 @@
 A kernel is compiled alone, with the lines of the source (which changes no instruction), and taken apart by nvdisasm. What
 belongs to a step is counted: of kernels that do all steps the body of that loop, of the others all of it. A loop within is
 known by its line of source and counts as often as the plan says; the compiler's unrolled copies share its turns. Not
-counted is what no usual step does (RARE), and what is kept for backward (SAVES) by a call that keeps nothing. Where the
-lanes of a warp go both ways, both are counted, and so is an instruction whose predicate is false.
+counted is what no usual step does (RARE: projections, the last step of a row, and what stands behind `plain`), what a
+loop's last turn leaves out (AHEAD), and what is kept for backward (SAVES) by a call that keeps nothing. Where the lanes of
+a warp go both ways, both are counted, and so is an instruction whose predicate is false.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ CLASS_OF = {name: kind for kind, names in CLASSES.items() for name in names.spli
 CLASS_NAMES = (*CLASSES, "integer")
 # Parts of a step, by the function of the source in which the innermost frame with a name here lies.
 PARTS = {
-    "product": "multiply_add load_weights load_block load_states load multiply own leave mma",
+    "product": "multiply_add add_products load_weights load_block load_states load multiply own leave mma",
     "sums": "total",
     "fetch": "fetch fetch_constants hidden_before grad_output",
     "place": "packed_state_at state_at output_at in_row in_state lane_of",
@@ -66,7 +67,7 @@ LOOPS = (
     (r"for \(int s = args\.rows\.begin;", "step", None),
     (r"for \(int item = ", "items", None),
     (r"while \(tile < place\.end_tile\)|\+\+tile == place\.end_tile", "tiles", None),
-    (r"for \(int64_t block = |for \(int left = turns", "depth", {"mma", "fma"}),
+    (r"for \(int left = turns", "depth", {"mma", "fma"}),
     (r"for \(int now = 1; now \* slots", "turns", None),
     (r"for \(int i = threadIdx\.x;", "places", None),
     (r"for \(int other = 1; other < slots;", "slots", {"lds"}),
@@ -78,10 +79,9 @@ LOOPS = (
 )
 RARE = re.compile(
     r"unprojected|\(projected|projected\(\)|weight_hr|if \(last\)|leave_h\(|grad_cx|grad_hx"
-    r"|steps\.(reset|lengths)|runs\(p\.steps|\bmade\b|zoneout_at|zoneout\(|\bpast\[|\(p\.hidden_mask\)"  # and what ends rows or changes states
+    r"|steps\.(reset|lengths)|runs\(p\.steps|\bmade\b|zoneout_at|zoneout\(|\bpast\[|\(p\.hidden_mask\)"
 )
-# What the last turn of a loop leaves out: a thread's next place.
-AHEAD = (re.compile(r"if \(i \+ threads < places\)"), "places")
+AHEAD = (re.compile(r"if \(i \+ threads < places\)"), "places")  # a thread's next place, and the loop
 SAVES = re.compile(r"saved_row|states_row|\bp\.saved|\bp\.states\b")
 
 
@@ -459,8 +459,15 @@ def _marks(one: Instruction, name: str, mark: set[str]) -> bool:
 
 
 def _share(trips: int, loops: set[int], straight: set[int], unit: int = 0) -> dict[int, float]:
-    """{marks of a copy of a loop's body: how often it runs}: the largest first, as compilers do; outside of loops once. Where
-    nothing smaller is there for what is left, the last time is a part of it. unit: marks of a turn, or 0: what all divide by."""
+    """{marks of a copy of a loop's body: how often it runs}: the largest first, as compilers do; outside of loops once.
+
+    Where nothing smaller is there for what is left, the last time is a part of it.
+
+    Args:
+        trips: turns.
+        loops, straight: the copies, in loops and outside.
+        unit: marks of a turn, or 0: what all of them divide by.
+    """
     unit, left, found = unit or math.gcd(*loops, *straight) or 1, float(trips), {}
     sizes = sorted(loops | straight, reverse=True)
     for size in sizes:

@@ -159,6 +159,7 @@ def predict(case: Case, way: str, arch: str = "sm_90", csrc: pathlib.Path = mach
     trips = trips_of(plan)
     counts = machine_code.count(Code(text), trips, way != "inference", products_of_a_turn(kernel)[1])
     kind, number = products(kernel, plan)
+    turns = trips["depth"] * (trips["items"] if plan["regime"] == "block" else trips["tiles"])
     warps = plan["threads"] // 32
     bytes = counts.bytes.items()
     shared = sum(number for (_, kind), number in bytes if kind in ("lds", "sts"))
@@ -170,7 +171,7 @@ def predict(case: Case, way: str, arch: str = "sm_90", csrc: pathlib.Path = mach
         memory * warps + rows * plan["depth_blocks"] * depth_of(case) * case.itemsize,
         flops=number * (64 if kind == "fma" else 2048 if case.dtype == "tf32" else 4096),
         chain=number / (kernel.tiles * gates_of(kernel) * (4 if kind == "fma" else 1)),
-        loads=-(-trips["depth"] * (trips["items"] if plan["regime"] == "block" else trips["tiles"]) // counts.ahead),
+        loads=-(-turns // counts.ahead),
     )  # fmt: skip
     return Prediction(case, way, chip, kernel, plan, registers, counts, work, roofline.step_cycles(chip, case.dtype, work))
 

@@ -323,7 +323,7 @@ PLANTS = {
         "cluster.cuh", r"step\.states_of\(blockIdx\.z, turn\)", "step.states_of(blockIdx.z, MADE ? 1 : turn)",
         {"plain": wrong()}, cases="--most-macs 4000 --regime cluster"),
     "cluster_rows_of_others": Plant(
-        "cluster.cuh", r"first_number\(int64_t\(place\.first_row\) \* row_size\), first_step", "first_number(MADE ? 0 : int64_t(place.first_row) * row_size), first_step",
+        "cluster.cuh", r"first_number\(int64_t\(place\.first_row\)", "first_number(MADE ? 0 : int64_t(place.first_row)",
         {"plain": f"{wrong()}|{CRASH}|{error('not an address in an array')}"}, cases=NEIGHBOURS),
     "cluster_one_missing": Plant(
         "cluster.cuh", r"block < blocks;", "block < blocks - MADE;",

@@ -141,7 +141,10 @@ struct BlockSums {
   static constexpr int kWeights = kRows * A::kDepth, kStates = kColumns * A::kDepth;  // numbers of a block of either
   static constexpr int kWarpRows = kTiles * kColumns, kGatePitch = kWarpRows * kColumnPitch, kWarpPitch = kGates * kGatePitch;
   // Blocks of the depth that are on their way at once: as many as have room in the registers. Not measured yet.
-  static constexpr int kAhead = kStay ? states_ahead(int(sizeof(typename A::States)) * kTiles, kGates) : 2;
+  static constexpr int kBlockBytes = int(sizeof(typename A::Weights)) * kGates + int(sizeof(typename A::States)) * kTiles;
+  static constexpr int kSumBytes = int(sizeof(Sum)) * kGates * kTiles * 4, kRoom = 640;
+  static constexpr int kAhead = kStay ? states_ahead(int(sizeof(typename A::States)) * kTiles, kGates)
+                                : 2 * kBlockBytes + kSumBytes <= kRoom ? 2 : 1;
 
   const int lane, part, group;  // of this thread: in its warp; its warp's share of the depth, and of the rows
   const int split, turns;       // turns: blocks of the depth that are the warp's
@@ -178,6 +181,14 @@ struct BlockSums {
     for (int n = 0; n < kTiles; ++n) state[j][n].load(from + n * depth_blocks * kStates);
   }
 
+  static FUSEDRNN_DEVICE void add_products(Sum (&sum)[kGates][kTiles][4], const typename A::Weights (&weight)[kGates],
+                                           const typename A::States (&state)[kTiles]) {
+#pragma unroll
+    for (int gate = 0; gate < kGates; ++gate)
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) A::multiply_add(sum[gate][n], weight[gate], state[n]);
+  }
+
   // weights: the unit tile's, of which load_weights has begun to load; states: from the block's first row on.
   // Ends with a barrier: all sums are there.
   FUSEDRNN_DEVICE void multiply(const Element* weights, const Element* states) {
@@ -194,13 +205,24 @@ struct BlockSums {
       for (int j = 0; j < kAhead; ++j) {
         if (j >= left) break;
         if (kStay) load_block(0, weights_next);
+        const auto load_ahead = [&] {
+          if (j + kAhead < left) {
+            if (!kStay) load_block(j, weights_next);
+            load_states(j, states_next);
+          }
+        };
+        if constexpr (kAhead > 1) {
+          add_products(sum, weight[kStay ? 0 : j], state[j]);
+          load_ahead();
+        } else {  // the next block is on its way while this one is multiplied, and takes its registers over one by one
+          typename A::Weights weight_now[kGates];
+          typename A::States state_now[kTiles];
 #pragma unroll
-        for (int gate = 0; gate < kGates; ++gate)
+          for (int gate = 0; gate < kGates; ++gate) weight_now[gate] = weight[0][gate];
 #pragma unroll
-          for (int n = 0; n < kTiles; ++n) A::multiply_add(sum[gate][n], weight[kStay ? 0 : j][gate], state[j][n]);
-        if (j + kAhead < left) {
-          if (!kStay) load_block(j, weights_next);
-          load_states(j, states_next);
+          for (int n = 0; n < kTiles; ++n) state_now[n] = state[0][n];
+          load_ahead();
+          add_products(sum, weight_now, state_now);
         }
         weights_next += weights_step;
         states_next += states_step;
