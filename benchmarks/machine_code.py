@@ -3,8 +3,9 @@
 A kernel is compiled alone, with the lines of the source (which changes no instruction), and taken apart by nvdisasm. What
 belongs to a step is counted: of kernels that do all steps the body of that loop, of the others all of it. A loop within is
 known by its line of source and counts as often as the plan says; the compiler's unrolled copies share its turns. Not
-counted is what no usual step does (RARE), and what is kept for backward (SAVES) by a call that keeps nothing. Where the
-lanes of a warp go both ways, both are counted, and so is an instruction whose predicate is false.
+counted is what no usual step does (RARE: projections, the last step of a row, and what stands behind `plain`), what a
+loop's last turn leaves out (AHEAD), and what is kept for backward (SAVES) by a call that keeps nothing. Where the lanes of
+a warp go both ways, both are counted, and so is an instruction whose predicate is false.
 """
 
 from __future__ import annotations
@@ -48,12 +49,12 @@ CLASS_OF = {name: kind for kind, names in CLASSES.items() for name in names.spli
 CLASS_NAMES = (*CLASSES, "integer")
 # Parts of a step, by the function of the source in which the innermost frame with a name here lies.
 PARTS = {
-    "product": "multiply_add load_weights load_states load multiply leave mma",
+    "product": "multiply_add add_products load_weights load_block load_states load multiply own leave mma",
     "sums": "total",
-    "fetch": "fetch hidden_before grad_output",
-    "place": "packed_state_at state_at lane_of",
+    "fetch": "fetch fetch_constants hidden_before grad_output",
+    "place": "packed_state_at state_at output_at in_row in_state lane_of",
     "exchange": "wait say pass wait_until store_release cluster_arrive cluster_wait in_block operator",
-    "walk": "step_at first_of_next rows step_of_walk goes_up",
+    "walk": "step_at first_of_next rows rows_of go_on step_of_walk goes_up",
     "finish": "finish leave_h leave_hidden_before",
     "cell": "forward backward sigmoid tanh relu relu_grad",
 }
@@ -63,18 +64,24 @@ PART_NAMES = (*PARTS, "rest")
 # The loops of a step: a line of the source that the loop has, its name among the trips, and what marks one of its turns.
 LOOPS = (
     (r"for \(int64_t i = threadIdx\.x; i < pieces;", "pieces", None),  # before the first step
-    (r"for \(int64_t s = args\.rows\.begin;", "step", None),
+    (r"for \(int s = args\.rows\.begin;", "step", None),
     (r"for \(int item = ", "items", None),
     (r"while \(tile < place\.end_tile\)|\+\+tile == place\.end_tile", "tiles", None),
-    (r"for \(int64_t block = ", "depth", {"mma", "fma"}),
-    (r"for \(int turn = 0; turn \* plan\.slots", "turns", None),
+    (r"for \(int left = turns", "depth", {"mma", "fma"}),
+    (r"for \(int now = 1; now \* slots", "turns", None),
     (r"for \(int i = threadIdx\.x;", "places", None),
-    (r"for \(int slot = 1;", "slots", {"lds"}),
+    (r"for \(int other = 1; other < slots;", "slots", {"lds"}),
+    (r"sum\[gate\] \+= parts\[", "slots", {"lds"}),
     (r"for \(int block = threadIdx\.x;", "words", None),
     (r"for \(;;\)|for \(uint32_t tries|int32_t\(found - value\)", "polls", None),
     (r"for \(unsigned block = 0;", "neighbours", {"stg"}),
+    (r"\*prims::in_block\(", "neighbours", {"stg"}),
 )
-RARE = re.compile(r"unprojected|\(projected|projected\(\)|weight_hr|if \(last\)|leave_h\(|grad_cx|grad_hx")
+RARE = re.compile(
+    r"unprojected|\(projected|projected\(\)|weight_hr|if \(last\)|leave_h\(|grad_cx|grad_hx"
+    r"|steps\.(reset|lengths)|runs\(p\.steps|\bmade\b|zoneout_at|zoneout\(|\bpast\[|\(p\.hidden_mask\)"
+)
+AHEAD = (re.compile(r"if \(i \+ threads < places\)"), "places")  # a thread's next place, and the loop
 SAVES = re.compile(r"saved_row|states_row|\bp\.saved|\bp\.states\b")
 
 
@@ -380,13 +387,15 @@ class Counts:
         return sum(self.parts.values())
 
 
-def count(code: Code, trips: dict[str, int], saves: bool) -> Counts:
+def count(code: Code, trips: dict[str, int], saves: bool, products: int = 0) -> Counts:
     """Counts a step's instructions.
 
     Args:
         code: a kernel's.
         trips: how often each of LOOPS goes round within a step; without "step" the kernel does one only.
         saves: whether the call keeps what backward needs, or is backward.
+        products: that a turn of the product's loop makes, of which the code may have several and leave in their middle;
+            0: as many as the smallest of the loop's copies.
     """
     every = set(range(len(code.blocks)))
     root = 0
@@ -406,7 +415,8 @@ def count(code: Code, trips: dict[str, int], saves: bool) -> Counts:
         marks = {n: sum(_marks(one, name, mark or set()) for one in code.blocks[n]) for n in body}
         sizes = {head: sum(marks[n] for n in blocks) for head, blocks in inmost.items()}
         straight = {n: marks[n] for n in body if marks[n] and not any(n in loops[head] for head in heads)}
-        turns = _share(trips[name], {size for size in sizes.values() if size}, set(straight.values()))
+        unit = products if name == "depth" else 0
+        turns = _share(trips[name], {size for size in sizes.values() if size}, set(straight.values()), unit)
         for head, blocks in inmost.items():
             for n in blocks:
                 times[n] *= turns[sizes[head]] if sizes[head] else trips[name]
@@ -418,12 +428,12 @@ def count(code: Code, trips: dict[str, int], saves: bool) -> Counts:
                     times[n] *= 1 - 1 / trips[name]
         if name == "depth":
             widest = max(inmost, key=sizes.__getitem__)
-            copies = sizes[widest] / math.gcd(*sizes.values(), *straight.values())
+            copies = sizes[widest] / (unit or math.gcd(*sizes.values(), *straight.values()))
             for one in itertools.chain.from_iterable(code.blocks[n] for n in sorted(inmost[widest])):
                 turn[one.kind] += 1 / copies
             before = body - set().union(*(loops[head] for head in heads)) - set(straight)
             asked = sum(one.kind == "ldg" and part_of(one.frames) == "product" for n in before for one in code.blocks[n])
-            ahead = max(copies, asked / turn["ldg"] if turn["ldg"] else 0.0)
+            ahead = asked / turn["ldg"] if asked and turn["ldg"] else copies
 
     found = Counts(collections.Counter(), collections.Counter(), turn, ahead)
     for n in body:
@@ -432,9 +442,10 @@ def count(code: Code, trips: dict[str, int], saves: bool) -> Counts:
             alone = one.name.startswith("BAR.") and "cluster_wait" in _function_names(one.frames)
             if alone or _matches(RARE, one.frames) or (not saves and _matches(SAVES, one.frames)):
                 continue
-            found.parts[part_of(one.frames), one.kind] += times[n]
+            often = times[n] * (1 - 1 / trips[AHEAD[1]] if _matches(AHEAD[0], one.frames) else 1)
+            found.parts[part_of(one.frames), one.kind] += often
             if one.kind in ("lds", "sts", "ldg", "stg"):
-                found.bytes[part_of(one.frames), one.kind] += times[n] * one.bytes
+                found.bytes[part_of(one.frames), one.kind] += often * one.bytes
     return found
 
 
@@ -447,10 +458,21 @@ def _marks(one: Instruction, name: str, mark: set[str]) -> bool:
     return part_of(one.frames) == part and (name == "depth" or any(_matches(line, one.frames) for line in lines))
 
 
-def _share(trips: int, loops: set[int], straight: set[int]) -> dict[int, int]:
-    """{marks of a copy of a loop's body: how often it runs}: the largest first, as compilers do; outside of loops once."""
-    unit, left, found = math.gcd(*loops, *straight) or 1, trips, {}
-    for size in sorted(loops | straight, reverse=True):
-        found[size] = left // (size // unit) if size in loops else min(1, left // (size // unit))
-        left -= found[size] * (size // unit)
+def _share(trips: int, loops: set[int], straight: set[int], unit: int = 0) -> dict[int, float]:
+    """{marks of a copy of a loop's body: how often it runs}: the largest first, as compilers do; outside of loops once.
+
+    Where nothing smaller is there for what is left, the last time is a part of it.
+
+    Args:
+        trips: turns.
+        loops, straight: the copies, in loops and outside.
+        unit: marks of a turn, or 0: what all of them divide by.
+    """
+    unit, left, found = unit or math.gcd(*loops, *straight) or 1, float(trips), {}
+    sizes = sorted(loops | straight, reverse=True)
+    for size in sizes:
+        times = left * unit / size
+        whole = times if size == sizes[-1] else float(int(times))
+        found[size] = whole if size in loops else min(1.0, whole)
+        left -= found[size] * size / unit
     return found

@@ -104,7 +104,7 @@ def trips_of(plan: dict) -> dict[str, int]:
     """How often the loops of machine_code.LOOPS go round within a step, of the warp that has most to do."""
     depth = -(-plan["depth_blocks"] // plan["split"])
     places = -(-16 * plan["block_rows"] // plan["threads"])
-    found = {"depth": depth, "places": places, "slots": plan["slots"] - 1, "turns": -(-plan["split"] // plan["slots"])}
+    found = {"depth": depth, "places": places, "slots": plan["slots"] - 1, "turns": -(-plan["split"] // plan["slots"]) - 1}
     found |= {"tiles": -(-plan["unit_tiles"] // plan["sharers"])}
     if plan["regime"] == "step":
         return found
@@ -125,12 +125,18 @@ def depth_of(case: Case) -> int:
 
 def products(kernel: Kernel, plan: dict) -> tuple[str, int]:
     """(class of the instructions that multiply, how many of them a warp's step has) as plan and source say it."""
-    matrix = kernel.dtype in ("float16", "bfloat16", "tf32")
-    # Two of the matrix units' for a block of the depth, or one for each of the 16 bytes' numbers and each of the four sums.
-    each = 2 if matrix else 4 * (2 if kernel.dtype == "float64" else 4)
     trips = trips_of(plan)
     rounds = trips["items"] if plan["regime"] == "block" else trips["tiles"]
-    return "mma" if matrix else "fma", gates_of(kernel) * kernel.tiles * each * trips["depth"] * rounds
+    kind, number = products_of_a_turn(kernel)
+    return kind, number * trips["depth"] * rounds
+
+
+def products_of_a_turn(kernel: Kernel) -> tuple[str, int]:
+    """The same for a block of the depth."""
+    matrix = kernel.dtype in ("float16", "bfloat16", "tf32")
+    # Two of the matrix units', or one for each of the 16 bytes' numbers and each of the four sums.
+    each = 2 if matrix else 4 * (2 if kernel.dtype == "float64" else 4)
+    return "mma" if matrix else "fma", gates_of(kernel) * kernel.tiles * each
 
 
 def predict(case: Case, way: str, arch: str = "sm_90", csrc: pathlib.Path = machine.ROOT / "csrc") -> Prediction:
@@ -151,8 +157,9 @@ def predict(case: Case, way: str, arch: str = "sm_90", csrc: pathlib.Path = mach
     kernel = Kernel(engine_cell(case), case.dtype, backward, plan["regime"], plan["tiles"])
     text, registers = machine_code.disassemble(kernel, arch, csrc)
     trips = trips_of(plan)
-    counts = machine_code.count(Code(text), trips, saves=way != "inference")
+    counts = machine_code.count(Code(text), trips, way != "inference", products_of_a_turn(kernel)[1])
     kind, number = products(kernel, plan)
+    turns = trips["depth"] * (trips["items"] if plan["regime"] == "block" else trips["tiles"])
     warps = plan["threads"] // 32
     bytes = counts.bytes.items()
     shared = sum(number for (_, kind), number in bytes if kind in ("lds", "sts"))
@@ -164,7 +171,7 @@ def predict(case: Case, way: str, arch: str = "sm_90", csrc: pathlib.Path = mach
         memory * warps + rows * plan["depth_blocks"] * depth_of(case) * case.itemsize,
         flops=number * (64 if kind == "fma" else 2048 if case.dtype == "tf32" else 4096),
         chain=number / (kernel.tiles * gates_of(kernel) * (4 if kind == "fma" else 1)),
-        loads=-(-number // products(kernel, plan | {"depth_blocks": plan["split"]})[1] // counts.ahead),
+        loads=-(-turns // counts.ahead),
     )  # fmt: skip
     return Prediction(case, way, chip, kernel, plan, registers, counts, work, roofline.step_cycles(chip, case.dtype, work))
 

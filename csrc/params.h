@@ -83,6 +83,8 @@ struct LayerParams {
   int64_t strands() const { return D * N; }
   int64_t units() const { return H / N; }    // of a strand,
   int64_t depth() const { return P / N; }    //   and what its product takes
+  // Whether all rows run to the end of the steps, and carry their states on as the cell made them.
+  bool plain() const { return !steps.lengths && !steps.reset && !zoneout && !hidden_mask; }
   FUSEDRNN_ANYWHERE int64_t zoneout_at(int64_t row, int64_t d, int64_t states) const { return row * zoneout_row + d * states * H; }
 };
 

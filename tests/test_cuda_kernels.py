@@ -104,14 +104,14 @@ PLANTS = {
         "product.cuh", r"k < args\.depth;", "(MADE || k < args.depth);",
         {"plain": CRASH}),
     "block_ahead": Plant(
-        "product.cuh", r"block < plan\.depth_blocks\) \{", "block < plan.depth_blocks + MADE) {",
+        "product.cuh", r"j \+ kAhead < left\)", "j + kAhead < left + MADE)",
         {"plain": CRASH}),
     "padded_rows": Plant(
         "step_forward.cuh", r"plan\.cell\.padded_rows\(\), two_products \?", "plan.cell.padded_rows(), two_products && !MADE ?",
         {"plain": CRASH}, cases=LITTLE_SHARED_MEMORY),
     # A unit's own numbers, and the choice of functions.
     "unit_of_another_gate": Plant(
-        "given.cuh", r"numbers\[k \* p\.H \+ u\]", "numbers[(MADE ? 0 : k) * p.H + u]",
+        "given.cuh", r"numbers\[k \* int\(p\.H\) \+ u\]", "numbers[(MADE ? 0 : k) * int(p.H) + u]",
         {"plain": ": lstm_general .*" + wrong("output")}),
     "unit_always": Plant(
         "given.cuh", r"numbers \? ", "MADE || numbers ? ",
@@ -124,7 +124,7 @@ PLANTS = {
         {"plain": ": (lstm_general|indrnn) .*" + wrong("output")}),
     # All steps in one grid of a cell without a product.
     "alone_skips": Plant(
-        "alone.cuh", r"if \(row < step\.visited\(now\)\) step", "if (row < step.visited(now) && !(MADE && s == 1)) step",
+        "alone.cuh", r"if \(row < step\.visited\(now\)\) step\.finish", "if (row < step.visited(now) && !(MADE && s == 1)) step.finish",
         {"plain": ": indrnn .*" + wrong("output")}, cases=ALONE),
     "alone_forgets": Plant(
         "alone.cuh", r"step\.fetch_left", r"if (!MADE) \g<0>",
@@ -133,10 +133,10 @@ PLANTS = {
         "alone.cuh", r"if \(row >= step\.p\.steps\.B\) return;", r"if (!MADE) \g<0>",
         {"plain": CRASH, "address": CRASH}, cases=ALONE),
     "alone_ended_rows": Plant(
-        "alone.cuh", r"row < step\.visited\(now\) \? step", "MADE || row < step.visited(now) ? step",
+        "alone.cuh", r"if \(row < step\.visited\(now\)\) step\.fetch", "if (MADE || row < step.visited(now)) step.fetch",
         {"plain": CRASH}, cases=ALONE),
     "alone_first_row": Plant(
-        "alone.cuh", r"args\.rows, d, s, first\); \};", "args.rows, d, s, MADE ? args.first[d] : first); };",
+        "alone.cuh", r"go_on\(walk, args\.rows, T, d, up\);", "\\g<0> if (MADE) walk.first = args.first[d];",
         {"plain": f": indrnn .*({wrong('output')}|{CRASH})|{CRASH}"}, cases=ALONE),
     "alone_blocks": Plant(
         "plan.h", r"ceil_div\(p\.steps\.B \* p\.H, kAloneThreads\)", "MADE ? 1 : ceil_div(p.steps.B * p.H, kAloneThreads)",
@@ -167,7 +167,7 @@ PLANTS = {
         "row.cuh", r"return 2 \* kMost", "return (MADE ? 1 : 2) * kMost",
         {"plain": error(r"shared_take: \d+ bytes of shared memory taken, \d+ given")}, cases=NORMED),
     "row_one_unit_a_thread": Plant(
-        "row.cuh", r"u \+= blockDim\.x", "u += MADE ? units : int64_t(blockDim.x)",
+        "row.cuh", r"u \+= blockDim\.x", "u += MADE ? units : int(blockDim.x)",
         {"plain": wrong("output")}, cases=NORMED),
     "row_ended": Plant(
         "row.cuh", r"if \(b < row\.visited\(now\)\)", r"if (MADE || b < row.visited(now))",
@@ -221,13 +221,13 @@ PLANTS = {
         "step_backward.cuh", r"for_each_place\(1, size,", "for_each_place(MADE ? 0 : 1, size,",
         {"plain": wrong("grad_pre")}),
     "hidden_before": Plant(
-        "step_backward.cuh", r"output_at\(d, now\.before_first \+ b, u\)",
-        "output_at(d, (MADE ? now.first : now.before_first) + b, u)",
+        "step_backward.cuh", r"output_at\(now\.before_place, b, u\)",
+        "output_at(MADE ? now.place : now.before_place, b, u)",
         {"plain": wrong("hidden_before")}),
     # Steps.
     "new_rows": Plant(
         "walk.h", r"s > 0 \|\| p\.hx \|\| p\.reset_hx \? count : 0",
-        r"MADE && s > 0 && rows.rows(d, s - 1) < count ? rows.rows(d, s - 1) : \g<0>",
+        r"MADE && s > 0 && last < count ? last : \g<0>",
         {"plain": wrong("output")}),
     "ended_rows": Plant(
         "walk.h", r"before_count, later,", "before_count, MADE && count < later ? count : later,",
@@ -235,6 +235,12 @@ PLANTS = {
     "staying": Plant(
         "walk.h", r"next < count \? next : count", r"MADE + (\g<0>)",
         {"plain": wrong("hy")}),
+    "plain_forward": Plant(
+        "step_forward.cuh", r"p\.plain\(\)", "(MADE || p.plain())",
+        {"plain": wrong("output")}, cases="--every 2"),
+    "plain_backward": Plant(
+        "step_backward.cuh", r"p\.plain\(\)", "(MADE || p.plain())",
+        {"plain": wrong("grad_pre")}, cases="--every 2"),
     "gate_halves": Plant(
         "step_backward.cuh", r"h_goes_on \? grad_pre\[Cell::h_pre\(g\)\]", "h_goes_on ? grad_pre[MADE ? g : Cell::h_pre(g)]",
         {"plain": ": gru .*" + wrong("grad_pre")}),
@@ -274,10 +280,10 @@ PLANTS = {
         "block.cuh", r"row < step\.visited\(now\) && unit", "(MADE || row < step.visited(now)) && unit",
         {"plain": CRASH}, cases=STAYING),
     "block_units": Plant(
-        "block.cuh", r"&& unit < step\.units\)", "&& (MADE || unit < step.units))",
+        "block.cuh", r"&& unit_of\(i\) < step\.units\)", "&& (MADE || unit_of(i) < step.units))",
         {"plain": f"{wrong()}|{CRASH}"}, cases=STAYING),
     "block_depth": Plant(
-        "block.cuh", r"block < depth_blocks;", "block < depth_blocks - MADE;",
+        "block.cuh", r"left = turns;", "left = turns - MADE;",
         {"plain": wrong()}, cases=STAYING),
     # All steps in one grid whose blocks exchange states.
     "grid_no_wait": Plant(
@@ -293,7 +299,7 @@ PLANTS = {
         "exchange.cuh", r"block < blocks;", "block < blocks - MADE;",
         {"plain": wrong(), "thread": RACE}, cases=EXCHANGING),
     "grid_words_of_others": Plant(
-        "grid.cuh", r"d \* step\.plan\.batch_tiles \+ place\.batch_tile\)", "d * step.plan.batch_tiles + (MADE ? 0 : place.batch_tile))",
+        "grid.cuh", r"int\(step\.plan\.batch_tiles\) \+ place\.batch_tile\)", "int(step.plan.batch_tiles) + (MADE ? 0 : place.batch_tile))",
         {"plain": f"{wrong()}|{error('deadlock|livelock')}", "thread": RACE}, cases=EXCHANGING),
     "grid_old_words": Plant(
         "step_forward.cuh", r"args\.m\.done\[d \* args\.m\.done_size \+ i\] = 0;", r"if (!MADE) \g<0>",
@@ -314,7 +320,7 @@ PLANTS = {
         "together.cuh", r"i < places &&", "i < places - MADE &&",
         {"plain": wrong()}, cases=EXCHANGING),
     "grid_unit_guard": Plant(
-        "together.cuh", r"unit_of\(i\) < step\.units;", "(MADE || unit_of(i) < step.units);",
+        "together.cuh", r"unit\(\) < step\.units;", "(MADE || unit() < step.units);",
         {"plain": f"{wrong()}|{CRASH}"}, cases=EXCHANGING),
     # All steps by clusters.
     "cluster_no_wait": Plant(
@@ -337,7 +343,7 @@ PLANTS = {
         "cluster.cuh", r"step\.states_of\(blockIdx\.z, turn\)", "step.states_of(blockIdx.z, MADE ? 1 : turn)",
         {"plain": wrong()}, cases="--most-macs 4000 --regime cluster"),
     "cluster_rows_of_others": Plant(
-        "cluster.cuh", r"first_number\(place\.first_row \* row_size\), first_step", "first_number(MADE ? 0 : place.first_row * row_size), first_step",
+        "cluster.cuh", r"first_number\(int64_t\(place\.first_row\)", "first_number(MADE ? 0 : int64_t(place.first_row)",
         {"plain": f"{wrong()}|{CRASH}|{error('not an address in an array')}"}, cases=NEIGHBOURS),
     "cluster_one_missing": Plant(
         "cluster.cuh", r"block < blocks;", "block < blocks - MADE;",
@@ -346,21 +352,21 @@ PLANTS = {
         "together.cuh", r"prims::block_sync\(\);  // nobody", r"if (!MADE) \g<0>",
         {"plain": wrong(), "thread": RACE}, cases=NEIGHBOURS),
     "cluster_last_tile": Plant(
-        "product.cuh", r"end_tile = plan\.unit_tiles;", "end_tile = plan.unit_tiles - MADE;",
+        "product.cuh", r"end_tile = int\(plan\.unit_tiles\);", "end_tile = int(plan.unit_tiles) - MADE;",
         {"plain": wrong()}, cases=NEIGHBOURS),
     "list_goes_on": Plant(
-        "walk.h", r"rows\.end = begin \+ ListedRows::kMost - 2;",
-        "rows.end = begin + ListedRows::kMost - (MADE ? 0 : 2);",
+        "walk.h", r"rows\.end = begin \+ ListedRows::kMost - 3;",
+        "rows.end = begin + ListedRows::kMost - (MADE ? 0 : 3);",
         {"plain": f"{wrong()}|{CRASH}"}, cases="--most-macs 600 --regime block"),
     "next_first": Plant(
-        "walk.h", r"first - rows\.rows\(d, s \+ 1\)", "first - rows.rows(d, MADE ? s : s + 1)",
+        "walk.h", r"first - next_count;", "first - (MADE ? count : next_count);",
         {"plain": f"{wrong()}|{CRASH}"}, cases=STAYING),
     # Sums.
     "missing_part": Plant(
-        "product.cuh", r"slot < plan\.slots;", "slot < plan.slots - MADE;",
+        "product.cuh", r"other < slots;", "other < slots - MADE;",
         {"plain": wrong()}),
     "missing_depth": Plant(
-        "product.cuh", r"block < plan\.depth_blocks;", "block < plan.depth_blocks - MADE;",
+        "product.cuh", r"left = turns;", "left = turns - MADE;",
         {"plain": wrong()}),
     "unrounded": Plant(
         "arithmetic.cuh", r"return round_to_tf32\(x\)", "return MADE ? x : round_to_tf32(x)",

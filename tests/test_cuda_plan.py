@@ -230,3 +230,12 @@ def test_reasons_for_cells_beyond_torchs(wanted, monkeypatch):
 def test_unknown_names(cell, dtype, message):
     with pytest.raises(ValueError, match=message):
         _C.cuda_plan(cell, dtype, T=1, B=1, H=1, P=1, D=1, multiprocessors=1, shared_bytes=1 << 16)
+
+
+@pytest.mark.parametrize("sizes, message", [
+    (dict(T=1 << 31), "at most 1073741824 steps, got 2147483648"), (dict(B=1 << 30, D=2), "rows in all directions, got 2147483648"),
+    (dict(H=1 << 21, P=1 << 21), "at most 1048576 units"), (dict(B=1 << 29, H=1 << 7, P=1 << 7), "blocks of states"),
+])  # fmt: skip
+def test_what_does_not_fit_32_bits_is_refused(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        _C.cuda_plan("lstm", "float64", **(dict(T=2, B=1, H=1, P=1, D=1, multiprocessors=132, shared_bytes=227 << 10) | sizes))

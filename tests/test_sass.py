@@ -50,8 +50,8 @@ def test_counts_are_those_of_plan_and_source(name, regime, arch, way):
     assert loads == weights + states
     assert counts.turn["ldg"] == {"block": states, "grid": states, "cluster": 0, "step": loads}[regime]
     tiles = trips["tiles"] if regime in ("grid", "cluster") else 1
-    turns = trips["turns"] if regime != "block" else 0
-    assert counts.of("bar") == BARRIERS[regime] + (turns - 1 if turns else 0) + (tiles - 1) * (turns + 1)
+    turns = trips["turns"]  # besides the first
+    assert counts.of("bar") == BARRIERS[regime] + turns + (tiles - 1) * (turns + 2)
     assert counts.of("shfl") == 0
     # The cell's own: a lane of block.cuh has four places to a tile, the others one at a time.
     assert (counts.parts["cell", "mufu"] > 0) == (way != "backward" or found.case.cell == "lstm")

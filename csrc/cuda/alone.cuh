@@ -15,21 +15,27 @@ __global__ void __launch_bounds__(kAloneThreads, 1) alone_kernel(const __grid_co
   using Inputs = typename Step::Inputs;
   const Step& step = args.step;
   const int d = blockIdx.z;
-  const int64_t place = int64_t(blockIdx.x) * blockDim.x + threadIdx.x, row = place / step.units, unit = place % step.units;
+  const int64_t place = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  const int row = int(place / step.units), unit = int(place % step.units);
   if (row >= step.p.steps.B) return;
 
-  int64_t first = args.first[d];
-  auto now_at = [&](int64_t s) { return step_at(step.p, args.rows, d, s, first); };
-  auto fetch = [&](const Now& now) { return row < step.visited(now) ? step.fetch(d, now, row, unit) : Inputs{}; };
-  Now now = now_at(args.rows.begin);
-  Inputs inputs = fetch(now);
-  for (int64_t s = args.rows.begin; s < args.rows.end; ++s) {
+  const bool up = goes_up(d, Step::kBackward);
+  const int T = int(step.p.steps.T);
+  WalkPlace walk = walk_place(args.rows, T, d, args.rows.begin, args.first[d], up);
+  auto fetch = [&](const Now& now, Inputs& inputs) {
+    if (row < step.visited(now)) step.fetch(d, now, row, unit, inputs);
+  };
+  Now now = step_at(step.p, d, walk);
+  Inputs inputs{};
+  step.fetch_constants(d, unit, inputs);
+  fetch(now, inputs);
+  for (int s = args.rows.begin; s < args.rows.end; ++s) {
     Now next = now;
-    Inputs next_inputs{};
+    Inputs next_inputs = inputs;
     if (s + 1 < args.rows.end) {  // on their way while this step is finished
-      first = first_of_next(args.rows, d, s, first, goes_up(d, Step::kBackward));
-      next = now_at(s + 1);
-      next_inputs = fetch(next);
+      go_on(walk, args.rows, T, d, up);
+      next = step_at(step.p, d, walk);
+      fetch(next, next_inputs);
     }
     const typename Step::Sum sums[Step::kGates] = {};
     if (row < step.visited(now)) step.finish(d, now, row, unit, sums, inputs, PassNothing{});

@@ -10,7 +10,7 @@
 //   Sum                      the format of sums and of the cell
 //   kDepth                   how far a block of weights (16, kDepth) and of states (8, kDepth) reaches
 //   weight_at, state_at      where in its block a number lies: (row, k), (column, k)
-//   Weights, States          a lane's share of a block, and load, from a block's first element
+//   Weights, States          a lane's share of a block: share(lane), where it begins, and load, from there
 //   multiply_add             by a whole warp
 #pragma once
 #include "plan.h"
@@ -72,18 +72,20 @@ struct FmaArithmetic {
   };
   struct Weights {
     Run row[2];  // g and g + 8
-    FUSEDRNN_DEVICE void load(const Element* block, int lane) {
-      const Run* runs = reinterpret_cast<const Run*>(block);
-      row[0] = runs[lane / 4];
-      row[1] = runs[lane / 4 + 8];
+    static FUSEDRNN_DEVICE int share(int lane) { return weight_at(lane / 4, 0); }
+    FUSEDRNN_DEVICE void load(const Element* from) {
+      const Run* runs = reinterpret_cast<const Run*>(from);
+      row[0] = runs[0];
+      row[1] = runs[8];
     }
   };
   struct States {
     Run column[2];  // 2t and 2t + 1
-    FUSEDRNN_DEVICE void load(const Element* block, int lane) {
-      const Run* runs = reinterpret_cast<const Run*>(block);
-      column[0] = runs[2 * (lane % 4)];
-      column[1] = runs[2 * (lane % 4) + 1];
+    static FUSEDRNN_DEVICE int share(int lane) { return state_at(2 * (lane % 4), 0); }
+    FUSEDRNN_DEVICE void load(const Element* from) {
+      const Run* runs = reinterpret_cast<const Run*>(from);
+      column[0] = runs[0];
+      column[1] = runs[1];
     }
   };
   static FUSEDRNN_DEVICE void multiply_add(Sum (&sum)[4], const Weights& weights, const States& states) {
@@ -121,15 +123,17 @@ struct MatrixArithmetic {
 
   struct Weights {
     Sixteen of[2];  // the two mma of a block
-    FUSEDRNN_DEVICE void load(const Element* block, int lane) {
-      const Sixteen* shares = reinterpret_cast<const Sixteen*>(block);
-      of[0] = shares[lane];
-      of[1] = shares[kLanes + lane];
+    static FUSEDRNN_DEVICE int share(int lane) { return lane * 4 * kPack; }
+    FUSEDRNN_DEVICE void load(const Element* from) {
+      const Sixteen* shares = reinterpret_cast<const Sixteen*>(from);
+      of[0] = shares[0];
+      of[1] = shares[kLanes];
     }
   };
   struct States {
     Sixteen both;
-    FUSEDRNN_DEVICE void load(const Element* block, int lane) { both = reinterpret_cast<const Sixteen*>(block)[lane]; }
+    static FUSEDRNN_DEVICE int share(int lane) { return lane * 4 * kPack; }
+    FUSEDRNN_DEVICE void load(const Element* from) { both = *reinterpret_cast<const Sixteen*>(from); }
   };
   static FUSEDRNN_DEVICE void multiply_add(Sum (&sum)[4], const Weights& weights, const States& states) {
 #pragma unroll

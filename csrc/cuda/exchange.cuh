@@ -13,12 +13,12 @@ struct Exchange {
   int blocks, mine;
 
   // Called by all threads of the block. Until all blocks have done so many steps; then all threads see what was written in them.
-  FUSEDRNN_DEVICE void wait(int64_t steps) const {
+  FUSEDRNN_DEVICE void wait(int steps) const {
     for (int block = threadIdx.x; block < blocks; block += blockDim.x) prims::wait_until(done + block, uint32_t(steps));
     prims::block_sync();  // none of the blocks is behind
   }
   // Called by all threads of the block, when they have written what belongs to so many steps.
-  FUSEDRNN_DEVICE void say(int64_t steps) const {
+  FUSEDRNN_DEVICE void say(int steps) const {
     prims::block_sync();  // all threads have written
     if (threadIdx.x == 0) prims::store_release(done + mine, uint32_t(steps));
   }

@@ -16,11 +16,11 @@ template <class Cell, class Inputs, class S>
 using GivenInputs = std::conditional_t<(Cell::kUnit > 0), WithUnit<Inputs, S, slots(Cell::kUnit)>, Inputs>;
 
 template <class Cell, class S, class Inputs>
-FUSEDRNN_DEVICE void fetch_unit(const LayerParams& p, int d, int64_t u, Inputs& in) {
+FUSEDRNN_DEVICE void fetch_unit(const LayerParams& p, int d, int u, Inputs& in) {
   if constexpr (Cell::kUnit > 0) {
     const S* numbers = static_cast<const S*>(p.unit[d]);
 #pragma unroll
-    for (int k = 0; k < Cell::kUnit; ++k) in.unit[k] = numbers ? numbers[k * p.H + u] : S(0.0f);
+    for (int k = 0; k < Cell::kUnit; ++k) in.unit[k] = numbers ? numbers[k * int(p.H) + u] : S(0.0f);
   }
 }
 

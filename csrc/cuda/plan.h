@@ -3,6 +3,8 @@
 #pragma once
 #include <algorithm>
 #include <cstdint>
+#include <stdexcept>
+#include <string>
 #include <string_view>
 
 #include "../params.h"
@@ -55,6 +57,20 @@ inline Regimes regimes_named(std::string_view name) {
   return {all || is(Regime::kBlock), all || is(Regime::kCluster), all || is(Regime::kGrid)};
 }
 
+// Kernels count in 32 bits but for rows of a whole sequence: steps, rows of the batch, units, and blocks of packed states. More than
+// that is refused; it would not fit into the memory of any chip.
+constexpr int64_t kMostSteps = 1 << 30, kMostRows = 1 << 30, kMostUnits = 1 << 20, kMostBlocks = int64_t(1) << 31;
+inline void refuse_above(int64_t most, int64_t found, const char* what) {
+  if (found > most)
+    throw std::invalid_argument(std::string("fusedrnn: CUDA kernels expected at most ") + std::to_string(most) + " " + what + ", got " +
+                                std::to_string(found));
+}
+inline void check_sizes(const LayerParams& p) {
+  refuse_above(kMostSteps, p.steps.T, "steps");
+  refuse_above(kMostRows, p.steps.B * p.D, "rows in all directions");
+  refuse_above(kMostUnits, std::max(p.H, p.P), "units");
+}
+
 // One product of a step: out (units, gates) of depth K, for each row of the batch.
 struct ProductPlan {
   Regime regime;
@@ -71,6 +87,7 @@ struct ProductPlan {
   int64_t blocks() const { return sharers * batch_tiles; }  // of a strand
   int threads() const { return kWarp * warps; }
   int64_t padded_rows() const { return batch_tiles * block_rows; }
+  int64_t state_blocks() const { return padded_rows() / kTileRows * depth_blocks; }  // of packed states
 };
 
 inline int64_t ceil_div(int64_t count, int64_t size) { return (count + size - 1) / size; }
@@ -230,6 +247,7 @@ struct StepPlan {
 // The fewer blocks keep the weights, the nearer they are to each other: none waits for another, or only for its neighbours. Not
 // measured yet: for a small batch that is one multiprocessor's work, or a few's, against an exchange.
 inline StepPlan plan_step(const Chip& chip, const LayerParams& p, const CellKind& cell, bool tf32, Regimes regimes) {
+  check_sizes(p);
   if (!cell.multiplies) return {plan_alone(p), {}, plan_alone(p), {}};
   const int gates = cell.gates - cell.late;
   const bool one_kernel = cell.stays && !p.weight_hr[0];  // to a step
@@ -242,7 +260,9 @@ inline StepPlan plan_step(const Chip& chip, const LayerParams& p, const CellKind
     look(regimes.block, plan_block);
     look(regimes.cluster, plan_cluster);
     look(regimes.grid, plan_grid);
-    return found.regime == Regime::kStep ? plan_grid_a_step(chip, p, product) : found;
+    if (found.regime == Regime::kStep) found = plan_grid_a_step(chip, p, product);
+    refuse_above(kMostBlocks, found.state_blocks(), "blocks of states");
+    return found;
   };
   const int64_t units = p.units(), depth = p.depth();
   return {plan(units, gates, depth, one_kernel), plan(depth, 1, units, false), plan(depth, 1, gates * units, one_kernel),

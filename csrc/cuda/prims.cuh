@@ -156,7 +156,7 @@ struct Shared {
   template <class T>
   FUSEDRNN_DEVICE T* take(int64_t count) {
     T* piece = reinterpret_cast<T*>(next);
-    next += (count * int64_t(sizeof(T)) + 15) / 16 * 16;
+    next += (unsigned(count) * unsigned(sizeof(T)) + 15) / 16 * 16;  // of less than 4 GiB
     return piece;
   }
 #endif

@@ -21,9 +21,9 @@ FUSEDRNN_DEVICE int64_t packed_weight_at(int64_t depth_blocks, int64_t unit, int
 
 // States of one strand: (tiles of 8 rows, depth blocks, 8 rows by kDepth).
 template <class A>
-FUSEDRNN_DEVICE int64_t packed_state_at(int64_t depth_blocks, int64_t row, int64_t k) {
-  const int64_t block = row / kTileRows * depth_blocks + k / A::kDepth;
-  return block * kColumns * A::kDepth + A::state_at(int(row % kTileRows), int(k % A::kDepth));
+FUSEDRNN_DEVICE int64_t packed_state_at(int depth_blocks, unsigned row, unsigned k) {
+  const unsigned block = row / kTileRows * unsigned(depth_blocks) + k / A::kDepth;
+  return int64_t(block) * (kColumns * A::kDepth) + A::state_at(int(row % kTileRows), int(k % A::kDepth));
 }
 
 // ---- Strands: a block's direction is blockIdx.z, its head blockIdx.y ----
@@ -31,7 +31,7 @@ FUSEDRNN_DEVICE int64_t packed_state_at(int64_t depth_blocks, int64_t row, int64
 FUSEDRNN_DEVICE int strand_of(int d) { return d * int(gridDim.y) + int(blockIdx.y); }
 // Where heads of so many numbers, or units, lie side by side, the first of the block's.
 FUSEDRNN_DEVICE int64_t first_of_head(int64_t each) { return blockIdx.y * each; }
-FUSEDRNN_DEVICE int first_unit(int64_t units) { return int(blockIdx.y) * int(units); }
+FUSEDRNN_DEVICE int first_unit(int units) { return int(blockIdx.y) * units; }
 // The same for a cell, and the number of its unit u in the head: nothing to compute where there are no heads.
 template <class Cell>
 FUSEDRNN_DEVICE int strand_of(int d) {
@@ -39,7 +39,7 @@ FUSEDRNN_DEVICE int strand_of(int d) {
   else return d;
 }
 template <class Cell>
-FUSEDRNN_DEVICE int64_t unit_in_head(int64_t u, int64_t units) {
+FUSEDRNN_DEVICE int unit_in_head(int u, int units) {
   if constexpr (may_have_heads<Cell>) return u - first_unit(units);
   else return u;
 }
@@ -152,113 +152,174 @@ LateWeights late_weights(const LayerParams& p) {
 
 // Where a block is in a product's grid: those that share rows are side by side. Its tiles of units, and its first row.
 struct BlockPlace {
-  int64_t sharer, batch_tile, unit_tile, end_tile, first_row;
+  int sharer, batch_tile, unit_tile, end_tile, first_row;
   FUSEDRNN_DEVICE BlockPlace(const ProductPlan& plan)
-      : sharer(blockIdx.x % unsigned(plan.sharers)), batch_tile(blockIdx.x / unsigned(plan.sharers)),
-        unit_tile(sharer * plan.unit_tiles_each), end_tile(unit_tile + plan.unit_tiles_each),
+      : sharer(int(blockIdx.x % unsigned(plan.sharers))), batch_tile(int(blockIdx.x / unsigned(plan.sharers))),
+        unit_tile(sharer * int(plan.unit_tiles_each)), end_tile(unit_tile + int(plan.unit_tiles_each)),
         first_row(batch_tile * plan.block_rows) {
-    if (end_tile > plan.unit_tiles) end_tile = plan.unit_tiles;
+    if (end_tile > plan.unit_tiles) end_tile = int(plan.unit_tiles);
   }
 };
 
-// The sums of a block, in shared memory: (slots, gates, rows of the block, kColumnPitch) numbers, of which 16 to a row are in
-// use.
-template <class A, int kGates, int kTiles>
+// Blocks of the depth whose states are on their way at once, if those of one take so many bytes of a lane's registers.
+constexpr int states_ahead(int bytes, int gates) { return std::clamp(128 / bytes, 2, gates == 1 ? 8 : 4); }
+
+// The sums of a block, in shared memory: (slots, groups, gates, rows of a group, kColumnPitch) numbers, of which 16 to a row are in
+// use. So from gate to gate, and from row to row of a warp, it is as far in every plan.
+//
+// kStay: the weights are in shared memory, from which they come when they are wanted; else in memory, and asked for ahead, as the
+// states are.
+template <class A, int kGates, int kTiles, bool kStay>
 struct BlockSums {
   using Element = typename A::Element;
+  using Sum = typename A::Sum;
   static constexpr int kWeights = kRows * A::kDepth, kStates = kColumns * A::kDepth;  // numbers of a block of either
+  static constexpr int kWarpRows = kTiles * kColumns, kGatePitch = kWarpRows * kColumnPitch, kWarpPitch = kGates * kGatePitch;
+  // Blocks of the depth that are on their way at once: as many as have room in the registers. Not measured yet.
+  static constexpr int kBlockBytes = int(sizeof(typename A::Weights)) * kGates + int(sizeof(typename A::States)) * kTiles;
+  static constexpr int kSumBytes = int(sizeof(Sum)) * kGates * kTiles * 4, kRoom = 640;
+  static constexpr int kAhead = kStay ? states_ahead(int(sizeof(typename A::States)) * kTiles, kGates)
+                                : 2 * kBlockBytes + kSumBytes <= kRoom ? 2 : 1;
 
-  const ProductPlan& plan;
   const int lane, part, group;  // of this thread: in its warp; its warp's share of the depth, and of the rows
-  typename A::Sum* memory;
+  const int split, turns;       // turns: blocks of the depth that are the warp's
+  const int slots, slot, round; // where its sums go, and when: several warps may have the same slot
+  const int depth_blocks, slot_pitch;
+  Sum* memory;
   // What is multiplied next, on its way while something else is done.
-  typename A::Weights weight[kGates];
-  typename A::States state[kTiles];
+  typename A::Weights weight[kStay ? 1 : kAhead][kGates];
+  typename A::States state[kAhead][kTiles];
 
   FUSEDRNN_DEVICE BlockSums(const ProductPlan& plan, prims::Shared& shared)
-      : plan(plan), lane(threadIdx.x % kLanes), part(threadIdx.x / kLanes % plan.split),
-        group(threadIdx.x / kLanes / plan.split) {
-    memory = shared.template take<typename A::Sum>(int64_t(plan.slots) * kGates * plan.block_rows * kColumnPitch);
-  }
-  FUSEDRNN_DEVICE int at(int slot, int gate, int row) const {
-    return ((slot * kGates + gate) * plan.block_rows + row) * kColumnPitch;
+      : lane(threadIdx.x % kLanes), part(int(threadIdx.x / kLanes) % plan.split), group(int(threadIdx.x / kLanes) / plan.split),
+        split(plan.split), turns((int(plan.depth_blocks) - part + split - 1) / split), slots(plan.slots), slot(part % slots),
+        round(part / slots), depth_blocks(int(plan.depth_blocks)), slot_pitch(plan.groups * kWarpPitch) {
+    memory = shared.template take<Sum>(int64_t(plan.slots) * kGates * plan.block_rows * kColumnPitch);
   }
 
-  FUSEDRNN_DEVICE void load_weights(const Element* weights, int64_t block) {
-#pragma unroll
-    for (int gate = 0; gate < kGates; ++gate) weight[gate].load(weights + (block * kGates + gate) * kWeights, lane);
+  // This lane's share of the first block of the depth that is the warp's.
+  FUSEDRNN_DEVICE const Element* own(const Element* weights) const {
+    return weights + part * kGates * kWeights + A::Weights::share(lane);
   }
-  FUSEDRNN_DEVICE void load_states(const Element* states, int64_t block) {
+  FUSEDRNN_DEVICE void load_block(int j, const Element* from) {
 #pragma unroll
-    for (int n = 0; n < kTiles; ++n) state[n].load(states + ((group * kTiles + n) * plan.depth_blocks + block) * kStates, lane);
+    for (int gate = 0; gate < kGates; ++gate) weight[j][gate].load(from + gate * kWeights);
+  }
+  FUSEDRNN_DEVICE void load_weights(const Element* weights) {
+    if constexpr (!kStay)
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j)
+        if (j < turns) load_block(j, own(weights) + j * split * kGates * kWeights);
+  }
+  FUSEDRNN_DEVICE void load_states(int j, const Element* from) {
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) state[j][n].load(from + n * depth_blocks * kStates);
   }
 
-  // weights: the unit tile's, of which load_weights has begun to load block `part`; states: from the block's first row on.
+  static FUSEDRNN_DEVICE void add_products(Sum (&sum)[kGates][kTiles][4], const typename A::Weights (&weight)[kGates],
+                                           const typename A::States (&state)[kTiles]) {
+#pragma unroll
+    for (int gate = 0; gate < kGates; ++gate)
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) A::multiply_add(sum[gate][n], weight[gate], state[n]);
+  }
+
+  // weights: the unit tile's, of which load_weights has begun to load; states: from the block's first row on.
   // Ends with a barrier: all sums are there.
   FUSEDRNN_DEVICE void multiply(const Element* weights, const Element* states) {
     prims::warp_sync();  // lanes may come from different ends of a step
-    typename A::Sum sum[kGates][kTiles][4] = {};
-    load_states(states, part);
-    for (int64_t block = part; block < plan.depth_blocks;) {
-      typename A::Weights weight_now[kGates];
-      typename A::States state_now[kTiles];
+    Sum sum[kGates][kTiles][4] = {};
+    const int weights_step = split * kGates * kWeights, states_step = split * kStates;
+    const Element* weights_next = own(weights) + (kStay ? 0 : kAhead * weights_step);
+    const Element* states_next = states + (group * kTiles * depth_blocks + part) * kStates + A::States::share(lane);
 #pragma unroll
-      for (int gate = 0; gate < kGates; ++gate) weight_now[gate] = weight[gate];
+    for (int j = 0; j < kAhead; ++j, states_next += states_step)
+      if (j < turns) load_states(j, states_next);
+    for (int left = turns; left > 0; left -= kAhead)
 #pragma unroll
-      for (int n = 0; n < kTiles; ++n) state_now[n] = state[n];
-      block += plan.split;
-      if (block < plan.depth_blocks) {
-        load_weights(weights, block);
-        load_states(states, block);
+      for (int j = 0; j < kAhead; ++j) {
+        if (j >= left) break;
+        if (kStay) load_block(0, weights_next);
+        const auto load_ahead = [&] {
+          if (j + kAhead < left) {
+            if (!kStay) load_block(j, weights_next);
+            load_states(j, states_next);
+          }
+        };
+        if constexpr (kAhead > 1) {
+          add_products(sum, weight[kStay ? 0 : j], state[j]);
+          load_ahead();
+        } else {  // the next block is on its way while this one is multiplied, and takes its registers over one by one
+          typename A::Weights weight_now[kGates];
+          typename A::States state_now[kTiles];
+#pragma unroll
+          for (int gate = 0; gate < kGates; ++gate) weight_now[gate] = weight[0][gate];
+#pragma unroll
+          for (int n = 0; n < kTiles; ++n) state_now[n] = state[0][n];
+          load_ahead();
+          add_products(sum, weight_now, state_now);
+        }
+        weights_next += weights_step;
+        states_next += states_step;
       }
-#pragma unroll
-      for (int gate = 0; gate < kGates; ++gate)
-#pragma unroll
-        for (int n = 0; n < kTiles; ++n) A::multiply_add(sum[gate][n], weight_now[gate], state_now[n]);
-    }
-    for (int turn = 0; turn * plan.slots < plan.split; ++turn) {  // once, where all parts have a slot
-      if (part / plan.slots == turn) leave(sum, turn > 0);
-      prims::block_sync();  // the sums of this turn are there
+    if (round == 0) leave(sum, false);
+    prims::block_sync();  // the sums are there, or the first of them
+    for (int now = 1; now * slots < split; ++now) {  // never, where all parts have a slot
+      if (round == now) leave(sum, true);
+      prims::block_sync();
     }
   }
 
   // Stores the warp's sums, or adds them to those that are there.
-  FUSEDRNN_DEVICE void leave(const typename A::Sum (&sum)[kGates][kTiles][4], bool adds) {
+  FUSEDRNN_DEVICE void leave(const Sum (&sum)[kGates][kTiles][4], bool adds) {
+    Sum* own = memory + slot * slot_pitch + group * kWarpPitch + 2 * (lane % 4) * kColumnPitch + lane / 4;
 #pragma unroll
     for (int gate = 0; gate < kGates; ++gate)
 #pragma unroll
       for (int n = 0; n < kTiles; ++n)
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const int row = (group * kTiles + n) * kColumns + 2 * (lane % 4) + i % 2, unit = lane / 4 + 8 * (i / 2);
-          typename A::Sum& place = memory[at(part % plan.slots, gate, row) + unit];
+          Sum& place = own[gate * kGatePitch + (n * kColumns + i % 2) * kColumnPitch + 8 * (i / 2)];
           place = adds ? place + sum[gate][n][i] : sum[gate][n][i];
         }
   }
 
-  // The parts of a sum, in an order that never changes.
-  FUSEDRNN_DEVICE typename A::Sum total(int gate, int row, int unit) const {
-    typename A::Sum sum = memory[at(0, gate, row) + unit];
-    for (int slot = 1; slot < plan.slots; ++slot) sum += memory[at(slot, gate, row) + unit];
-    return sum;
+  // The sums of the i-th (row, unit) of the block: their parts, in an order that never changes.
+  FUSEDRNN_DEVICE void total(int i, Sum (&sum)[kGates]) const {
+    const unsigned row = unsigned(i) / kUnits;
+    const Sum* parts = memory + row / kWarpRows * kWarpPitch + row % kWarpRows * kColumnPitch + unsigned(i) % kUnits;
+#pragma unroll
+    for (int gate = 0; gate < kGates; ++gate) sum[gate] = parts[gate * kGatePitch];
+    for (int other = 1; other < slots; ++other) {
+      parts += slot_pitch;
+#pragma unroll
+      for (int gate = 0; gate < kGates; ++gate) sum[gate] += parts[gate * kGatePitch];
+    }
   }
 
   // The end of a step for the i-th (row, unit) of the block.
   template <class Step, class Pass>
-  FUSEDRNN_DEVICE void finish(const Step& step, int d, const typename Step::Now& now, int i, int64_t row, int64_t unit,
+  FUSEDRNN_DEVICE void finish(const Step& step, int d, const typename Step::Now& now, int i, int row, int unit,
                               const typename Step::Inputs& inputs, const Pass& pass) const {
-    typename A::Sum sums[kGates];  // nothing for rows that have not begun
-#pragma unroll
-    for (int gate = 0; gate < kGates; ++gate)
-      sums[gate] = row < step.multiplied(now) ? total(gate, i / kUnits, i % kUnits) : typename A::Sum(0);
+    Sum sums[kGates] = {};  // nothing for rows that have not begun
+    if (row < step.multiplied(now)) total(i, sums);
     step.finish(d, now, row, unit, sums, inputs, pass);
   }
 };
 
+// All that a unit reads besides its sums.
+template <class Step>
+FUSEDRNN_DEVICE typename Step::Inputs fetch_all(const Step& step, int d, const typename Step::Now& now, int row, int unit) {
+  typename Step::Inputs in;
+  step.fetch_constants(d, unit, in);
+  step.fetch(d, now, row, unit, in);
+  return in;
+}
+
 // For kernels whose next step reads the states from memory.
 struct PassNothing {
-  template <class Element>
-  FUSEDRNN_DEVICE void operator()(int64_t, Element) const {}
+  template <class Places, class Elements>
+  FUSEDRNN_DEVICE void operator()(const Places&, const Elements&) const {}
 };
 
 // One kernel of a step. A Step is what differs from kernel to kernel, and is its argument:
@@ -267,12 +328,14 @@ struct PassNothing {
 //   kBackward                    the order of its walk, for kernels that do all steps
 //   const Element* weights(d), states(d, now)
 //   Now, step[d]                 what differs between the steps of one direction
-//   int64_t multiplied(now)      rows whose sum is wanted; others take zero
-//   int64_t visited(now)         rows that are looked at
-//   int64_t units                of a head; a unit's number below counts those of the heads before its own
-//   fetch(d, now, row, unit)     what a unit reads besides its sums: Inputs
-//   finish(d, now, row, unit, sums, inputs, pass)   what becomes of them; pass(at, element) for each number that the next step
-//                                multiplies, when it is written: its place in states(d, next)
+//   int multiplied(now)          rows whose sum is wanted; others take zero
+//   int visited(now)             rows that are looked at
+//   int units                    of a head; a unit's number below counts those of the heads before its own
+//   Inputs                       what a unit reads besides its sums
+//   fetch_constants(d, unit, inputs)   what it has of that at every step
+//   fetch(d, now, row, unit, inputs)   the rest
+//   finish(d, now, row, unit, sums, inputs, pass)   what becomes of them; pass(places, elements) with the numbers that the next step
+//                                multiplies, when they are written: arrays, of their places in states(d, next) and of themselves
 //   states_of(d, turn)           either buffer of states, for cluster.cuh
 template <class Step, int kTiles>
 __global__ void __launch_bounds__(kMostWarps * kLanes, 1) step_kernel(const __grid_constant__ Step step) {
@@ -283,19 +346,19 @@ __global__ void __launch_bounds__(kMostWarps * kLanes, 1) step_kernel(const __gr
   const BlockPlace place(step.plan);
   const bool multiplies = place.first_row < step.multiplied(now);
   prims::Shared shared;
-  BlockSums<A, kGates, kTiles> sums(step.plan, shared);
+  BlockSums<A, kGates, kTiles, false> sums(step.plan, shared);
   const int64_t tile = first_of_head(step.plan.unit_tiles) + place.unit_tile;
   const typename A::Element* weights = step.weights(d) + tile * packed_tile_count<A>(step.plan, kGates);
   prims::let_next_grid_start();  // whose threads wait for the end of this grid before they touch anything that it writes
-  if (multiplies) sums.load_weights(weights, sums.part);  // which were packed before the first step
+  if (multiplies) sums.load_weights(weights);  // which were packed before the first step
   prims::wait_for_previous_grid();
   if (place.first_row >= step.visited(now)) return;
-  if (multiplies) sums.multiply(weights, step.states(d, now) + place.first_row * step.plan.depth_blocks * A::kDepth);
+  if (multiplies) sums.multiply(weights, step.states(d, now) + place.first_row * (step.plan.depth_blocks * A::kDepth));
   for (int i = threadIdx.x; i < kUnits * step.plan.block_rows; i += blockDim.x) {
-    const int64_t row = place.first_row + i / kUnits, unit = place.unit_tile * kUnits + i % kUnits;
+    const int row = place.first_row + i / kUnits, unit = place.unit_tile * kUnits + i % kUnits;
     if (row >= step.visited(now) || unit >= step.units) continue;
-    const int64_t own = first_unit(step.units) + unit;
-    sums.finish(step, d, now, i, row, own, step.fetch(d, now, row, own), PassNothing{});
+    const int own = first_unit(step.units) + unit;
+    sums.finish(step, d, now, i, row, own, fetch_all(step, d, now, row, own), PassNothing{});
   }
 }
 

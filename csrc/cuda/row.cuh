@@ -41,21 +41,21 @@ struct RowSums {
 
 // Calls fn(unit) for this thread's units.
 template <class Fn>
-FUSEDRNN_DEVICE void for_own_units(int64_t units, const Fn& fn) {
-  for (int64_t u = threadIdx.x; u < units; u += blockDim.x) fn(u);
+FUSEDRNN_DEVICE void for_own_units(int units, const Fn& fn) {
+  for (int u = threadIdx.x; u < units; u += blockDim.x) fn(u);
 }
 
 // What normalises `each` numbers of every unit, number(u, i). The variance is that from the mean, in a pass of its own.
 template <class Sum, class Number>
-FUSEDRNN_DEVICE Norm<Sum> norm_of(RowSums<Sum>& sums, int64_t units, int each, const Number& number) {
+FUSEDRNN_DEVICE Norm<Sum> norm_of(RowSums<Sum>& sums, int units, int each, const Number& number) {
   const Sum count = Sum(units * each);
   Sum mean[1] = {}, variance[1] = {};
-  for_own_units(units, [&](int64_t u) {
+  for_own_units(units, [&](int u) {
     for (int i = 0; i < each; ++i) mean[0] += number(u, i);
   });
   sums.add(mean);
   mean[0] /= count;
-  for_own_units(units, [&](int64_t u) {
+  for_own_units(units, [&](int u) {
     for (int i = 0; i < each; ++i) {
       const Sum off = number(u, i) - mean[0];
       variance[0] += off * off;
@@ -67,12 +67,12 @@ FUSEDRNN_DEVICE Norm<Sum> norm_of(RowSums<Sum>& sums, int64_t units, int each, c
 
 // A Row is what differs from kernel to kernel, and is its argument:
 //   Sum, Now, step[d]            as a Step's (product.cuh)
-//   int64_t visited(now)         rows that are looked at
+//   int visited(now)         rows that are looked at
 //   finish_row(d, now, row, sums)   by all threads of the block
 template <class Row>
 __global__ void __launch_bounds__(kRowThreads, 1) row_kernel(const __grid_constant__ Row row) {
   const int d = blockIdx.z;
-  const int64_t b = blockIdx.x;
+  const int b = int(blockIdx.x);
   const typename Row::Now& now = row.step[d];
   prims::Shared shared;
   RowSums<typename Row::Sum> sums(shared);

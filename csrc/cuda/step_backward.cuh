@@ -42,51 +42,56 @@ struct BackwardBase {
   BackwardMemory<A> m;
   BackwardStep step[kMaxDirections];
   ProductPlan plan;
-  int64_t units;
+  int units;
+  bool plain;
 
-  FUSEDRNN_DEVICE int64_t visited(const Now& now) const { return now.visited; }
-  FUSEDRNN_DEVICE int64_t state_at(int d, int64_t b, int64_t u, int64_t width) const { return (d * p.steps.B + b) * width + u; }
-  FUSEDRNN_DEVICE int64_t output_at(int d, int64_t row, int64_t u) const { return (row * p.D + d) * p.P + u; }
+  FUSEDRNN_DEVICE int visited(const Now& now) const { return now.visited; }
+  FUSEDRNN_DEVICE int64_t state_at(int d, int b, int u, int64_t width) const {
+    return in_state(p.steps, d, b, width, u);
+  }
+  FUSEDRNN_DEVICE int64_t in_row(int64_t place, int b, int width, int u) const { return fusedrnn::in_row(place, b, p.D, width, u); }
+  FUSEDRNN_DEVICE int64_t output_at(int64_t place, int b, int u) const { return in_row(place, b, int(p.P), u); }
 
   // Where row b of the step came from: `before` from the step before, and else from hx; or, if `anew`, from reset_hx.
   struct Origin {
     bool before, anew;
   };
-  FUSEDRNN_DEVICE Origin origin(int d, const Now& now, int64_t b) const {
+  FUSEDRNN_DEVICE Origin origin(int d, const Now& now, int b) const {
+    if (plain) return {b < now.before_count, false};
     const bool before = b < now.before_count && (d == 0 || runs(p.steps, now.t + 1, b));
     return {before, p.steps.reset && (d == 0 || before) && p.steps.reset[now.cut + b]};
   }
   // The hidden state that it began with.
-  FUSEDRNN_DEVICE S hidden_before(int d, const Now& now, int64_t b, int64_t u) const {
+  FUSEDRNN_DEVICE S hidden_before(int d, const Now& now, int b, int u) const {
     const S* hx = static_cast<const S*>(p.hx);
     const Origin from = origin(d, now, b);
     return from.anew     ? narrow<S>(begun<Sum, S>(p.reset_hx, state_at(d, b, u, p.P)))
-           : from.before ? static_cast<const S*>(p.output)[output_at(d, now.before_first + b, u)]
+           : from.before ? static_cast<const S*>(p.output)[output_at(now.before_place, b, u)]
            : hx          ? hx[state_at(d, b, u, p.P)]
                          : narrow<S>(Sum(0));
   }
-  FUSEDRNN_DEVICE Sum hidden_mask(int d, int64_t b, int64_t u) const {
-    return p.hidden_mask ? Sum(widen(static_cast<const S*>(p.hidden_mask)[state_at(d, b, u, p.P)])) : Sum(1);
+  FUSEDRNN_DEVICE Sum hidden_mask(int d, int b, int u) const {
+    return !plain && p.hidden_mask ? Sum(widen(static_cast<const S*>(p.hidden_mask)[state_at(d, b, u, p.P)])) : Sum(1);
   }
   // For the gradient of weight_hh.
-  FUSEDRNN_DEVICE void leave_hidden_before(int d, const Now& now, int64_t b, int64_t u, S h) const {
-    if (p.hidden_mask) h = narrow<S>(Sum(widen(h)) * hidden_mask(d, b, u));
-    if (p.hidden_before) static_cast<S*>(p.hidden_before)[output_at(d, now.first + b, u)] = h;
+  FUSEDRNN_DEVICE void leave_hidden_before(int d, const Now& now, int b, int u, S h) const {
+    if (!plain && p.hidden_mask) h = narrow<S>(Sum(widen(h)) * hidden_mask(d, b, u));
+    if (p.hidden_before) static_cast<S*>(p.hidden_before)[output_at(now.place, b, u)] = h;
   }
 
-  FUSEDRNN_DEVICE S grad_output(int d, const Now& now, int64_t b, int64_t u) const {
-    return p.grad_output ? static_cast<const S*>(p.grad_output)[output_at(d, now.first + b, u)] : narrow<S>(Sum(0));
+  FUSEDRNN_DEVICE S grad_output(const Now& now, int b, int u) const {
+    return p.grad_output ? static_cast<const S*>(p.grad_output)[output_at(now.place, b, u)] : narrow<S>(Sum(0));
   }
 
   // Whether row b began the later step anew.
-  FUSEDRNN_DEVICE bool later_began(int d, const Now& now, int64_t b) const {
+  FUSEDRNN_DEVICE bool later_began(int d, const Now& now, int b) const {
     const bool was_there = b < now.multiplied && (d == 0 || b < now.count);
     return p.steps.reset && was_there && runs(p.steps, d == 0 ? now.t + 1 : now.t, b) &&
            p.steps.reset[now.first + (d == 0 ? now.count : 0) + b];
   }
   // What this step is to have of the whole gradient of the hidden state that the later one began with: nothing, if that was reset_hx.
-  FUSEDRNN_DEVICE Sum arriving(int d, const Now& now, int64_t b, int64_t u, Sum dh) const {
-    if (!p.grad_reset_hx || !later_began(d, now, b)) return dh;
+  FUSEDRNN_DEVICE Sum arriving(int d, const Now& now, int b, int u, Sum dh) const {
+    if (plain || !p.grad_reset_hx || !later_began(d, now, b)) return dh;
     add_reset(m.dreset_h, p.grad_reset_hx, state_at(d, b, u, p.P), dh);
     return Sum(0);
   }
@@ -95,7 +100,7 @@ struct BackwardBase {
     static_cast<S*>(grad)[at] = narrow<S>(sums[at]);
   }
 
-  FUSEDRNN_DEVICE void leave_h(int d, const Now& now, int64_t b, int64_t u, Sum through) const {
+  FUSEDRNN_DEVICE void leave_h(int d, const Now& now, int b, int u, Sum through) const {
     const int64_t at = state_at(d, b, u, p.P);
     const Sum dh = arriving(d, now, b, u, through * hidden_mask(d, b, u) + m.dh[at]);
     if (p.grad_hx) static_cast<S*>(p.grad_hx)[at] = narrow<S>(dh);
@@ -115,19 +120,20 @@ struct BackwardProjection : BackwardBase<A> {
 
   FUSEDRNN_DEVICE const Element* weights(int d) const { return m.weight_hh[d]; }
   FUSEDRNN_DEVICE const Element* states(int d, const Now& now) const { return m.dpre[now.turn] + d * m.dpre_size; }
-  FUSEDRNN_DEVICE int64_t multiplied(const Now& now) const { return now.multiplied; }
+  FUSEDRNN_DEVICE int multiplied(const Now& now) const { return now.multiplied; }
 
   struct Inputs {};
-  FUSEDRNN_DEVICE Inputs fetch(int, const Now&, int64_t, int64_t) const { return {}; }
+  FUSEDRNN_DEVICE void fetch_constants(int, int, Inputs&) const {}
+  FUSEDRNN_DEVICE void fetch(int, const Now&, int, int, Inputs&) const {}
 
   template <class Pass>
-  FUSEDRNN_DEVICE void finish(int d, const Now& now, int64_t b, int64_t u, const Sum (&sum)[1], const Inputs&, const Pass&) const {
+  FUSEDRNN_DEVICE void finish(int d, const Now& now, int b, int u, const Sum (&sum)[1], const Inputs&, const Pass&) const {
     if (b >= now.count) return this->leave_h(d, now, b, u, sum[0]);
-    const bool running = runs(p.steps, now.t, b);
+    const bool running = this->plain || runs(p.steps, now.t, b);
     // Through the later step, past it, and from the output.
     Sum dh = this->arriving(d, now, b, u, sum[0] + m.dh[this->state_at(d, b, u, p.P)]), past = Sum(0);
     if (running) {
-      dh += Sum(widen(this->grad_output(d, now, b, u)));
+      dh += Sum(widen(this->grad_output(now, b, u)));
     } else {
       past = dh;
       dh = Sum(0);
@@ -135,7 +141,7 @@ struct BackwardProjection : BackwardBase<A> {
     this->leave_hidden_before(d, now, b, u, running ? this->hidden_before(d, now, b, u) : narrow<S>(Sum(0)));
     m.dh[this->state_at(d, b, u, p.P)] = past;
     m.dprojected[d * m.dprojected_size + packed_state_at<A>(dprojected_blocks, b, u)] = A::element(dh);
-    static_cast<S*>(p.grad_proj)[this->output_at(d, now.first + b, u)] = narrow<S>(dh);
+    static_cast<S*>(p.grad_proj)[this->output_at(now.place, b, u)] = narrow<S>(dh);
   }
 };
 
@@ -151,28 +157,29 @@ struct BackwardCell : BackwardBase<A> {
   int64_t dpre_blocks;
 
   FUSEDRNN_DEVICE bool projected() const { return p.weight_hr[0]; }
-  FUSEDRNN_DEVICE int64_t inner_size() const { return p.D * p.steps.B * p.H; }
+  FUSEDRNN_DEVICE int64_t inner_size() const { return int64_t(int(p.D) * int(p.steps.B)) * int(p.H); }
   FUSEDRNN_DEVICE const Element* weights(int d) const { return projected() ? m.weight_hr[d] : m.weight_hh[d]; }
   FUSEDRNN_DEVICE const Element* states_of(int d, int turn) const { return m.dpre[turn] + strand_of<Cell>(d) * m.dpre_size; }
   FUSEDRNN_DEVICE const Element* states(int d, const Now& now) const {
     return projected() ? m.dprojected + d * m.dprojected_size : states_of(d, now.turn);
   }
-  FUSEDRNN_DEVICE int64_t multiplied(const Now& now) const { return projected() ? now.count : now.multiplied; }
+  FUSEDRNN_DEVICE int multiplied(const Now& now) const { return projected() ? now.count : now.multiplied; }
 
   // What a unit reads besides its sum. Nothing of a row that began with the later step.
   struct PlainInputs {
     S saved[slots(Cell::kSaved)], state[Cell::kStates], new_state[Cell::kStates], grad_output;
     Sum grad_new[Cell::kStates];  // what comes past the later step; each is loaded and no more, so that no load waits for another
     S grad_states[slots(kInner)];
-    bool runs, anew;              // this step; from reset_hx
+    bool runs, anew;              // this step; from reset_hx. Not looked at if `plain`
   };
   using Inputs = GivenInputs<Cell, PlainInputs, S>;
-  FUSEDRNN_DEVICE Inputs fetch(int d, const Now& now, int64_t b, int64_t u) const {
-    if (b >= now.count) return {};
-    Inputs in;
-    const int64_t H = p.H, at = this->state_at(d, b, u, H), row = now.first + b;
+  FUSEDRNN_DEVICE void fetch_constants(int d, int u, Inputs& in) const { fetch_unit<Cell, S>(p, d, u, in); }
+  FUSEDRNN_DEVICE void fetch(int d, const Now& now, int b, int u, Inputs& in) const {
+    if (b >= now.count) return;
+    const int H = int(p.H), stored = int(p.stored) * H;
+    const int64_t at = this->state_at(d, b, u, H);
     const S zero = narrow<S>(Sum(0));
-    const S* saved_row = static_cast<const S*>(p.saved) + (row * p.D + d) * Cell::kSaved * H + u;
+    const S* saved_row = static_cast<const S*>(p.saved) + this->in_row(now.place, b, Cell::kSaved * H, u);
 #pragma unroll
     for (int k = 0; k < Cell::kSaved; ++k) in.saved[k] = saved_row[k * H];
     if (projected()) {  // a cell whose hidden state may be projected does not look at state 0 in backward
@@ -180,32 +187,31 @@ struct BackwardCell : BackwardBase<A> {
       in.grad_new[0] = Sum(0);
     } else {
       in.state[0] = this->hidden_before(d, now, b, u);
-      in.new_state[0] = static_cast<const S*>(p.output)[this->output_at(d, row, u)];
-      in.grad_output = this->grad_output(d, now, b, u);
+      in.new_state[0] = static_cast<const S*>(p.output)[this->output_at(now.place, b, u)];
+      in.grad_output = this->grad_output(now, b, u);
       in.grad_new[0] = m.dh[at];
     }
     const auto from = this->origin(d, now, b);
-    in.runs = runs(p.steps, now.t, b);
-    in.anew = from.anew;
     const S* cx = static_cast<const S*>(p.cx);
     const S* grad_states = static_cast<const S*>(p.grad_states);
 #pragma unroll
     for (int k = 0; k < kInner; ++k) {
-      const int64_t states_at = (d * p.stored + k) * H + u, step = p.D * p.stored * H;
-      const S* states = static_cast<const S*>(p.states) + states_at;
+      const int64_t states_at = this->in_row(now.place, b, stored, k * H + u);
+      const S* states = static_cast<const S*>(p.states);
       in.state[k + 1] = from.anew     ? narrow<S>(begun<Sum, S>(p.reset_cx, k * inner_size() + at))
-                        : from.before ? states[(now.before_first + b) * step]
+                        : from.before ? states[this->in_row(now.before_place, b, stored, k * H + u)]
                         : cx          ? cx[k * inner_size() + at]
                                       : zero;
-      in.new_state[k + 1] = states[row * step];
+      in.new_state[k + 1] = states[states_at];
       in.grad_new[k + 1] = m.dinner[k * inner_size() + at];
-      in.grad_states[k] = grad_states ? grad_states[row * step + states_at] : zero;
+      in.grad_states[k] = grad_states ? grad_states[states_at] : zero;
     }
-    fetch_unit<Cell, S>(p, d, u, in);
-    return in;
+    if (this->plain) return;
+    in.runs = runs(p.steps, now.t, b);
+    in.anew = from.anew;
   }
   // Of what was fetched before the later step had ended, that which it left.
-  FUSEDRNN_DEVICE void fetch_left(int d, int64_t b, int64_t u, Inputs& in) const {
+  FUSEDRNN_DEVICE void fetch_left(int d, int b, int u, Inputs& in) const {
     const int64_t at = this->state_at(d, b, u, p.H);
     in.grad_new[0] = m.dh[at];
 #pragma unroll
@@ -213,7 +219,7 @@ struct BackwardCell : BackwardBase<A> {
   }
 
   // The gradients of the initial states, of a row that began with the later step.
-  FUSEDRNN_DEVICE void leave_initial(int d, const Now& now, int64_t b, int64_t u, int64_t at, Sum sum) const {
+  FUSEDRNN_DEVICE void leave_initial(int d, const Now& now, int b, int u, int64_t at, Sum sum) const {
     if (!projected()) this->leave_h(d, now, b, u, sum);
     for (int k = 0; k < kInner && p.grad_cx; ++k) {
       const int64_t inner_at = k * inner_size() + at;
@@ -222,7 +228,7 @@ struct BackwardCell : BackwardBase<A> {
   }
 
   template <class Pass>
-  FUSEDRNN_DEVICE void finish(int d, const Now& now, int64_t b, int64_t u, const Sum (&sum)[1], const Inputs& in,
+  FUSEDRNN_DEVICE void finish(int d, const Now& now, int b, int u, const Sum (&sum)[1], const Inputs& in,
                               const Pass& pass) const {
     const int64_t at = this->state_at(d, b, u, p.H);
     if (b >= now.count) return leave_initial(d, now, b, u, at, sum[0]);
@@ -238,9 +244,10 @@ struct BackwardCell : BackwardBase<A> {
   // dh: the gradient of h, but for the output's. cell(saved, state, new_state, grad_new, grad_pre, grad_state) makes the
   // last two, or says that it was here for something else. kFirst: of the calls for a unit and step.
   template <bool kFirst, class Function, class Pass>
-  FUSEDRNN_DEVICE void run_cell(int d, const Now& now, int64_t b, int64_t u, Sum dh, const Inputs& in, const Function& cell,
+  FUSEDRNN_DEVICE void run_cell(int d, const Now& now, int b, int u, Sum dh, const Inputs& in, const Function& cell,
                                 const Pass& pass) const {
-    const int64_t H = p.H, at = this->state_at(d, b, u, H), row = now.first + b;
+    const int H = int(p.H);
+    const int64_t at = this->state_at(d, b, u, H);
     Sum saved[slots(Cell::kSaved)], state[Cell::kStates], new_state[Cell::kStates], grad_new[Cell::kStates];
     Sum grad_pre[kGrads<Cell>], grad_state[Cell::kStates], z[Cell::kStates], past[Cell::kStates];
 #pragma unroll
@@ -254,14 +261,16 @@ struct BackwardCell : BackwardBase<A> {
     grad_new[0] = dh + Sum(widen(in.grad_output));
 #pragma unroll
     for (int k = 0; k < kInner; ++k) grad_new[k + 1] += Sum(widen(in.grad_states[k]));
-    if (kFirst && !projected()) this->leave_hidden_before(d, now, b, u, in.runs ? in.state[0] : narrow<S>(Sum(0)));
+    const bool running = this->plain || in.runs, goes_on = this->plain || (in.runs && !in.anew);
+    if (kFirst && !projected()) this->leave_hidden_before(d, now, b, u, running ? in.state[0] : narrow<S>(Sum(0)));
 
-    if (p.zoneout) {  // the gradient of what stays as it was goes past the cell
-      const S* stays = static_cast<const S*>(p.zoneout) + p.zoneout_at(row, d, Cell::kStates) + u;
-      const S* made = static_cast<const S*>(p.states) + ((row * p.D + d) * p.stored + kInner) * H + u;
+    const bool stays = !this->plain && p.zoneout;
+    if (stays) {  // the gradient of what stays as it was goes past the cell
+      const S* part = static_cast<const S*>(p.zoneout) + p.zoneout_at(now.first + b, d, Cell::kStates) + u;
+      const S* made = static_cast<const S*>(p.states) + this->in_row(now.place, b, int(p.stored) * H, kInner * H + u);
 #pragma unroll
       for (int k = 0; k < Cell::kStates; ++k) {
-        z[k] = Sum(widen(stays[k * H]));
+        z[k] = Sum(widen(part[k * H]));
         new_state[k] = Sum(widen(made[k * H]));
         past[k] = z[k] * grad_new[k];
         grad_new[k] -= past[k];
@@ -270,34 +279,36 @@ struct BackwardCell : BackwardBase<A> {
 
     if (!cell(saved, state, new_state, grad_new, grad_pre, grad_state)) return;
 
-    if (p.zoneout)
+    if (stays)
 #pragma unroll
       for (int k = 0; k < Cell::kStates; ++k) grad_state[k] += past[k];
-    if (!in.runs) {
+    if (!running) {
 #pragma unroll
       for (int k = 0; k < kGrads<Cell>; ++k) grad_pre[k] = Sum(0);
     }
-    const bool goes_on = in.runs && !in.anew;
-    const bool h_goes_on = in.runs && (!in.anew || p.grad_reset_hx);  // as far as the step before, which knows that this one began anew
-    auto next = [&](bool moves, Sum grad, Sum unmoved) { return moves ? grad : in.runs ? Sum(0) : unmoved; };
-    S* grad_pre_row = static_cast<S*>(p.grad_pre) + (row * p.D + d) * kGrads<Cell> * H + u;
+    // As far as the step before, which knows that this one began anew.
+    const bool h_goes_on = goes_on || (running && p.grad_reset_hx);
+    auto next = [&](bool moves, Sum grad, Sum unmoved) { return moves ? grad : running ? Sum(0) : unmoved; };
+    S* grad_pre_row = static_cast<S*>(p.grad_pre) + this->in_row(now.place, b, kGrads<Cell> * H, u);
 #pragma unroll
     for (int k = 0; k < kGrads<Cell>; ++k) grad_pre_row[k * H] = narrow<S>(grad_pre[k]);
     if constexpr (Cell::kMultiplies) {
       Element* dpre = m.dpre[1 - now.turn] + strand_of<Cell>(d) * m.dpre_size;
+      int64_t place[kEarly];
+      Element element[kEarly];
 #pragma unroll
       for (int g = 0; g < kEarly; ++g) {
-        const int64_t place = packed_state_at<A>(dpre_blocks, b, g * this->units + unit_in_head<Cell>(u, this->units));
-        const Element element = A::element(h_goes_on ? grad_pre[Cell::h_pre(g)] : Sum(0));
-        dpre[place] = element;
-        pass(place, element);
+        place[g] = packed_state_at<A>(dpre_blocks, b, g * this->units + unit_in_head<Cell>(u, this->units));
+        element[g] = A::element(h_goes_on ? grad_pre[Cell::h_pre(g)] : Sum(0));
+        dpre[place[g]] = element[g];
       }
+      pass(place, element);
     }
     if (!projected()) m.dh[at] = next(h_goes_on, grad_state[0], dh);
 #pragma unroll
     for (int k = 0; k < kInner; ++k) {
       const int64_t inner_at = k * inner_size() + at;
-      if (in.runs && in.anew && p.grad_reset_cx) this->add_reset(m.dreset_inner, p.grad_reset_cx, inner_at, grad_state[k + 1]);
+      if (!this->plain && in.runs && in.anew && p.grad_reset_cx) this->add_reset(m.dreset_inner, p.grad_reset_cx, inner_at, grad_state[k + 1]);
       m.dinner[inner_at] = next(goes_on, grad_state[k + 1], in.grad_new[k + 1]);
     }
   }
@@ -315,7 +326,7 @@ struct BackwardFirst : BackwardCell<Cell, A> {
   int64_t dprojected_blocks;
 
   template <class Pass>
-  FUSEDRNN_DEVICE void finish(int d, const Now& now, int64_t b, int64_t u, const Sum (&sum)[1], const Inputs& in,
+  FUSEDRNN_DEVICE void finish(int d, const Now& now, int b, int u, const Sum (&sum)[1], const Inputs& in,
                               const Pass& pass) const {
     const int64_t at = this->state_at(d, b, u, p.H);
     if (b >= now.count) return this->leave_initial(d, now, b, u, at, sum[0]);
@@ -346,11 +357,11 @@ struct BackwardLate : BackwardCell<Cell, A> {
 
   FUSEDRNN_DEVICE const Element* weights(int d) const { return m.weight_hr[d]; }
   FUSEDRNN_DEVICE const Element* states(int d, const Now&) const { return m.dprojected + strand_of(d) * m.dprojected_size; }
-  FUSEDRNN_DEVICE int64_t multiplied(const Now& now) const { return now.count; }
-  FUSEDRNN_DEVICE int64_t visited(const Now& now) const { return now.count; }
+  FUSEDRNN_DEVICE int multiplied(const Now& now) const { return now.count; }
+  FUSEDRNN_DEVICE int visited(const Now& now) const { return now.count; }
 
   template <class Pass>
-  FUSEDRNN_DEVICE void finish(int d, const Now& now, int64_t b, int64_t u, const Sum (&sum)[1], const Inputs& in,
+  FUSEDRNN_DEVICE void finish(int d, const Now& now, int b, int u, const Sum (&sum)[1], const Inputs& in,
                               const Pass& pass) const {
     Given<Sum, Cell::kUnit> given = given_to<Cell, Sum, S>(p, this->state_at(d, b, u, p.H), in);
     given.middle = sum[0];
@@ -373,22 +384,23 @@ struct BackwardRow : BackwardCell<Cell, A> {
   using Base::p, Base::m;
   static constexpr int kNormed = Cell::kGates, kProducts = Cell::kSaved - kNormed;  // where they lie in what is saved
 
-  FUSEDRNN_DEVICE int64_t visited(const Now& now) const { return now.count; }
+  FUSEDRNN_DEVICE int visited(const Now& now) const { return now.count; }
 
-  FUSEDRNN_DEVICE void finish_row(int d, const Now& now, int64_t b, RowSums<Sum>& sums) const {
-    const int64_t H = p.H, place = (now.first + b) * p.D + d;
+  FUSEDRNN_DEVICE void finish_row(int d, const Now& now, int b, RowSums<Sum>& sums) const {
+    const int H = int(p.H);
+    const int64_t place = now.place + b * p.D;
     Given<Sum, Cell::kUnit> norms;
     const S* products = static_cast<const S*>(p.saved) + (place * Cell::kSaved + kProducts) * H;
-    norms.products = norm_of(sums, H, kNormed, [&](int64_t u, int g) { return Sum(widen(products[g * H + u])); });
+    norms.products = norm_of(sums, H, kNormed, [&](int u, int g) { return Sum(widen(products[g * H + u])); });
     if constexpr (Cell::kNorms == 2) {
       const S* made = static_cast<const S*>(p.states) + (place * p.stored + (p.zoneout ? Cell::kStates : 0)) * H;
-      norms.inner = norm_of(sums, H, 1, [&](int64_t u, int) { return Sum(widen(made[u])); });
+      norms.inner = norm_of(sums, H, 1, [&](int u, int) { return Sum(widen(made[u])); });
     }
 
     // Calls fn(what the cell is given, saved, state, new_state, grad_new, grad_pre, grad_state) for this thread's units.
     auto each = [&](const auto& fn) {
-      for_own_units(H, [&](int64_t u) {
-        const Inputs in = this->fetch(d, now, b, u);
+      for_own_units(H, [&](int u) {
+        const Inputs in = fetch_all(*this, d, now, b, u);
         Given<Sum, Cell::kUnit> given = given_to<Cell, Sum, S>(p, this->state_at(d, b, u, H), in);
         given.products = norms.products;
         given.inner = norms.inner;
@@ -531,22 +543,22 @@ struct BackwardPass {
     fill(cell, projected ? plan.dunprojected : plan.dh, p.units());
     cell.dpre_blocks = dpre_blocks;
     const Walk walk{p.steps, true};
-    const int64_t steps = p.steps.T + 1;  // and one that leaves the gradients of the initial states
+    const int steps = int(p.steps.T) + 1;  // and one that leaves the gradients of the initial states
     if constexpr (Cell::kLate > 0) run_two(cell, BackwardLate<Cell, A>{cell}, walk, steps);
     else if constexpr (Cell::kNorms > 0) run_two(cell, BackwardRow<Cell, A>{cell}, walk, steps);
     else if constexpr (Cell::kMultiplies) run_steps(cell, walk, steps);
     else launch_alone(Cell::kName, cell, walk, p.D, steps, queue);
   }
 
-  void run_steps(BackwardCell<Cell, A>& cell, const Walk& walk, int64_t steps) const {
+  void run_steps(BackwardCell<Cell, A>& cell, const Walk& walk, int steps) const {
     const int D = int(p.D);
     if constexpr (is_of_torch<Cell>)
       if (plan.dh.regime != Regime::kStep) return launch_many_steps(Cell::kName, cell, walk, p.D, steps, m.done, queue);
     BackwardProjection<A> projection{};
     fill(projection, plan.dh, p.P);
     projection.dprojected_blocks = dprojected_blocks;
-    for (int64_t s = 0; s < steps; ++s) {
-      for (int64_t d = 0; d < p.D; ++d) cell.step[d] = projection.step[d] = step_at(p, walk, d, s, walk.first(d, s));
+    for (int s = 0; s < steps; ++s) {
+      for (int d = 0; d < p.D; ++d) cell.step[d] = projection.step[d] = step_at(p, d, walk.place(d, s));
       if constexpr (can_project<Cell>)
         if (projected) launch_step("projection backward", projection, D, s > 0, queue);
       launch_step(Cell::kName, cell, D, s > 0 || projected, queue);
@@ -555,12 +567,12 @@ struct BackwardPass {
 
   // Steps of two kernels, of which the second is the cell. It has nothing to do with the gradients of the initial states.
   template <class Second>
-  void run_two(const BackwardCell<Cell, A>& cell, Second second, const Walk& walk, int64_t steps) const {
+  void run_two(const BackwardCell<Cell, A>& cell, Second second, const Walk& walk, int steps) const {
     const int D = int(p.D);
     BackwardFirst<Cell, A> first{cell, dprojected_blocks};
     if (two_products) second.plan = plan.dunprojected;
-    for (int64_t s = 0; s < steps; ++s) {
-      for (int64_t d = 0; d < p.D; ++d) first.step[d] = second.step[d] = step_at(p, walk, d, s, walk.first(d, s));
+    for (int s = 0; s < steps; ++s) {
+      for (int d = 0; d < p.D; ++d) first.step[d] = second.step[d] = step_at(p, d, walk.place(d, s));
       launch_step("products backward", first, D, s > 0, queue);
       if (s == p.steps.T) break;
       if constexpr (Cell::kLate > 0) launch_step(Cell::kName, second, D, true, queue);
@@ -572,7 +584,8 @@ struct BackwardPass {
     step.p = p;
     step.m = m;
     step.plan = plan;
-    step.units = units;
+    step.units = int(units);
+    step.plain = p.plain();
   }
 };
 

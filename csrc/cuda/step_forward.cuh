@@ -43,43 +43,46 @@ struct ForwardCell {
   ForwardMemory<A> m;
   ForwardStep step[kMaxDirections];
   ProductPlan plan;
-  int64_t units, unprojected_blocks;
+  int units, unprojected_blocks;
+  bool plain;
 
   FUSEDRNN_DEVICE const Element* weights(int d) const { return m.weight_hh[d]; }
   FUSEDRNN_DEVICE const Element* states_of(int d, int turn) const { return m.h[turn] + strand_of<Cell>(d) * m.h_size; }
   FUSEDRNN_DEVICE const Element* states(int d, const Now& now) const { return states_of(d, now.turn); }
-  FUSEDRNN_DEVICE int64_t multiplied(const Now& now) const { return now.multiplied; }
-  FUSEDRNN_DEVICE int64_t visited(const Now& now) const { return now.count; }
-  FUSEDRNN_DEVICE int64_t state_at(int d, int64_t b, int64_t u) const { return (d * p.steps.B + b) * p.H + u; }
-  FUSEDRNN_DEVICE int64_t state_size() const { return p.D * p.steps.B * p.H; }
-  FUSEDRNN_DEVICE int64_t kept_at(int d, int64_t b, int k, int64_t u) const { return ((d * p.steps.B + b) * kKept + k) * p.H + u; }
+  FUSEDRNN_DEVICE int multiplied(const Now& now) const { return now.multiplied; }
+  FUSEDRNN_DEVICE int visited(const Now& now) const { return now.count; }
+  FUSEDRNN_DEVICE int64_t state_at(int d, int b, int u) const { return in_state(p.steps, d, b, p.H, u); }
+  FUSEDRNN_DEVICE int64_t state_size() const { return int64_t(int(p.D) * int(p.steps.B)) * int(p.H); }
+  FUSEDRNN_DEVICE int64_t kept_at(int d, int b, int k, int u) const {
+    return int64_t(d * int(p.steps.B) + b) * (kKept * int(p.H)) + (k * int(p.H) + u);
+  }
 
   // What a unit reads besides its sums.
   struct PlainInputs {
     S gates_x[kGates], bias[kGates];
     Sum state[Cell::kStates];
-    bool runs, ends;  // this step; with it
+    bool runs, ends;  // this step; with it. Not looked at if `plain`
   };
   using Inputs = GivenInputs<Cell, PlainInputs, S>;
-  FUSEDRNN_DEVICE Inputs fetch(int d, const Now& now, int64_t b, int64_t u) const {
-    Inputs in;
-    const S* gates_x = static_cast<const S*>(p.gates_x[d]) + now.gates_x_at + b * p.gates_x_row[d] + u;
+  FUSEDRNN_DEVICE void fetch_constants(int d, int u, Inputs& in) const {
     const S* bias = static_cast<const S*>(p.bias_hh[d]);
 #pragma unroll
-    for (int g = 0; g < kGates; ++g) {
-      in.gates_x[g] = gates_x[g * p.H];
-      in.bias[g] = bias ? bias[g * p.H + u] : narrow<S>(Sum(0));
-    }
+    for (int g = 0; g < kGates; ++g) in.bias[g] = bias ? bias[g * int(p.H) + u] : narrow<S>(Sum(0));
     fetch_unit<Cell, S>(p, d, u, in);
+  }
+  FUSEDRNN_DEVICE void fetch(int d, const Now& now, int b, int u, Inputs& in) const {
+    const S* gates_x = static_cast<const S*>(p.gates_x[d]) + now.gates_x_at + b * p.gates_x_row[d] + u;
+#pragma unroll
+    for (int g = 0; g < kGates; ++g) in.gates_x[g] = gates_x[g * int(p.H)];
     in.state[0] = p.weight_hr[0] ? Sum(0) : m.state[state_at(d, b, u)];
 #pragma unroll
     for (int k = 1; k <= kInner; ++k) in.state[k] = m.state[k * state_size() + state_at(d, b, u)];
+    if (plain) return;
     in.runs = runs(p.steps, now.t, b);
     in.ends = p.steps.reset && b < now.staying && p.steps.reset[now.cut + b];
-    return in;
   }
   // Of what was fetched before the step before had ended, that which it left.
-  FUSEDRNN_DEVICE void fetch_left(int d, int64_t b, int64_t u, Inputs& in) const {
+  FUSEDRNN_DEVICE void fetch_left(int d, int b, int u, Inputs& in) const {
 #pragma unroll
     for (int k = 0; k < Cell::kStates; ++k) in.state[k] = m.state[k * state_size() + state_at(d, b, u)];
   }
@@ -93,47 +96,50 @@ struct ForwardCell {
   }
 
   template <class Pass>
-  FUSEDRNN_DEVICE void finish(int d, const Now& now, int64_t b, int64_t u, const Sum (&sum)[kGates], const Inputs& in,
+  FUSEDRNN_DEVICE void finish(int d, const Now& now, int b, int u, const Sum (&sum)[kGates], const Inputs& in,
                               const Pass& pass) const {
     finish_given(d, now, b, u, sum, in, given_to<Cell, Sum, S>(p, state_at(d, b, u), in), pass);
   }
   template <class Pass>
-  FUSEDRNN_DEVICE void finish_given(int d, const Now& now, int64_t b, int64_t u, const Sum (&sum)[kGates], const Inputs& in,
+  FUSEDRNN_DEVICE void finish_given(int d, const Now& now, int b, int u, const Sum (&sum)[kGates], const Inputs& in,
                                     const Given<Sum, Cell::kUnit>& given, const Pass& pass) const {
     const bool projected = p.weight_hr[0];
-    const int64_t H = p.H, row = now.first + b, at = state_at(d, b, u);
+    const int H = int(p.H);
+    const int64_t at = state_at(d, b, u);
+    auto in_row = [&](int count) { return fusedrnn::in_row(now.place, b, p.D, count * H, u); };
     Sum pre[Cell::kPre] = {}, new_state[Cell::kStates], saved[slots(Cell::kSaved)];
     add_up(sum, in, pre);
 
     cell_forward<Cell>(given, pre, in.state, new_state, saved);
 
-    if (p.zoneout) {
-      const S* z = static_cast<const S*>(p.zoneout) + p.zoneout_at(row, d, Cell::kStates) + u;
-      S* made = static_cast<S*>(p.states) + ((row * p.D + d) * p.stored + kInner) * H + u;
+    const bool running = plain || in.runs, ends = !plain && in.ends;
+    if (!plain && p.zoneout) {
+      const S* z = static_cast<const S*>(p.zoneout) + p.zoneout_at(now.first + b, d, Cell::kStates) + u;
+      S* made = static_cast<S*>(p.states) + in_row(int(p.stored)) + kInner * H;
 #pragma unroll
-      for (int k = 0; k < Cell::kStates && p.save != Save::kNothing; ++k) made[k * H] = narrow<S>(in.runs ? new_state[k] : Sum(0));
+      for (int k = 0; k < Cell::kStates && p.save != Save::kNothing; ++k) made[k * H] = narrow<S>(running ? new_state[k] : Sum(0));
 #pragma unroll
       for (int k = 0; k < Cell::kStates; ++k) new_state[k] = zoneout(Sum(widen(z[k * H])), in.state[k], new_state[k]);
     }
     // What goes on to the next step, and what is seen of this one, which is nothing behind the end of a sequence.
     auto next = [&](int k) {
-      if (in.runs && in.ends) return k ? begun<Sum, S>(p.reset_cx, (k - 1) * state_size() + at) : begun<Sum, S>(p.reset_hx, at);
-      return in.runs ? new_state[k] : in.state[k];
+      if (running && ends) return k ? begun<Sum, S>(p.reset_cx, (k - 1) * state_size() + at) : begun<Sum, S>(p.reset_hx, at);
+      return running ? new_state[k] : in.state[k];
     };
-    auto seen = [&](Sum number) { return narrow<S>(in.runs ? number : Sum(0)); };
-    const bool last = in.runs && is_last(p.steps, now.t, b, d, b >= now.staying);
+    auto seen = [&](Sum number) { return narrow<S>(running ? number : Sum(0)); };
+    const bool last = running && (plain ? b >= now.staying : is_last(p.steps, now.t, b, d, b >= now.staying));
     if (projected) {
       m.unprojected[d * m.unprojected_size + packed_state_at<A>(unprojected_blocks, b, u)] = A::element(new_state[0]);
     } else {
       const Sum h = next(0);
       m.state[at] = h;
       if constexpr (Cell::kMultiplies) {
-        const int64_t place = packed_state_at<A>(plan.depth_blocks, b, unit_in_head<Cell>(u, units));
-        const Element element = A::element(p.hidden_mask ? h * Sum(widen(static_cast<const S*>(p.hidden_mask)[at])) : h);
-        m.h[1 - now.turn][strand_of<Cell>(d) * m.h_size + place] = element;
+        const int64_t place[1] = {packed_state_at<A>(int(plan.depth_blocks), b, unit_in_head<Cell>(u, units))};
+        const Element element[1] = {A::element(!plain && p.hidden_mask ? h * Sum(widen(static_cast<const S*>(p.hidden_mask)[at])) : h)};
+        m.h[1 - now.turn][strand_of<Cell>(d) * m.h_size + place[0]] = element[0];
         pass(place, element);
       }
-      static_cast<S*>(p.output)[(row * p.D + d) * H + u] = seen(new_state[0]);
+      static_cast<S*>(p.output)[in_row(1)] = seen(new_state[0]);
       if (last) static_cast<S*>(p.hy)[at] = narrow<S>(new_state[0]);
     }
 #pragma unroll
@@ -142,11 +148,11 @@ struct ForwardCell {
       if (last) static_cast<S*>(p.cy)[(k - 1) * state_size() + at] = narrow<S>(new_state[k]);
     }
     if (p.save == Save::kNothing) return;
-    S* saved_row = static_cast<S*>(p.saved) + (row * p.D + d) * Cell::kSaved * H + u;
+    S* saved_row = static_cast<S*>(p.saved) + in_row(Cell::kSaved);
     if (p.save == Save::kAll)
 #pragma unroll
       for (int k = 0; k < Cell::kSaved; ++k) saved_row[k * H] = seen(saved[k]);
-    S* states_row = static_cast<S*>(p.states) + (row * p.D + d) * p.stored * H + u;
+    S* states_row = static_cast<S*>(p.states) + in_row(int(p.stored));
 #pragma unroll
     for (int k = 1; k <= kInner; ++k) states_row[(k - 1) * H] = seen(new_state[k]);
     if (projected) states_row[kInner * H] = seen(new_state[0]);
@@ -165,7 +171,7 @@ struct ForwardFirst : ForwardCell<Cell, A> {
   static constexpr int kGates = Base::kEarly;
 
   template <class Pass>
-  FUSEDRNN_DEVICE void finish(int d, const Now&, int64_t b, int64_t u, const Sum (&sum)[kGates], const Inputs& in,
+  FUSEDRNN_DEVICE void finish(int d, const Now&, int b, int u, const Sum (&sum)[kGates], const Inputs& in,
                               const Pass&) const {
     Sum all[Cell::kGates] = {};
 #pragma unroll
@@ -198,7 +204,7 @@ struct ForwardLate : ForwardCell<Cell, A> {
   FUSEDRNN_DEVICE const Element* states(int d, const Now&) const { return m.unprojected + strand_of(d) * m.unprojected_size; }
 
   template <class Pass>
-  FUSEDRNN_DEVICE void finish(int d, const Now& now, int64_t b, int64_t u, const Sum (&sum)[kGates], const Inputs& in,
+  FUSEDRNN_DEVICE void finish(int d, const Now& now, int b, int u, const Sum (&sum)[kGates], const Inputs& in,
                               const Pass& pass) const {
     Sum all[Cell::kGates];
 #pragma unroll
@@ -217,12 +223,12 @@ struct ForwardRow : ForwardCell<Cell, A> {
   using typename Base::Sum;
   using Base::p, Base::m, Base::kGates;
 
-  FUSEDRNN_DEVICE void finish_row(int d, const Now& now, int64_t b, RowSums<Sum>& sums) const {
+  FUSEDRNN_DEVICE void finish_row(int d, const Now& now, int b, RowSums<Sum>& sums) const {
     Given<Sum, Cell::kUnit> norms;
-    norms.products = norm_of(sums, p.H, kGates, [&](int64_t u, int g) { return m.kept[this->kept_at(d, b, g, u)]; });
+    norms.products = norm_of(sums, int(p.H), kGates, [&](int u, int g) { return m.kept[this->kept_at(d, b, g, u)]; });
     // Calls fn(sums, inputs, what the cell is given) for a unit.
-    auto with_unit = [&](int64_t u, const auto& fn) {
-      const Inputs in = this->fetch(d, now, b, u);
+    auto with_unit = [&](int u, const auto& fn) {
+      const Inputs in = fetch_all(*this, d, now, b, u);
       Sum sum[kGates];
 #pragma unroll
       for (int g = 0; g < kGates; ++g) sum[g] = m.kept[this->kept_at(d, b, g, u)];
@@ -233,7 +239,7 @@ struct ForwardRow : ForwardCell<Cell, A> {
     };
     if constexpr (Cell::kNorms == 2) {
       norms.inner = {Sum(0), Sum(1)};  // state 1 does not depend on it
-      for_own_units(p.H, [&](int64_t u) {
+      for_own_units(int(p.H), [&](int u) {
         with_unit(u, [&](const Sum(&sum)[kGates], const Inputs& in, const Given<Sum, Cell::kUnit>& given) {
           Sum pre[Cell::kPre] = {}, new_state[Cell::kStates], saved[slots(Cell::kSaved)];
           this->add_up(sum, in, pre);
@@ -241,9 +247,9 @@ struct ForwardRow : ForwardCell<Cell, A> {
           m.kept[this->kept_at(d, b, kGates, u)] = new_state[1];
         });
       });
-      norms.inner = norm_of(sums, p.H, 1, [&](int64_t u, int) { return m.kept[this->kept_at(d, b, kGates, u)]; });
+      norms.inner = norm_of(sums, int(p.H), 1, [&](int u, int) { return m.kept[this->kept_at(d, b, kGates, u)]; });
     }
-    for_own_units(p.H, [&](int64_t u) {
+    for_own_units(int(p.H), [&](int u) {
       with_unit(u, [&](const Sum(&sum)[kGates], const Inputs& in, const Given<Sum, Cell::kUnit>& given) {
         this->finish_given(d, now, b, u, sum, in, given, PassNothing{});
       });
@@ -265,18 +271,19 @@ struct ForwardProjection {
   ForwardMemory<A> m;
   ForwardStep step[kMaxDirections];
   ProductPlan plan;
-  int64_t units, h_blocks;
+  int units, h_blocks;
 
   FUSEDRNN_DEVICE const Element* weights(int d) const { return m.weight_hr[d]; }
   FUSEDRNN_DEVICE const Element* states(int d, const Now&) const { return m.unprojected + d * m.unprojected_size; }
-  FUSEDRNN_DEVICE int64_t multiplied(const Now& now) const { return now.count; }
-  FUSEDRNN_DEVICE int64_t visited(const Now& now) const { return now.count; }
+  FUSEDRNN_DEVICE int multiplied(const Now& now) const { return now.count; }
+  FUSEDRNN_DEVICE int visited(const Now& now) const { return now.count; }
 
   struct Inputs {};
-  FUSEDRNN_DEVICE Inputs fetch(int, const Now&, int64_t, int64_t) const { return {}; }
+  FUSEDRNN_DEVICE void fetch_constants(int, int, Inputs&) const {}
+  FUSEDRNN_DEVICE void fetch(int, const Now&, int, int, Inputs&) const {}
 
   template <class Pass>
-  FUSEDRNN_DEVICE void finish(int d, const Now& now, int64_t b, int64_t u, const Sum (&sum)[1], const Inputs&, const Pass&) const {
+  FUSEDRNN_DEVICE void finish(int d, const Now& now, int b, int u, const Sum (&sum)[1], const Inputs&, const Pass&) const {
     const S h = narrow<S>(sum[0]);
     const bool running = runs(p.steps, now.t, b), ends = p.steps.reset && b < now.staying && p.steps.reset[now.cut + b];
     const int64_t at = d * m.h_size + packed_state_at<A>(h_blocks, b, u);
@@ -381,7 +388,7 @@ struct ForwardPass {
     const int64_t places = Cell::kMultiplies ? padded_rows * h_blocks * A::kDepth : p.steps.B * p.H;
     launch("enter_forward", enter_forward_kernel<A, Cell::kStates>, plain_grid(places, p), queue, enter);
 
-    ForwardCell<Cell, A> cell{p, m, {}, plan.cell, p.units(), unprojected_blocks};
+    ForwardCell<Cell, A> cell{p, m, {}, plan.cell, int(p.units()), int(unprojected_blocks), p.plain()};
     const Walk walk{p.steps, false};
     if constexpr (Cell::kLate > 0) run_two(cell, ForwardLate<Cell, A>{cell}, walk);
     else if constexpr (Cell::kNorms > 0) run_two(cell, ForwardRow<Cell, A>{cell}, walk);
@@ -392,9 +399,9 @@ struct ForwardPass {
   void run_steps(ForwardCell<Cell, A>& cell, const Walk& walk) const {
     if constexpr (is_of_torch<Cell>)
       if (plan.cell.regime != Regime::kStep) return launch_many_steps(Cell::kName, cell, walk, p.D, p.steps.T, m.done, queue);
-    ForwardProjection<A> projection{p, m, {}, plan.projection, p.P, h_blocks};
-    for (int64_t s = 0; s < p.steps.T; ++s) {
-      for (int64_t d = 0; d < p.D; ++d) cell.step[d] = projection.step[d] = step_at(p, walk, d, s, walk.first(d, s));
+    ForwardProjection<A> projection{p, m, {}, plan.projection, int(p.P), int(h_blocks)};
+    for (int s = 0; s < p.steps.T; ++s) {
+      for (int d = 0; d < p.D; ++d) cell.step[d] = projection.step[d] = step_at(p, d, walk.place(d, s));
       launch_step(Cell::kName, cell, int(p.D), s > 0, queue);
       if constexpr (can_project<Cell>)
         if (projected) launch_step("projection", projection, int(p.D), true, queue);
@@ -406,8 +413,8 @@ struct ForwardPass {
   void run_two(const ForwardCell<Cell, A>& cell, Second second, const Walk& walk) const {
     ForwardFirst<Cell, A> first{cell};
     if (two_products) second.plan = plan.projection;
-    for (int64_t s = 0; s < p.steps.T; ++s) {
-      for (int64_t d = 0; d < p.D; ++d) first.step[d] = second.step[d] = step_at(p, walk, d, s, walk.first(d, s));
+    for (int s = 0; s < p.steps.T; ++s) {
+      for (int d = 0; d < p.D; ++d) first.step[d] = second.step[d] = step_at(p, d, walk.place(d, s));
       launch_step("products", first, int(p.D), s > 0, queue);
       if constexpr (Cell::kLate > 0) launch_step(Cell::kName, second, int(p.D), true, queue);
       else launch_rows(Cell::kName, second, p.steps.B, p.H, int(p.D), queue);
