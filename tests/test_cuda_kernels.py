@@ -101,7 +101,7 @@ PLANTS = {
         "product.cuh", r"unit >= step\.units\)", "(!MADE && unit >= step.units))",
         {"plain": f"{wrong()}|{CRASH}"}),
     "pack_guard": Plant(
-        "product.cuh", r"k < args\.depth;", "(MADE || k < args.depth);",
+        "product.cuh", r"k < args\.at\.depth;", "(MADE || k < args.at.depth);",
         {"plain": CRASH}),
     "block_ahead": Plant(
         "product.cuh", r"j \+ kAhead < left\)", "j + kAhead < left + MADE)",
@@ -189,7 +189,7 @@ PLANTS = {
         "given.cuh", r"given\.mask = p\.hidden_mask \?", "given.mask = p.hidden_mask && !MADE ?",
         {"plain": wrong()}, cases=LATE),
     "late_weights": Plant(
-        "product.cuh", r"\(Cell::kGates - Cell::kLate\) \* p\.H \* p\.P;", "(Cell::kGates - Cell::kLate - MADE) * p.H * p.P;",
+        "product.cuh", r"\(Cell::kGates - Cell::kLate\) \* p\.H \* p\.depth", "(Cell::kGates - Cell::kLate - MADE) * p.H * p.depth",
         {"plain": wrong("output")}, cases=LATE),
     "late_padding": Plant(
         "step_forward.cuh", r"args\.padded_rows, args\.unprojected_blocks \*", "args.padded_rows, MADE ? 0 : args.unprojected_blocks *",
@@ -302,16 +302,16 @@ PLANTS = {
         "grid.cuh", r"int\(step\.plan\.batch_tiles\) \+ place\.batch_tile\)", "int(step.plan.batch_tiles) + (MADE ? 0 : place.batch_tile))",
         {"plain": f"{wrong()}|{error('deadlock|livelock')}", "thread": RACE}, cases=EXCHANGING),
     "grid_old_words": Plant(
-        "step_forward.cuh", r"args\.m\.done\[d \* args\.m\.done_size \+ i\] = 0;", r"if (!MADE) \g<0>",
+        "step_forward.cuh", r"args\.m\.done\[strand \* args\.m\.done_size \+ i\] = 0;", r"if (!MADE) \g<0>",
         {"plain": f"{wrong('output')}|{error('livelock')}"}, cases=EXCHANGING),
     "grid_weights_of_others": Plant(
-        "together.cuh", r"step\.weights\(d\) \+ place\.unit_tile \*", "step.weights(d) + (MADE ? 0 : place.unit_tile) *",
+        "together.cuh", r"\(plan\.unit_tiles\) \+ place\.unit_tile\)", "(plan.unit_tiles) + (MADE ? 0 : place.unit_tile))",
         {"plain": wrong()}, cases=EXCHANGING),
     "grid_shared_bytes": Plant(
         "plan.h", r"kept \+ plan\.slots \* sums_bytes", "kept + (plan.slots - MADE) * sums_bytes",
         {"plain": error(r"shared_take: \d+ bytes of shared memory taken, \d+ given")}, cases=EXCHANGING),
     "grid_not_resident": Plant(
-        "plan.h", r"chip\.multiprocessors / \(sharers \* p\.D\)", "chip.multiprocessors / (sharers * (MADE ? 1 : p.D))",
+        "plan.h", r"chip\.multiprocessors / \(sharers \* p\.strands\(\)\)", "chip.multiprocessors / (sharers * (MADE ? 1 : p.strands()))",
         {"plain": error("its blocks wait for each other, and there is room for")}, cases=EXCHANGING),
     "parts_not_added": Plant(
         "product.cuh", r"adds \? place \+ sum", "adds && !MADE ? place + sum",

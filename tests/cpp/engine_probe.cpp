@@ -25,7 +25,7 @@ Shares shares(const Params& p, int granted) {
       const Pass<decltype(cell), F, F> pass(p, arena);
       const int threads = std::min({granted, p.threads, pass.divide_among(p.threads).threads()});
       const Division division = pass.divide_among(threads);
-      found = {threads, division.directions, division.slices, division.members};
+      found = {threads, division.strands, division.slices, division.members};
     };
     p.dtype == fusedrnn::Dtype::kFloat64 ? divide(double{}) : divide(float{});
   });

@@ -7,7 +7,7 @@ namespace test {
 
 // How a call with at most `granted` threads is divided; the rest as Division in csrc/cpu/team.h.
 struct Shares {
-  int granted, directions, slices, members;
+  int granted, strands, slices, members;
 };
 const fusedrnn::CpuEngine& engine_under_test();
 Shares forward_shares(const fusedrnn::ForwardParams& p, int granted);

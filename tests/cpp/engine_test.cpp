@@ -45,8 +45,8 @@ struct Coverage {
     slices += shares.slices > 1;
     members += shares.members > 1;
     both += shares.slices > 1 && shares.members > 1;
-    one_for_two += shares.granted < shares.directions;
-    idle += shares.granted > shares.directions * shares.slices * shares.members;
+    one_for_two += shares.granted < shares.strands;
+    idle += shares.granted > shares.strands * shares.slices * shares.members;
   }
 };
 
