@@ -38,7 +38,7 @@ bool wanted(const Options& options, const Case& c, size_t number) {
          ("," + options.dtypes + ",").find("," + std::string(test::name_of(c.dtype)) + ",") != std::string::npos;
 }
 
-// Which kinds of division the cases met: several slices, several members, both, fewer teams than directions.
+// Which kinds of division the cases met: several slices, several members, both, fewer teams than strands.
 struct Coverage {
   int slices = 0, members = 0, both = 0, one_for_two = 0, idle = 0;
   void add(const Shares& shares) {
