@@ -387,15 +387,14 @@ class Counts:
         return sum(self.parts.values())
 
 
-def count(code: Code, trips: dict[str, int], saves: bool, products: int = 0) -> Counts:
+def count(code: Code, trips: dict[str, int], saves: bool, together: int = 1) -> Counts:
     """Counts a step's instructions.
 
     Args:
         code: a kernel's.
         trips: how often each of LOOPS goes round within a step; without "step" the kernel does one only.
         saves: whether the call keeps what backward needs, or is backward.
-        products: that a turn of the product's loop makes, of which the code may have several and leave in their middle;
-            0: as many as the smallest of the loop's copies.
+        together: turns of the product's loop that the source writes as one, and may leave in their middle.
     """
     every = set(range(len(code.blocks)))
     root = 0
@@ -415,7 +414,7 @@ def count(code: Code, trips: dict[str, int], saves: bool, products: int = 0) -> 
         marks = {n: sum(_marks(one, name, mark or set()) for one in code.blocks[n]) for n in body}
         sizes = {head: sum(marks[n] for n in blocks) for head, blocks in inmost.items()}
         straight = {n: marks[n] for n in body if marks[n] and not any(n in loops[head] for head in heads)}
-        unit = products if name == "depth" else 0
+        unit = (math.gcd(*sizes.values(), *straight.values()) or 1) / (together if name == "depth" else 1)
         turns = _share(trips[name], {size for size in sizes.values() if size}, set(straight.values()), unit)
         for head, blocks in inmost.items():
             for n in blocks:
@@ -428,7 +427,7 @@ def count(code: Code, trips: dict[str, int], saves: bool, products: int = 0) -> 
                     times[n] *= 1 - 1 / trips[name]
         if name == "depth":
             widest = max(inmost, key=sizes.__getitem__)
-            copies = sizes[widest] / (unit or math.gcd(*sizes.values(), *straight.values()))
+            copies = sizes[widest] / unit
             for one in itertools.chain.from_iterable(code.blocks[n] for n in sorted(inmost[widest])):
                 turn[one.kind] += 1 / copies
             before = body - set().union(*(loops[head] for head in heads)) - set(straight)
@@ -458,7 +457,7 @@ def _marks(one: Instruction, name: str, mark: set[str]) -> bool:
     return part_of(one.frames) == part and (name == "depth" or any(_matches(line, one.frames) for line in lines))
 
 
-def _share(trips: int, loops: set[int], straight: set[int], unit: int = 0) -> dict[int, float]:
+def _share(trips: int, loops: set[int], straight: set[int], unit: float) -> dict[int, float]:
     """{marks of a copy of a loop's body: how often it runs}: the largest first, as compilers do; outside of loops once.
 
     Where nothing smaller is there for what is left, the last time is a part of it.
@@ -466,9 +465,9 @@ def _share(trips: int, loops: set[int], straight: set[int], unit: int = 0) -> di
     Args:
         trips: turns.
         loops, straight: the copies, in loops and outside.
-        unit: marks of a turn, or 0: what all of them divide by.
+        unit: marks of a turn.
     """
-    unit, left, found = unit or math.gcd(*loops, *straight) or 1, float(trips), {}
+    left, found = float(trips), {}
     sizes = sorted(loops | straight, reverse=True)
     for size in sizes:
         times = left * unit / size

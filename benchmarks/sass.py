@@ -34,6 +34,7 @@ NAMES = (
     "lstm/{}/T500-B32-I512-H512-L2-bi/bfloat16", "lstm/{}/T1000-B1-I64-H64", "lstm/{}/T500-B32-I80-H256-L2-bi/bfloat16",
     "lstm/{}/T1024-B256-I768-H768/float16", "lstm/{}/T500-B32-I80-H1024-L2-bi/tf32",
 )  # fmt: skip
+MATRIX = ("float16", "bfloat16", "tf32")  # which go through the matrix units
 # Whether it is backward, and in which mode of a case.
 PASSES = {"inference": ("inference", False), "forward": ("training", False), "backward": ("training", True)}
 
@@ -127,16 +128,22 @@ def products(kernel: Kernel, plan: dict) -> tuple[str, int]:
     """(class of the instructions that multiply, how many of them a warp's step has) as plan and source say it."""
     trips = trips_of(plan)
     rounds = trips["items"] if plan["regime"] == "block" else trips["tiles"]
-    kind, number = products_of_a_turn(kernel)
-    return kind, number * trips["depth"] * rounds
-
-
-def products_of_a_turn(kernel: Kernel) -> tuple[str, int]:
-    """The same for a block of the depth."""
-    matrix = kernel.dtype in ("float16", "bfloat16", "tf32")
-    # Two of the matrix units', or one for each of the 16 bytes' numbers and each of the four sums.
+    matrix = kernel.dtype in MATRIX
+    # Two of the matrix units' for a block of the depth, or one for each of the 16 bytes' numbers and each of the four sums.
     each = 2 if matrix else 4 * (2 if kernel.dtype == "float64" else 4)
-    return "mma" if matrix else "fma", gates_of(kernel) * kernel.tiles * each
+    return "mma" if matrix else "fma", gates_of(kernel) * kernel.tiles * each * trips["depth"] * rounds
+
+
+def turns_together(kernel: Kernel) -> int:
+    """Blocks of the depth that a turn of the product's loop takes, as csrc/cuda/product.cuh has them."""
+    gates, matrix = gates_of(kernel), kernel.dtype in MATRIX
+    states = (16 if matrix else 32) * kernel.tiles  # bytes of a lane
+    if kernel.regime == "block":
+        return 1
+    if kernel.regime == "step":
+        sums = (8 if kernel.dtype == "float64" else 4) * 4 * gates * kernel.tiles
+        return 2 if 2 * (32 * gates + states) + sums <= 640 else 1
+    return min(max((256 if gates == 1 else 128) // states, 2), 8 if gates == 1 else 4)
 
 
 def predict(case: Case, way: str, arch: str = "sm_90", csrc: pathlib.Path = machine.ROOT / "csrc") -> Prediction:
@@ -157,7 +164,7 @@ def predict(case: Case, way: str, arch: str = "sm_90", csrc: pathlib.Path = mach
     kernel = Kernel(engine_cell(case), case.dtype, backward, plan["regime"], plan["tiles"])
     text, registers = machine_code.disassemble(kernel, arch, csrc)
     trips = trips_of(plan)
-    counts = machine_code.count(Code(text), trips, way != "inference", products_of_a_turn(kernel)[1])
+    counts = machine_code.count(Code(text), trips, way != "inference", turns_together(kernel))
     kind, number = products(kernel, plan)
     turns = trips["depth"] * (trips["items"] if plan["regime"] == "block" else trips["tiles"])
     warps = plan["threads"] // 32

@@ -162,7 +162,7 @@ struct BlockPlace {
 };
 
 // Blocks of the depth whose states are on their way at once, if those of one take so many bytes of a lane's registers.
-constexpr int states_ahead(int bytes, int gates) { return std::clamp(128 / bytes, 2, gates == 1 ? 8 : 4); }
+constexpr int states_ahead(int bytes, int gates) { return gates == 1 ? std::clamp(256 / bytes, 2, 8) : std::clamp(128 / bytes, 2, 4); }
 
 // The sums of a block, in shared memory: (slots, groups, gates, rows of a group, kColumnPitch) numbers, of which 16 to a row are in
 // use. So from gate to gate, and from row to row of a warp, it is as far in every plan.
@@ -235,6 +235,7 @@ struct BlockSums {
 #pragma unroll
     for (int j = 0; j < kAhead; ++j, states_next += states_step)
       if (j < turns) load_states(j, states_next);
+#pragma unroll 1
     for (int left = turns; left > 0; left -= kAhead)
 #pragma unroll
       for (int j = 0; j < kAhead; ++j) {
