@@ -14,7 +14,7 @@ from torch.autograd import gradcheck, gradgradcheck
 import fusedrnn
 from fusedrnn import autograd, ops, reference
 from fusedrnn.reference import NO_CARRY, heads_of, named, with_heads
-from test_carry import carry_of, compare
+from test_carry import begun, carry_of, compare
 from test_cells_of_choice import arguments, choose
 from test_more_cells import whole
 from test_ops import backward, check_fake, flat, forward
@@ -59,6 +59,8 @@ def test_engine_does_what_the_reference_does(cell, N, D, engine):
     for (zoneout, mask), (T, B, units) in zip(kinds, draws.sample([(5, 3, 3), (1, 4, 2), (4, 2, 17), (7, 1, 1), (3, 9, 16)], 3)):
         carry, lengths = carry_of(cell, (draws.random() < 0.5, zoneout, mask, draws.random() < 0.5), T, B, D, N * units, S=S)
         given = of_heads(cell, N, T, B, D, units, unit=draws.random() < 0.8)
+        if carry.reset is not None and draws.random() < 0.6:
+            carry = begun(carry, of_heads(cell, N, T, B, D, units))
         compare(with_heads(choose(cell, draws), N), given, lengths, carry, recompute=draws.random() < 0.5)
 
 
@@ -124,14 +126,14 @@ def test_a_head_is_a_layer(cell, isa):
         return weight.unflatten(0, (G, N, units))[:, n].flatten(0, 1)
 
     def run(name, gates, weight_hh, bias_hh, hx, cx):
-        output, hy, cy, saved, states = forward(name, gates, weight_hh, bias_hh, None, hx, cx, None, None, None, None, 2, False)
-        grads = backward(name, None, weight_hh, None, hx, cx, output, saved, states, None, None, None, None, torch.ones_like(output),
-                         None, None, None, True, cx is not None, False, True, True, False, False)
+        output, hy, cy, saved, states = forward(name, gates, weight_hh, bias_hh, None, hx, cx, *[None] * 6, 2, False)
+        grads = backward(name, None, weight_hh, None, hx, cx, output, saved, states, *[None] * 6, torch.ones_like(output),
+                         None, None, None, True, cx is not None, False, False, False, True, True, False, False)
         return output, hy, cy, grads
 
     weight_hh, bias_hh = [group[1].detach() for group in weights], [group[3].detach() for group in weights]
     hx, cx = cast((hx, cx), torch.float32)
-    output, hy, cy, (grad_pre, grad_hx, grad_cx, grad_weights) = run(with_heads(cell, N), gates, weight_hh, bias_hh, hx, cx)
+    output, hy, cy, (grad_pre, grad_hx, grad_cx, _, _, grad_weights) = run(with_heads(cell, N), gates, weight_hh, bias_hh, hx, cx)
     for n in range(N):
         alone = run(cell, [cut(g.unflatten(-1, (G, -1)), n).flatten(-2) for g in gates], [rows(w, n) for w in weight_hh],
                     [rows(b, n) for b in bias_hh], cut(hx, n), None if cx is None else cut(cx, n))
@@ -142,7 +144,7 @@ def test_a_head_is_a_layer(cell, isa):
         assert cx is None or torch.equal(cut(grad_cx, n), one[2])
         for d in range(D):
             for at in (1, 2, 3):
-                assert torch.equal(rows(grad_weights[5 * d + at], n), one[3][5 * d + at])
+                assert torch.equal(rows(grad_weights[5 * d + at], n), one[-1][5 * d + at])
 
 
 @pytest.mark.parametrize("D, N", [(1, 2), (2, 3), (1, 8)])
@@ -172,13 +174,14 @@ def operands(cell, N, D, **options):
     G = ops.TRAITS[cell]["gates"]
     given = dict(cell=with_heads(cell, N), gates_x=[torch.randn(T, B, G * N * units) for _ in range(D)], weight_hh=weight_hh,
                  bias_hh=[torch.randn(G * N * units) for _ in range(D)], weight_hr=None, hx=hx, cx=cx, ragged=None, reset=None,
-                 zoneout=None, hidden_mask=None, save=2, allow_tf32=False) | options  # fmt: skip
+                 zoneout=None, hidden_mask=None, reset_hx=None, reset_cx=None, save=2, allow_tf32=False) | options  # fmt: skip
     output, hy, cy, saved, states = forward(*given.values())
     inner = cx is not None
     after = dict(cell=given["cell"], input=torch.randn(T, B, 4), weight_hh=weight_hh, weight_hr=None, hx=hx, cx=cx, output=output,
-                 saved=saved, states=states, ragged=None, reset=None, zoneout=None, hidden_mask=None, grad_output=torch.randn_like(output),
+                 saved=saved, states=states, ragged=None, reset=None, zoneout=None, hidden_mask=None, reset_hx=None, reset_cx=None,
+                 grad_output=torch.randn_like(output),
                  grad_hy=torch.randn_like(hy), grad_cy=torch.randn_like(cy) if inner else None, grad_states=None, need_grad_hx=True,
-                 need_grad_cx=inner, need_grad_weight_ih=True, need_grad_weight_hh=True, need_grad_bias=True,
+                 need_grad_cx=inner, need_grad_reset_hx=False, need_grad_reset_cx=False, need_grad_weight_ih=True, need_grad_weight_hh=True, need_grad_bias=True,
                  need_grad_weight_hr=False, allow_tf32=False)  # fmt: skip
     return given, after
 
@@ -190,7 +193,7 @@ def test_opcheck(cell, N, D):
     torch.library.opcheck(backward, tuple(after.values()))
     check_fake(forward, given)
     check_fake(backward, after)
-    shapes = [tuple(grad.shape) for grad in backward(*after.values())[3]]
+    shapes = [tuple(grad.shape) for grad in backward(*after.values())[-1]]
     G, H = ops.TRAITS[cell]["gates"], 5 * N
     assert shapes == [(G * H, 4), (G * H, 5), (G * H,), (G * H,), (0,)] * D
 
