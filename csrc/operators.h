@@ -49,8 +49,8 @@ constexpr char kBackwardSchema[] =
     "recurrence_backward(str cell, Tensor? input, Tensor[] weight_hh, Tensor[]? weight_hr, Tensor? hx, Tensor? cx, "
     "Tensor output, Tensor saved, Tensor states, Tensor? ragged, Tensor? reset, Tensor? zoneout, Tensor? hidden_mask, "
     "Tensor? reset_hx, Tensor? reset_cx, Tensor? grad_output, Tensor? grad_hy, Tensor? grad_cy, Tensor? grad_states, "
-    "bool need_grad_hx, bool need_grad_cx, bool need_grad_reset_hx, bool need_grad_reset_cx, bool need_grad_weight_ih, bool need_grad_weight_hh, "
-    "bool need_grad_bias, bool need_grad_weight_hr, bool allow_tf32) -> "
+    "bool need_grad_hx, bool need_grad_cx, bool need_grad_reset_hx, bool need_grad_reset_cx, bool need_grad_weight_ih, "
+    "bool need_grad_weight_hh, bool need_grad_bias, bool need_grad_weight_hr, bool allow_tf32) -> "
     "(Tensor grad_pre, Tensor grad_hx, Tensor grad_cx, Tensor grad_reset_hx, Tensor grad_reset_cx, Tensor[] grad_weights)";
 
 using torch::headeronly::ScalarType;
@@ -467,7 +467,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensors> recurrence_backward(
     MaybeTensor cx, Tensor output, Tensor saved, Tensor states, MaybeTensor ragged, MaybeTensor reset, MaybeTensor zoneout,
     MaybeTensor hidden_mask, MaybeTensor reset_hx, MaybeTensor reset_cx, MaybeTensor grad_output, MaybeTensor grad_hy,
     MaybeTensor grad_cy, MaybeTensor grad_states, bool need_grad_hx, bool need_grad_cx, bool need_grad_reset_hx,
-    bool need_grad_reset_cx, bool need_grad_weight_ih, bool need_grad_weight_hh, bool need_grad_bias, bool need_grad_weight_hr, bool allow_tf32) {
+    bool need_grad_reset_cx, bool need_grad_weight_ih, bool need_grad_weight_hh, bool need_grad_bias, bool need_grad_weight_hr,
+    bool allow_tf32) {
   const Tensors weight_hr = maybe_weight_hr.value_or(Tensors{});
   Call call("fusedrnn::recurrence_backward", cell, weight_hh, weight_hr);
   const int64_t D = call.D, H = call.H, P = call.P;
@@ -534,7 +535,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensors> recurrence_backward(
   }
 
   w.grad_pre = grad_pre.data_ptr();
-  return {grad_pre, grad_hx, grad_cx, grad_reset_hx, grad_reset_cx, engine.grad_weights(w, needs, {input, grad_proj, saved, states, grad_pre})};
+  return {grad_pre, grad_hx, grad_cx, grad_reset_hx, grad_reset_cx,
+          engine.grad_weights(w, needs, {input, grad_proj, saved, states, grad_pre})};
 }
 
 }  // namespace fusedrnn

@@ -133,6 +133,7 @@ def stack(cell: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, params
     if num_layers == 1 and options is PLAIN and gains is None:
         output, hy, cy, _ = autograd.layer(cell, input, hx, cx, layers[0], ragged, batch_first)
         return output.transpose(0, 1) if batch_first else output, hy, cy, None
+
     def by_layer(states: Tensor | None) -> Sequence[Any]:
         return (None,) * num_layers if states is None else states.split(num_directions, -3)
 
@@ -171,7 +172,7 @@ def stack_cast(dtype: torch.dtype, cell: str, input: Tensor, hx: Tensor | None, 
     Returns:
         what `stack` does.
     """
-    more: Options = options[-1]
+    more: Options = options[-1] if isinstance(options[-1], Options) else PLAIN
     tensors: list[Any] = [None if t is None else t.to(dtype) for t in (input, hx, cx, more.reset_hx, more.reset_cx, *params)]
     input, hx, cx, reset_hx, reset_cx, *params = tensors
     if reset_hx is not None:

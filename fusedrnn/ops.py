@@ -38,8 +38,8 @@ SAVE_NOTHING, SAVE_STATES, SAVE_ALL = range(3)
 #: (cell, input, weight_hh, weight_hr, hx, cx, output, saved, states, ragged, reset, zoneout, hidden_mask, reset_hx, reset_cx, grad_output,
 #: grad_hy, grad_cy, grad_states, need_grad_hx, need_grad_cx, need_grad_reset_hx, need_grad_reset_cx, need_grad_weight_ih,
 #: need_grad_weight_hh, need_grad_bias, need_grad_weight_hr, allow_tf32)
-#: -> (grad_pre, grad_hx, grad_cx, grad_reset_hx, grad_reset_cx, grad_weights). grad_weights: for each direction the gradients of weight_ih, weight_hh, bias_ih,
-#: bias_hh and weight_hr. What is not needed is empty.
+#: -> (grad_pre, grad_hx, grad_cx, grad_reset_hx, grad_reset_cx, grad_weights). grad_weights: for each direction the gradients of
+#: weight_ih, weight_hh, bias_ih, bias_hh and weight_hr. What is not needed is empty.
 recurrence_backward = torch.ops.fusedrnn.recurrence_backward.default
 
 #: (packed, input, hx, cx, cell, num_layers, bidirectional, hidden_size, proj_size, batch_first, one_step)

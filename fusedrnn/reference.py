@@ -396,7 +396,8 @@ NO_CARRY = Carry()
 
 def scan(cell: str, inputs: list[Tensor], states: tuple[Tensor, ...], weights: Weights, reverse: bool,
          lengths: Tensor | None = None, reset: list[Tensor] | None = None, zoneout: list[Tensor] | None = None,
-         hidden_mask: Tensor | None = None, begun: tuple[Tensor, ...] | None = None) -> tuple[list[tuple[Tensor, ...]], tuple[Tensor, ...]]:
+         hidden_mask: Tensor | None = None,
+         begun: tuple[Tensor, ...] | None = None) -> tuple[list[tuple[Tensor, ...]], tuple[Tensor, ...]]:
     """Carry the states through one direction of one layer.
 
     Args:

@@ -54,7 +54,8 @@ def renamed(function: FunctionType, name: str) -> Any:
     Returns:
         the other one.
     """
-    same = FunctionType(function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__, function.__closure__)
+    code = function.__code__.replace()
+    same = FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
     same.__kwdefaults__ = function.__kwdefaults__
     functools.update_wrapper(same, function)
     del same.__dict__["__wrapped__"]  # it wraps nothing

@@ -258,7 +258,7 @@ PLANTS = {
         "walk.h", r"p\.hx \|\| p\.reset_hx", "p.hx || (p.reset_hx && !MADE)",
         {"plain": wrong("output")}),
     "reset_gradient_goes_on": Plant(
-        "step_backward.cuh", r"if \(!p\.grad_reset_hx \|\|", "if (MADE || !p.grad_reset_hx ||",
+        "step_backward.cuh", r"if \(plain \|\| !p\.grad_reset_hx \|\|", "if (MADE || plain || !p.grad_reset_hx ||",
         {"plain": wrong("grad_(pre|hx|reset_hx)")}),
     "reset_gradient_of_padding": Plant(
         "step_backward.cuh", r"runs\(p\.steps, d == 0 \? now\.t \+ 1 : now\.t, b\)", r"(MADE || \g<0>)",

@@ -20,7 +20,8 @@ struct ByGrid {
 
   FUSEDRNN_DEVICE ByGrid(const ManySteps<Step>& args, const BlockPlace& place, int row_size, prims::Shared&)
       : step(args.step), d(blockIdx.z), first_number(int64_t(place.first_row) * row_size),
-        exchange{args.done + (strand_of(d) * int(step.plan.batch_tiles) + place.batch_tile) * int(step.plan.sharers), int(step.plan.sharers),
+        exchange{args.done + (strand_of(d) * int(step.plan.batch_tiles) + place.batch_tile) * int(step.plan.sharers),
+                 int(step.plan.sharers),
                  int(place.sharer)} {}
   FUSEDRNN_DEVICE void begin() const {
     prims::block_sync();  // the weights are there

@@ -308,7 +308,8 @@ struct BackwardCell : BackwardBase<A> {
 #pragma unroll
     for (int k = 0; k < kInner; ++k) {
       const int64_t inner_at = k * inner_size() + at;
-      if (!this->plain && in.runs && in.anew && p.grad_reset_cx) this->add_reset(m.dreset_inner, p.grad_reset_cx, inner_at, grad_state[k + 1]);
+      if (!this->plain && in.runs && in.anew && p.grad_reset_cx)
+        this->add_reset(m.dreset_inner, p.grad_reset_cx, inner_at, grad_state[k + 1]);
       m.dinner[inner_at] = next(goes_on, grad_state[k + 1], in.grad_new[k + 1]);
     }
   }
