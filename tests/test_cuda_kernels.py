@@ -340,7 +340,7 @@ PLANTS = {
         "cluster.cuh", r"copy\(1 - now\.turn\)", "copy(MADE ? now.turn : 1 - now.turn)",
         {"plain": wrong()}, cases=NEIGHBOURS),
     "cluster_first_states": Plant(
-        "cluster.cuh", r"step\.states_of\(blockIdx\.z, turn\)", "step.states_of(blockIdx.z, MADE ? 1 : turn)",
+        "cluster.cuh", r"step\.states_of\(blockIdx\.z, turn\)", "step.states_of(blockIdx.z, MADE ? 0 : turn)",
         {"plain": wrong()}, cases="--most-macs 4000 --regime cluster"),
     "cluster_rows_of_others": Plant(
         "cluster.cuh", r"first_number\(int64_t\(place\.first_row\)", "first_number(MADE ? 0 : int64_t(place.first_row)",
