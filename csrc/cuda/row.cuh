@@ -67,7 +67,7 @@ FUSEDRNN_DEVICE Norm<Sum> norm_of(RowSums<Sum>& sums, int units, int each, const
 
 // A Row is what differs from kernel to kernel, and is its argument:
 //   Sum, Now, step[d]            as a Step's (product.cuh)
-//   int visited(now)         rows that are looked at
+//   int visited(now)             rows that are looked at
 //   finish_row(d, now, row, sums)   by all threads of the block
 template <class Row>
 __global__ void __launch_bounds__(kRowThreads, 1) row_kernel(const __grid_constant__ Row row) {

@@ -21,7 +21,13 @@ struct Walk {
   WalkPlace place(int d, int s) const;
 };
 
-// The same for a kernel's argument: some steps of a walk, from begin - 1 to end + 1, if they are of different sizes.
+// The rows of a step: none before the first step and behind the last.
+template <class Rows>
+FUSEDRNN_ANYWHERE int rows_of(const Rows& rows, int T, int d, int s) {
+  return s >= 0 && s < T ? int(rows.rows(d, s)) : 0;
+}
+
+// A walk for a kernel's argument: some of its steps, from begin - 1 to end + 1, if they are of different sizes.
 struct ListedRows {
   static constexpr int kMost = 256;
   int B, begin, end;
@@ -37,7 +43,7 @@ inline ListedRows list_rows(const Walk& walk, int directions, int begin, int64_t
   if (rows.end > begin + ListedRows::kMost - 3) rows.end = begin + ListedRows::kMost - 3;
   for (int d = 0; d < directions; ++d)
     for (int s = begin - 1; s <= rows.end + 1; ++s)
-      rows.count[d][s - begin + 1] = s >= 0 && s < walk.steps.T ? int(walk.rows(d, s)) : 0;
+      rows.count[d][s - begin + 1] = rows_of(walk, int(walk.steps.T), d, s);
   return rows;
 }
 
@@ -51,11 +57,6 @@ struct WalkPlace {
   // The first row of the next step.
   FUSEDRNN_ANYWHERE int64_t first_of_next(bool up) const { return up ? first + count : first - next_count; }
 };
-// None before the first step and behind the last.
-template <class Rows>
-FUSEDRNN_ANYWHERE int rows_of(const Rows& rows, int T, int d, int s) {
-  return s >= 0 && s < T ? int(rows.rows(d, s)) : 0;
-}
 template <class Rows>
 FUSEDRNN_ANYWHERE WalkPlace walk_place(const Rows& rows, int T, int d, int s, int64_t first, bool up) {
   return {s, step_of_walk(T, s, up), first, rows_of(rows, T, d, s - 1), rows_of(rows, T, d, s), rows_of(rows, T, d, s + 1)};
@@ -131,7 +132,7 @@ struct BackwardStep {
   int multiplied;        // rows that the later step had
   int visited;           // rows of this step, or of the later one if it has more: those rows began with the later step
   int turn;              // which of two buffers of gradients the later step wrote
-  int64_t cut;           // the row of `reset` that says whether its first row began from zeros
+  int64_t cut;           // the row of `reset` that says whether its first row began anew
   int cut_count;         // rows that could
 };
 
