@@ -268,7 +268,8 @@ def _backward_in_parts(cell, ragged, batch_first, carry, output, states, input, 
     in_one = len(weights) > 1 or is_compiling()
     each = steps if in_one else max(-(-steps // PARTS), -(-PART_ROWS // output.shape[1]))
     reset, zoneout, hidden_mask, reset_hx, reset_cx = carry
-    tensors = [tensor for group in weights for tensor in group]
+    # The input's gradient multiplies weight_ih the other way round, in every part.
+    tensors = [tensor for w_ih, *group in weights for tensor in (w_ih.t().contiguous().t() if MKL_IS_SLOW else w_ih, *group)]
     tf32 = allows_tf32(input, ragged, batch_first)
     time = 1 if batch_first else 0
     grad_output, grad_h, grad_c, grad_states = grads
@@ -296,7 +297,7 @@ def _backward_in_parts(cell, ragged, batch_first, carry, output, states, input, 
             grad_input.narrow(time, begin, count).copy_(grad_x)
         del grad_x
         wide = [None if grad is None else grad.to(torch.promote_types(grad.dtype, torch.float32)) for grad in found]
-        sums = wide if sums is None else [a if a is None else a + b for a, b in zip(sums, wide)]
+        sums = wide if sums is None else [a if a is None else a.add_(b) for a, b in zip(sums, wide)]
     return [
         grad_input, grad_h if wanted[1] else None, grad_c if wanted[2] else None,
         *[None if grad is None else grad.to(output.dtype) for grad in sums],

@@ -25,7 +25,8 @@
 //
 // Normalised (kNorms): an engine takes the mean and the variance of a row and hands them on in `given`. Forward sees the products and
 // normalises them; backward leaves, in the places of h_pre, the gradients of the normalised ones, which the engine takes further.
-// What is normalised on its way out has a function of its own besides,
+// What is normalised on its way out has functions of its own besides,
+//   out          (given, saved, new_state) -> state 0, which forward then leaves alone
 //   out_backward (given, saved, new_state, grad_new_state) -> the gradient of the normalised state 1
 // from which the engine makes that of the state and adds it to grad_new_state[1] before it calls backward.
 //
@@ -168,11 +169,18 @@ FUSEDRNN_CELL T clip_grad(const Choice& choice, const T& y, const T& grad) {
 template <class T>
 FUSEDRNN_CELL T zoneout(const T& z, const T& state, const T& fresh) { return z * state + (T(1) - z) * fresh; }
 
-// A cell's two functions as an engine calls them, with what is given to those that take it.
+// A cell's functions as an engine calls them, with what is given to those that take it. The first is `forward` without what is
+// normalised on its way out, for which all units' state 1 must be there.
 template <class Cell, class T, class... Arguments>
-FUSEDRNN_CELL void cell_forward(const Given<T, Cell::kUnit>& given, Arguments&... arguments) {
+FUSEDRNN_CELL void cell_until_out(const Given<T, Cell::kUnit>& given, Arguments&... arguments) {
   if constexpr (Cell::kUnit > 0 || Cell::kChooses) Cell::forward(given, arguments...);
   else Cell::forward(arguments...);
+}
+template <class Cell, class T>
+FUSEDRNN_CELL void cell_forward(const Given<T, Cell::kUnit>& given, const T (&pre)[Cell::kPre], const T (&state)[Cell::kStates],
+                                T (&new_state)[Cell::kStates], T (&saved)[slots(Cell::kSaved)]) {
+  cell_until_out<Cell>(given, pre, state, new_state, saved);
+  if constexpr (Cell::kNorms == 2) new_state[0] = Cell::out(given, saved, new_state);
 }
 template <class Cell, class T, class... Arguments>
 FUSEDRNN_CELL void cell_backward(const Given<T, Cell::kUnit>& given, Arguments&... arguments) {

@@ -15,28 +15,34 @@ struct NormLstmCell : PlainCell {
   FUSEDRNN_CELL static constexpr int x_pre(int gate) { return gate; }
   FUSEDRNN_CELL static constexpr int h_pre(int gate) { return kGates + gate; }
 
+  // tanh of the normalised c.
   template <class T>
-  FUSEDRNN_CELL static T out(const Given<T, kUnit>& given, const T& normed) {
+  FUSEDRNN_CELL static T squashed(const Given<T, kUnit>& given, const T& normed) {
     return tanh(given.unit[kGainOut] * normed + given.unit[kShiftOut]);
   }
 
   template <class T>
   FUSEDRNN_CELL static void forward(const Given<T, kUnit>& given, const T (&pre)[kPre], const T (&state)[2], T (&new_state)[2],
                                     T (&saved)[kSaved]) {
-    T gates[kGates], values[kGates];
+    T gates[kGates], values[kGates], made[2];
     for (int g = 0; g < kGates; ++g) {
       saved[kGates + g] = pre[h_pre(g)];
       gates[g] = pre[g] + given.unit[g] * given.products.of(pre[h_pre(g)]);
     }
-    LstmCell::forward(gates, state, new_state, values);
+    LstmCell::forward(gates, state, made, values);
     for (int g = 0; g < kGates; ++g) saved[g] = values[g];
-    new_state[0] = values[LstmCell::O] * out(given, given.inner.of(new_state[1]));
+    new_state[1] = made[1];
+  }
+
+  template <class T>
+  FUSEDRNN_CELL static T out(const Given<T, kUnit>& given, const T (&saved)[kSaved], const T (&new_state)[2]) {
+    return saved[LstmCell::O] * squashed(given, given.inner.of(new_state[1]));
   }
 
   template <class T>
   FUSEDRNN_CELL static T out_backward(const Given<T, kUnit>& given, const T (&saved)[kSaved], const T (&new_state)[2],
                                       const T (&grad_new_state)[2]) {
-    const T y = out(given, given.inner.of(new_state[1]));
+    const T y = squashed(given, given.inner.of(new_state[1]));
     return grad_new_state[0] * saved[LstmCell::O] * (T(1) - y * y) * given.unit[kGainOut];
   }
 
@@ -44,7 +50,7 @@ struct NormLstmCell : PlainCell {
   FUSEDRNN_CELL static void backward(const Given<T, kUnit>& given, const T (&saved)[kSaved], const T (&state)[2],
                                      const T (&new_state)[2], const T (&grad_new_state)[2], T (&grad_pre)[kPre + kUnit],
                                      T (&grad_state)[2]) {
-    const T normed = given.inner.of(new_state[1]), y = out(given, normed), &o = saved[LstmCell::O];
+    const T normed = given.inner.of(new_state[1]), y = squashed(given, normed), &o = saved[LstmCell::O];
     const T values[kGates] = {saved[0], saved[1], saved[2], saved[3]}, of_c[2] = {T(0), grad_new_state[1]};
     T gates[kGates];
     LstmCell::backward(values, state, new_state, of_c, gates, grad_state);

@@ -133,8 +133,9 @@ struct BackwardPass {
         const int64_t visited = count > before ? count : before;
         const int64_t row_stride = rows.slices;
         const bool needs_product = Cell::kMultiplies && (s < T || p.grad_hx || p.grad_reset_hx);
-        for_groups(columns, visited, [&](const Range& group) {
-          visit(needs_product ? recurrent : Weights{}, group, pass.depth, dpre, row_stride * pass.pre_row, pass.pre_row, before, count,
+        const bool back = s & 1;
+        for_groups(columns, visited, back, [&](const Range& group) {
+          visit(needs_product ? recurrent : Weights{}, group, back, pass.depth, dpre, row_stride * pass.pre_row, pass.pre_row, before, count,
                 visited, [&](int64_t r, int64_t u, int n, auto sum) __attribute__((always_inline)) {
                   if constexpr (can_project<Cell>)
                     if (pass.projected) return arrive(t, r, u, n, sum);
@@ -147,8 +148,8 @@ struct BackwardPass {
           if (pass.projected || Cell::kLate) {
             barrier.wait(member);  // for the gradient of the whole projected state, or of all late gates
             const F* gradients = Cell::kLate ? pass.dlate : pass.dtotal;
-            for_groups(blocks, count, [&](const Range& group) {
-              visit(second, group, units, gradients, row_stride * pass.h_row, pass.h_row, count, count, count,
+            for_groups(blocks, count, back, [&](const Range& group) {
+              visit(second, group, back, units, gradients, row_stride * pass.h_row, pass.h_row, count, count, count,
                     [&](int64_t r, int64_t u, int n, auto sum) __attribute__((always_inline)) {
                       if constexpr (Cell::kLate) cell(t, r, u, n, total<decltype(sum)>(r, u), dpre_new, &sum);
                       else cell(t, r, u, n, sum, dpre_new);
@@ -172,17 +173,18 @@ struct BackwardPass {
     // rows and zero behind: calls each(row, unit, lanes, sum) for the rows [0, staying), of one or two rows at a time, and leave_h
     // for the rest.
     template <class Each>
-    FUSEDRNN_INLINE void visit(const Weights& weights, const Range& group, int64_t end, const F* a, int64_t a_stride, int64_t a_row,
-                               int64_t multiplied, int64_t staying, int64_t visited, const Each& each) const {
+    FUSEDRNN_INLINE void visit(const Weights& weights, const Range& group, bool back, int64_t end, const F* a, int64_t a_stride,
+                               int64_t a_row, int64_t multiplied, int64_t staying, int64_t visited, const Each& each) const {
       for (int64_t begin = 0; begin < visited; begin += kSumRows) {
         const int64_t chunk = visited - begin < kSumRows ? visited - begin : kSumRows;
         const int64_t with = multiplied - begin < chunk ? multiplied - begin : chunk;
         const int64_t stay = staying - begin < chunk ? staying - begin : chunk;
         __builtin_memset(sums, 0, (group.end - group.begin) * chunk * kWidth * sizeof(F));
+        if (with > 0 && weights.w)
+          there_or_back(group, back, [&](int64_t block) __attribute__((always_inline)) {
+            weights.multiply(block, a + state_row(begin) * a_row, a_stride, with, sums + (block - group.begin) * chunk * kWidth);
+          });
         F* block_sums = sums;
-        for (int64_t block = group.begin; block < group.end && with > 0 && weights.w; ++block, block_sums += chunk * kWidth)
-          weights.multiply(block, a + state_row(begin) * a_row, a_stride, with, block_sums);
-        block_sums = sums;
         for (int64_t block = group.begin; block < group.end; ++block, block_sums += chunk * kWidth)
           for (int i = 0; i < kWidth; i += kLanes) {
             const int64_t u = block * kUnits + i;

@@ -20,9 +20,11 @@ struct ForwardPass {
   static constexpr int kWidest = Recurrent::kWidth > Second::kWidth ? Recurrent::kWidth : Second::kWidth;
   static constexpr bool kKeeps = Cell::kNorms || Cell::kLate;  // its sums wait for others, which are in other blocks
   static constexpr int kInner = Cell::kStates - 1;  // states that stay with their unit
-  // A call of one step, or with so few rows of states altogether, takes dot products on the weights where they are: packing
-  // costs about as much as a few steps at batch 1.
-  static constexpr int64_t kFewRows = 24;
+  static constexpr int kMade = 1 + Cell::kSaved;    // numbers of a unit that wait for the norm of its state 1: that, and what is saved
+  // A call with so few rows of states altogether takes dot products on the weights where they are: packing costs about as much as a
+  // few steps at batch 1. So does one of a single step, unless it has a row for each so many bytes of weights. Measured, of an LSTM:
+  // panels are 1.2 to 2 times as fast from 16 rows on where H is up to 256, as fast from 48 on at 512, from 128 on at 1024.
+  static constexpr int64_t kFewRows = 24, kLeastOfAStep = 16, kBytesOfARow = 64 << 10;
 
   const ForwardParams& p;
   const bool projected;
@@ -43,8 +45,11 @@ struct ForwardPass {
       : p(p), projected(can_project<Cell> && p.weight_hr[0]), units(p.units()), depth(p.depth()),
         h_row(padded_row<F>(depth, 2 * kLanes)), unit_row(padded_row<F>(units, 2 * kLanes)),
         kept_rows(kKeeps ? p.steps.B + p.threads : 0),
-        sums_size(Cell::kNorms && unit_row > kSumRows * kWidest ? unit_row : kSumRows * kWidest), crew(arena, p.threads) {
-    const bool packs = Cell::kMultiplies && p.steps.T > 1 && p.steps.row_count() > kFewRows;
+        sums_size(Cell::kNorms == 2 && kMade * unit_row > kSumRows * kWidest ? kMade * unit_row : kSumRows * kWidest),
+        crew(arena, p.threads) {
+    const int64_t rows = p.steps.row_count(), weight_bytes = Cell::kGates * units * depth * int64_t(sizeof(F));
+    const bool pays = p.steps.T > 1 ? rows > kFewRows : rows >= kLeastOfAStep && rows >= weight_bytes / kBytesOfARow;
+    const bool packs = Cell::kMultiplies && pays;
     for (int64_t d = 0; d < p.D; ++d) {
       recurrent[d] = {static_cast<const S*>(p.weight_hh[d]), units, depth, p.H, nullptr};
       second[d] = {static_cast<const S*>(p.weight_hr[d]), projected ? p.P : 0, p.H, p.P, nullptr};
@@ -150,7 +155,9 @@ struct ForwardPass {
         const int64_t staying = s + 1 < T ? rows.count(p.steps.rows(next)) : 0;
         const F* h = pass.h[s & 1];
         F* h_new = pass.h[(s + 1) & 1];
-        for_groups(blocks, count, [&](const Range& group) { step(group, t, count, s > 0 || p.hx || p.reset_hx, h, h_new); });
+        const bool back = s & 1;
+        for_groups(blocks, count, back,
+                   [&](const Range& group) { step(group, back, t, count, s > 0 || p.hx || p.reset_hx, h, h_new); });
         if constexpr (can_project<Cell> || Cell::kLate) {
           if (pass.projected || Cell::kLate) {
             barrier.wait(member);  // for what all units have left between the products
@@ -169,7 +176,7 @@ struct ForwardPass {
       }
     }
 
-    void step(const Range& group, int64_t t, int64_t count, bool multiplies, const F* h, F* h_new) const {
+    void step(const Range& group, bool back, int64_t t, int64_t count, bool multiplies, const F* h, F* h_new) const {
       constexpr int kWidth = Recurrent::kWidth;
       const int64_t h_stride = rows.slices * pass.h_row;
       for (int64_t begin = 0; begin < count; begin += kSumRows) {
@@ -177,14 +184,14 @@ struct ForwardPass {
         auto sums_of = [&](int64_t block) __attribute__((always_inline)) {
           return pass.kKeeps ? kept(block, begin) : sums + (block - group.begin) * chunk * kWidth;
         };
-        for (int64_t block = group.begin; block < group.end; ++block) {
+        there_or_back(group, back, [&](int64_t block) __attribute__((always_inline)) {
           const F* bias = biases + block * kWidth;
           F* block_sums = sums_of(block);
           for (int64_t m = 0; m < chunk; ++m)
             for (int i = 0; i < kWidth; i += kLanes) store(block_sums + m * kWidth + i, load(bias + i));
           if (Cell::kMultiplies && multiplies)
             recurrent.multiply(block, h + state_row(begin) * pass.h_row, h_stride, chunk, block_sums);
-        }
+        });
         for (int64_t block = group.begin; block < group.end && !Cell::kNorms; ++block)
           for (int v = 0; v < kUnitVectors; ++v) {
             const int64_t u = block * Recurrent::kUnits + v * kLanes;
@@ -255,18 +262,25 @@ struct ForwardPass {
           for (int g = 0; g < Cell::kGates; ++g)
             use(load(kept(u / Recurrent::kUnits, r) + g * Recurrent::kUnits + u % Recurrent::kUnits), lanes_left<F>(u, p.H));
       })};
-      auto cells = [&](F* new_inner) {
-        for (int64_t u = 0; u < p.H; u += kLanes)
-          cell<1>(t, r, u, lanes_left<F>(u, p.H), kept(u / Recurrent::kUnits, r) + u % Recurrent::kUnits, h, h_new, nullptr, norms,
-                  new_inner);
-      };
+      auto of_unit = [&](int64_t u) { return kept(u / Recurrent::kUnits, r) + u % Recurrent::kUnits; };
       if constexpr (Cell::kNorms == 2) {
-        cells(sums);
+        for (int64_t u = 0; u < p.H; u += kLanes) make(t, r, u, lanes_left<F>(u, p.H), of_unit(u), h, norms);
         norms[1] = norm_of<F>(p.H, [&](const auto& use) __attribute__((always_inline)) {
           for (int64_t u = 0; u < p.H; u += kLanes) use(load(sums + u), lanes_left<F>(u, p.H));
         });
       }
-      cells(nullptr);
+      for (int64_t u = 0; u < p.H; u += kLanes) cell<1>(t, r, u, lanes_left<F>(u, p.H), of_unit(u), h, h_new, nullptr, norms);
+    }
+
+    // What of a cell does not depend on the norm of its state 1; see kMade.
+    void make(int64_t t, int64_t r, int64_t u, int n, const F* gate_sums, const F* h, const Norm<F>* norms) const {
+      Rows<F, 1> pre[Cell::kPre], state[Cell::kStates], new_state[Cell::kStates], saved[slots(Cell::kSaved)];
+      read<1>(t, r, u, n, gate_sums, nullptr, h, pre, state);
+      auto given = this->given<1>(r, u, n);
+      set_norms(given, norms);
+      cell_until_out<Cell>(given, pre, state, new_state, saved);
+      store(sums + u, new_state[1].row[0]);
+      for (int k = 0; k < Cell::kSaved; ++k) store(sums + (1 + k) * pass.unit_row + u, saved[k].row[0]);
     }
 
     // What a late gate multiplies.
@@ -278,20 +292,24 @@ struct ForwardPass {
       for (int i = 0; i < kRows; ++i) store(pass.between + state_row(r + i) * pass.unit_row + u, made.row[i]);
     }
 
-    // The cell, all sums of which are there. Of a normalised row, norms are those of its products and of its state 1; with new_inner,
-    // which is where that state then goes, the cell is not to leave anything else.
+    // The cell, all sums of which are there. Of a normalised row, norms are those of its products and of its state 1, with which `make`
+    // has begun.
     template <int kRows>
     FUSEDRNN_INLINE void cell(int64_t t, int64_t r, int64_t u, int n, const F* gate_sums, const F* h, F* h_new,
-                              const F* late_sums = nullptr, const Norm<F>* norms = nullptr, F* new_inner = nullptr) const {
+                              const F* late_sums = nullptr, const Norm<F>* norms = nullptr) const {
       using Value = Rows<F, kRows>;
       Value pre[Cell::kPre], state[Cell::kStates], new_state[Cell::kStates], saved[slots(Cell::kSaved)];
-      read<kRows>(t, r, u, n, gate_sums, late_sums, h, pre, state);
+      if (Cell::kNorms < 2 || p.zoneout) read<kRows>(t, r, u, n, gate_sums, late_sums, h, pre, state);
       auto given = this->given<kRows>(r, u, n);
       if constexpr (Cell::kNorms > 0) set_norms(given, norms);
+      if constexpr (Cell::kNorms == 2) {
+        new_state[1].row[0] = load(sums + u);
+        for (int k = 0; k < Cell::kSaved; ++k) saved[k].row[0] = load(sums + (1 + k) * pass.unit_row + u);
+        new_state[0] = Cell::out(given, saved, new_state);
+      } else {
+        cell_forward<Cell>(given, pre, state, new_state, saved);
+      }
 
-      cell_forward<Cell>(given, pre, state, new_state, saved);
-      if constexpr (Cell::kNorms == 2)
-        if (new_inner) return store(new_inner + u, new_state[1].row[0]);
       if (p.zoneout) keep(t, r, u, n, state, new_state);
 
 #pragma GCC unroll 2

@@ -464,13 +464,13 @@ struct FrozenPass {
         for (int64_t b = 0; b < p.B; ++b)
           s > 0 ? take_state(b, Dtype::kFloat32, h, row_of(b), layout.P)
                 : take_state(b, p.dtype, p.hx, (state * p.B + b) * layout.P, layout.P);
-        for (int64_t block = blocks.begin; block < blocks.end; ++block) {
+        there_or_back(blocks, s & 1, [&](int64_t block) {
           const char* at = block_at(block);
           const float* scales = reinterpret_cast<const float*>(at + layout.hh_scales());
           frozen_multiply<Lines, Cell::kGates>({own.h, pass.h_row, own.h_scales, at + layout.hh(layer), scales,
                                                 layout.groups(layout.P), sums_at(block, of_chunk * p.B), kSumRow,
                                                 kHSlots.at}, p.B);
-        }
+        });
       }
       for (int64_t block = blocks.begin; block < blocks.end; ++block)
         for (int64_t b = 0; b < p.B; ++b) cells(s, block, b, sums_at(block, of_chunk * p.B + b), h, h_new);

@@ -52,6 +52,14 @@ FUSEDRNN_INLINE Range share(int64_t count, int64_t parts, int64_t part) {
   return {count * part / parts, count * (part + 1) / parts};
 }
 
+// Calls fn(i) for all of a range, or `back` from its end. The steps go there and back through the weights by turns: of weights that are
+// larger than a cache, what one step has read last is still there, and is what the next one reads first.
+template <class Fn>
+FUSEDRNN_INLINE void there_or_back(const Range& range, bool back, const Fn& fn) {
+  const int64_t count = range.end - range.begin;
+  for (int64_t i = 0; i < count; ++i) fn(back ? range.end - 1 - i : range.begin + i);
+}
+
 // How a call is divided. `members` threads a team, `slices` teams a strand.
 struct Division {
   int strands, slices, members;

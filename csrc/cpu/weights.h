@@ -162,10 +162,12 @@ constexpr int64_t kSumRows = 48;  // rows of the batch per visit to a block: the
 // visit(Range) over blocks in groups, whose products are taken before the first of their cells: of few rows, the cells of one block
 // are too few to keep a processor busy while it waits for the last sums, and for the chain of operations of one cell.
 template <class Visit>
-FUSEDRNN_INLINE void for_groups(const Range& blocks, int64_t rows, const Visit& visit) {
-  const int64_t group = rows > 0 && rows < kSumRows ? kSumRows / rows : 1;
-  for (int64_t first = blocks.begin; first < blocks.end; first += group)
-    visit(Range{first, first + group < blocks.end ? first + group : blocks.end});
+FUSEDRNN_INLINE void for_groups(const Range& blocks, int64_t rows, bool back, const Visit& visit) {
+  const int64_t size = rows > 0 && rows < kSumRows ? kSumRows / rows : 1, count = blocks.end - blocks.begin;
+  there_or_back({0, blocks_of(count, size)}, back, [&](int64_t i) __attribute__((always_inline)) {
+    const int64_t first = blocks.begin + i * size;
+    visit(Range{first, first + size < blocks.end ? first + size : blocks.end});
+  });
 }
 
 // What is common to the passes: the threads of a call and where they meet. Pass is one of ForwardPass, BackwardPass; it

@@ -224,7 +224,7 @@ struct ForwardRow : ForwardCell<Cell, A> {
   using Base::p, Base::m, Base::kGates;
 
   FUSEDRNN_DEVICE void finish_row(int d, const Now& now, int b, RowSums<Sum>& sums) const {
-    Given<Sum, Cell::kUnit> norms;
+    Given<Sum, Cell::kUnit> norms{};
     norms.products = norm_of(sums, int(p.H), kGates, [&](int u, int g) { return m.kept[this->kept_at(d, b, g, u)]; });
     // Calls fn(sums, inputs, what the cell is given) for a unit.
     auto with_unit = [&](int u, const auto& fn) {
@@ -238,12 +238,11 @@ struct ForwardRow : ForwardCell<Cell, A> {
       fn(sum, in, given);
     };
     if constexpr (Cell::kNorms == 2) {
-      norms.inner = {Sum(0), Sum(1)};  // state 1 does not depend on it
       for_own_units(int(p.H), [&](int u) {
         with_unit(u, [&](const Sum(&sum)[kGates], const Inputs& in, const Given<Sum, Cell::kUnit>& given) {
           Sum pre[Cell::kPre] = {}, new_state[Cell::kStates], saved[slots(Cell::kSaved)];
           this->add_up(sum, in, pre);
-          cell_forward<Cell>(given, pre, in.state, new_state, saved);
+          cell_until_out<Cell>(given, pre, in.state, new_state, saved);
           m.kept[this->kept_at(d, b, kGates, u)] = new_state[1];
         });
       });
