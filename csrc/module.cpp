@@ -78,14 +78,14 @@ py::dict cuda_plan(const std::string& cell, const std::string& dtype, int64_t T,
                   "dunprojected"_a = describe(plan.dunprojected));
 }
 
-// Which kernels each cell has.
-py::dict cuda_kernels() {
+// Which kernels each cell has in a format.
+py::dict cuda_kernels(const std::string& dtype) {
   py::dict kernels;
   fusedrnn::for_each_cell([&](int, auto cell) {
     const fusedrnn::CellKind kind = fusedrnn::kKindOf<decltype(cell)>;
     const fusedrnn::Regime first = kind.multiplies ? fusedrnn::Regime::kStep : fusedrnn::Regime::kAlone;
     const char* const* name = fusedrnn::kRegimeNames + int(first);
-    kernels[decltype(cell)::kName] = std::vector<std::string>(name, name + (kind.stays ? fusedrnn::kChosenRegimes : 1));
+    kernels[decltype(cell)::kName] = std::vector<std::string>(name, name + (stays(kind, dtype == "float64") ? fusedrnn::kChosenRegimes : 1));
   });
   return kernels;
 }
@@ -102,7 +102,7 @@ PYBIND11_MODULE(_C, m) {
         py::arg("D"), py::arg("N") = 1, py::arg("multiprocessors"), py::arg("shared_bytes"), py::arg("major") = 9,
         py::arg("tf32") = false, py::arg("kernel") = "",
         "{kernel: {blocks and threads of its grid, what they take of the sums}} of the kernels on such a GPU");
-  m.def("cuda_kernels", &cuda_kernels, "{cell: [names of the kernels that run its steps on a GPU]}");
+  m.def("cuda_kernels", &cuda_kernels, py::arg("dtype") = "float32", "{cell: [names of the kernels that run its steps on a GPU]}");
   m.def("want_large_pages", [](uintptr_t data, int64_t bytes) { fusedrnn::want_large_pages(reinterpret_cast<void*>(data), bytes); },
         py::arg("data"), py::arg("bytes"), "ask for large pages under memory that nobody has written yet (csrc/pages.h)");
   m.def("cpu_isa", &cpu_isa, "the instruction set that a call would use now; RuntimeError if FUSEDRNN_CPU_ISA is wrong");

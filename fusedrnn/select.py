@@ -129,11 +129,12 @@ def reasons_against_kernels(device: torch.device, cell: str, dtype: torch.dtype,
         for "block", "cluster", "grid" and "step" the reason in words; None for the one that runs it. Before them, "alone" where
         that is the one.
     """
-    kernels = _C.cuda_kernels()[cell]
+    name = str(dtype).removeprefix("torch.")
+    kernels = _C.cuda_kernels(name)[cell]
     if kernels == ["alone"]:  # whatever FUSEDRNN_KERNEL asks for
         reason = "the cell has no recurrent product: its units do not need each other, and all steps go in one launch"
         return {"alone": None} | dict.fromkeys(FUSED_CUDA_KERNELS, reason)
-    wanted, found, name = cuda_kernel(), chip(device), str(dtype).removeprefix("torch.")
+    wanted, found = cuda_kernel(), chip(device)
 
     def planned(kernel: str) -> str:
         if found is None:
@@ -146,7 +147,8 @@ def reasons_against_kernels(device: torch.device, cell: str, dtype: torch.dtype,
         if kernel == chosen:
             reasons[kernel] = None
         elif kernel not in kernels:
-            reasons[kernel] = "it is compiled for torch's own cells only; this one takes a launch a step"
+            reasons[kernel] = ("in float64 it is compiled for torch's own cells only" if kernel in _C.cuda_kernels()[cell] else
+                               "a step of this cell is two kernels: all of its first sums must be there before the second begins")
         elif wanted not in ("", kernel):
             reasons[kernel] = f"FUSEDRNN_KERNEL={wanted} asks for another"
         elif sizes["P"] != sizes["H"]:

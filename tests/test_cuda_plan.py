@@ -180,12 +180,23 @@ def test_widths_that_a_cluster_holds(cell, dtype, tf32, B, D, forward, backward)
 
 @pytest.mark.parametrize("kernel", ["", *select.FUSED_CUDA_KERNELS])
 @pytest.mark.parametrize("cell", ["lstm_general", "lstm_coupled", "gru_general", "slstm", "lstm_norm", "gru_norm"])
-def test_a_cell_beyond_torchs_is_a_launch_a_step(cell, kernel):
-    plan = _C.cuda_plan(cell, "float32", T=9, B=64, H=64, P=64, D=1, multiprocessors=132, shared_bytes=227 << 10, kernel=kernel)
-    assert {product["regime"] for product in plan.values()} == {"step"} and _C.cuda_kernels()[cell] == ["step"]
-    of_torch = _C.cuda_plan({3: "gru", 4: "lstm"}[_C.cell_traits()[cell]["gates"]], "float32", T=9, B=64, H=64, P=64, D=1,
-                            multiprocessors=132, shared_bytes=227 << 10, kernel="step")  # fmt: skip
+def test_a_cell_beyond_torchs_is_planned_by_its_product(cell, kernel):
+    """Like torch's with as many gates; but one that waits for the sums of all units goes in steps."""
+    waits = cell.endswith("norm")
+    sizes = dict(T=9, B=64, H=64, P=64, D=1, multiprocessors=132, shared_bytes=227 << 10)
+    plan = _C.cuda_plan(cell, "float32", kernel=kernel, **sizes)
+    of_torch = _C.cuda_plan({3: "gru", 4: "lstm"}[_C.cell_traits()[cell]["gates"]], "float32", kernel="step" if waits else kernel, **sizes)
     assert plan == of_torch
+    assert _C.cuda_kernels()[cell] == (["step"] if waits else _C.cuda_kernels()["lstm"])
+    in_float64 = _C.cuda_plan(cell, "float64", kernel=kernel, **sizes)
+    assert {product["regime"] for product in in_float64.values()} == {"step"} and _C.cuda_kernels("float64")[cell] == ["step"]
+
+
+def test_a_warp_takes_fewer_rows_of_a_cell_of_many_states():
+    sizes = dict(T=9, B=4096, H=64, P=64, D=1, multiprocessors=132, shared_bytes=227 << 10)
+    for cell, tiles in (("lstm", 2), ("lstm_general", 2), ("slstm", 1)):
+        plan = _C.cuda_plan(cell, "bfloat16", **sizes)["dh"]
+        assert plan["regime"] == "block" and plan["tiles"] == tiles and plan["batch_tiles"] * plan["block_rows"] >= 4096
 
 
 @pytest.mark.parametrize("kernel", ["", *select.FUSED_CUDA_KERNELS])
@@ -219,11 +230,14 @@ def test_reasons_for_cells_beyond_torchs(wanted, monkeypatch):
     reasons = why_not("indrnn")
     assert list(reasons) == ["alone", *select.FUSED_CUDA_KERNELS] and reasons.pop("alone") is None
     assert all("its units do not need each other" in reason for reason in reasons.values())
-    for cell in ("lstm_general", "slstm", "lstm_norm", "gru_reset_before"):
+    for cell in ("gru_norm", "lstm_norm", "gru_reset_before"):
         reasons = why_not(cell)
         assert list(reasons) == list(select.FUSED_CUDA_KERNELS) and reasons.pop("step") is None
-        assert all("for torch's own cells only" in reason for reason in reasons.values())
-    assert why_not("lstm")[wanted or "block"] is None
+        assert all("a step of this cell is two kernels" in reason for reason in reasons.values())
+    for cell in ("lstm", "lstm_general", "gru_general", "slstm"):
+        assert why_not(cell)[wanted or "block"] is None
+    in_float64 = select.reasons_against_kernels(torch.device("cuda"), "slstm", torch.float64, **sizes)
+    assert in_float64.pop("step") is None and all("in float64" in reason for reason in in_float64.values())
 
 
 @pytest.mark.parametrize("cell, dtype, message", [("lstm", "int8", "dtype must be float32"), ("tree", "float32", "no cell 'tree'")])

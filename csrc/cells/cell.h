@@ -95,6 +95,10 @@ constexpr bool is_of_torch = Cell::kUnit == 0 && !Cell::kChooses && Cell::kMulti
 template <class Cell>
 constexpr bool may_have_heads = Cell::kMultiplies && Cell::kNorms == 0;
 
+// Whether a step is one product and what follows from it for each unit by itself, as kernels that go through all steps have it.
+template <class Cell>
+constexpr bool is_of_one_product = Cell::kMultiplies && Cell::kNorms == 0 && Cell::kLate == 0;
+
 // Whether its hidden state may be projected.
 template <class Cell>
 constexpr bool can_project = is_of_torch<Cell> && Cell::kStates == 2;

@@ -17,7 +17,7 @@ template <class Step>
 auto kernel_of_many_steps(const ProductPlan& plan) {
   if (plan.regime == Regime::kCluster) return kernel_of_tiles<Step, ByCluster>(plan.tiles);
   if (plan.regime == Regime::kGrid) return kernel_of_tiles<Step, ByGrid>(plan.tiles);
-  return plan.tiles == 1 ? block_kernel<Step, 1> : block_kernel<Step, most_block_tiles(sizeof(typename Step::Sum))>;
+  return plan.tiles == 1 ? block_kernel<Step, 1> : block_kernel<Step, most_block_tiles(sizeof(typename Step::Sum), Step::kInner + 1)>;
 }
 
 // As many grids as it takes to list the rows of all steps; one, if all steps have the same.

@@ -38,13 +38,17 @@ constexpr int kChosenRegimes = 4;  // the first so many may be asked for; the la
 
 // What a plan needs to know of a cell.
 struct CellKind {
-  int gates;
-  bool multiplies;  // else a step has no product
-  bool stays;       // whether there are kernels whose weights stay: those of other cells than torch's would take long to compile
-  int late;         // gates that a second product of a step sums
+  int gates, states;
+  bool multiplies;    // else a step has no product
+  bool one_product;   // is_of_one_product
+  bool of_torch;      // is_of_torch
+  int late;           // gates that a second product of a step sums
 };
 template <class Cell>
-constexpr CellKind kKindOf = {Cell::kGates, Cell::kMultiplies, is_of_torch<Cell>, Cell::kLate};
+constexpr CellKind kKindOf = {Cell::kGates, Cell::kStates, Cell::kMultiplies, is_of_one_product<Cell>, is_of_torch<Cell>, Cell::kLate};
+
+// Whether there are kernels whose weights stay; in float64 for torch's cells only, since all of them take long to compile.
+constexpr bool stays(const CellKind& cell, bool float64) { return cell.one_product && (cell.of_torch || !float64); }
 
 // Which regimes a call may use: the best of all that it can, or one, where it can, and else a grid a step.
 struct Regimes {
@@ -158,18 +162,18 @@ inline ProductPlan plan_grid_a_step(const Chip& chip, const LayerParams& p, cons
 }
 
 // Tiles of the batch to a warp of block.cuh, whose registers hold the inputs of the cell besides the sums. Not measured yet.
-constexpr int most_block_tiles(int sum_bytes) { return sum_bytes == 8 ? 1 : 2; }
+constexpr int most_block_tiles(int sum_bytes, int states) { return sum_bytes == 8 || states > 2 ? 1 : 2; }
 
 // The same product where a block keeps all weights for all steps: rows of the batch are spread over the multiprocessors, and a
 // block's warps take its tiles of units and of rows in turn. Regime kStep if the weights are too large, or the steps too few.
-inline ProductPlan plan_block(const Chip& chip, const LayerParams& p, const Product& product) {
+inline ProductPlan plan_block(const Chip& chip, const LayerParams& p, const Product& product, int states) {
   ProductPlan plan{};
   plan.shared_bytes = product.unit_tiles * product.tile_bytes;
   if (plan.shared_bytes > chip.shared_bytes || p.steps.T < kLeastSteps) return plan;
   plan.regime = Regime::kBlock;
   const int64_t blocks = std::max<int64_t>(1, chip.multiprocessors / p.strands());
   const int64_t block_tiles = std::max<int64_t>(1, ceil_div(product.batch_tiles, blocks));
-  plan.tiles = block_tiles == 1 ? 1 : most_block_tiles(product.sum_bytes);
+  plan.tiles = block_tiles == 1 ? 1 : most_block_tiles(product.sum_bytes, states);
   plan.groups = int(ceil_div(block_tiles, plan.tiles));
   plan.split = plan.slots = 1;
   plan.warps = int(std::min<int64_t>(kMostWarps, product.unit_tiles * plan.groups));
@@ -250,14 +254,14 @@ inline StepPlan plan_step(const Chip& chip, const LayerParams& p, const CellKind
   check_sizes(p);
   if (!cell.multiplies) return {plan_alone(p), {}, plan_alone(p), {}};
   const int gates = cell.gates - cell.late;
-  const bool one_kernel = cell.stays && !p.weight_hr[0];  // to a step
+  const bool one_kernel = stays(cell, p.dtype == Dtype::kFloat64) && !p.weight_hr[0];  // to a step
   auto plan = [&](int64_t units, int gates_of_sum, int64_t depth, bool may_stay) {
     const Product product(p, tf32, units, gates_of_sum, depth);
     ProductPlan found{};
     auto look = [&](bool allowed, auto planner) {
       if (allowed && may_stay && found.regime == Regime::kStep) found = planner(chip, p, product);
     };
-    look(regimes.block, plan_block);
+    look(regimes.block, [&](const auto&... of) { return plan_block(of..., cell.states); });
     look(regimes.cluster, plan_cluster);
     look(regimes.grid, plan_grid);
     if (found.regime == Regime::kStep) found = plan_grid_a_step(chip, p, product);

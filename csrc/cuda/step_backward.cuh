@@ -553,7 +553,7 @@ struct BackwardPass {
 
   void run_steps(BackwardCell<Cell, A>& cell, const Walk& walk, int steps) const {
     const int D = int(p.D);
-    if constexpr (is_of_torch<Cell>)
+    if constexpr (stays(kKindOf<Cell>, sizeof(Sum) == 8))
       if (plan.dh.regime != Regime::kStep) return launch_many_steps(Cell::kName, cell, walk, p.D, steps, m.done, queue);
     BackwardProjection<A> projection{};
     fill(projection, plan.dh, p.P);

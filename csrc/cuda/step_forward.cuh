@@ -396,7 +396,7 @@ struct ForwardPass {
   }
 
   void run_steps(ForwardCell<Cell, A>& cell, const Walk& walk) const {
-    if constexpr (is_of_torch<Cell>)
+    if constexpr (stays(kKindOf<Cell>, sizeof(Sum) == 8))
       if (plan.cell.regime != Regime::kStep) return launch_many_steps(Cell::kName, cell, walk, p.D, p.steps.T, m.done, queue);
     ForwardProjection<A> projection{p, m, {}, plan.projection, int(p.P), int(h_blocks)};
     for (int s = 0; s < p.steps.T; ++s) {

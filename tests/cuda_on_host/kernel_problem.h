@@ -103,7 +103,7 @@ inline std::vector<KernelCase> kernel_cases() {
       const bool projects = traits_of(cell).projects();
       for (int64_t D : {1, 2})
         for (bool packed : {false, true}) {
-          if (!kind_of(cell).stays) {
+          if (!kind_of(cell).of_torch) {
             add_some(cell, arithmetic, D, packed);
             continue;
           }
