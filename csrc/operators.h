@@ -14,6 +14,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <numeric>
 #include <optional>
 #include <string>
@@ -52,6 +53,12 @@ constexpr char kBackwardSchema[] =
     "bool need_grad_hx, bool need_grad_cx, bool need_grad_reset_hx, bool need_grad_reset_cx, bool need_grad_weight_ih, "
     "bool need_grad_weight_hh, bool need_grad_bias, bool need_grad_weight_hr, bool allow_tf32) -> "
     "(Tensor grad_pre, Tensor grad_hx, Tensor grad_cx, Tensor grad_reset_hx, Tensor grad_reset_cx, Tensor[] grad_weights)";
+// Several layers of one of torch's cells, each on the output of the one below, in one direction: what recurrence_forward gives for each,
+// in lists. gates_x are the first layer's; weight_ih (G*H, H) and bias_ih are of the others alone. hx and cx: (L, B, H).
+constexpr char kStackSchema[] =
+    "stack_forward(str cell, Tensor gates_x, Tensor[] weight_ih, Tensor[] weight_hh, Tensor[]? bias_ih, Tensor[]? bias_hh, Tensor? hx, "
+    "Tensor? cx, Tensor? batch_sizes, int save, bool allow_tf32) -> "
+    "(Tensor[] output, Tensor[] hy, Tensor[] cy, Tensor[] saved, Tensor[] states)";
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -401,6 +408,7 @@ struct Call {
 //   Engine(call, allow_tf32)
 //   forward(ForwardParams), backward(BackwardParams, needs)
 //   grad_weights(GradWeightsParams, needs, tensors): the gradients of the weights of all directions
+//   stack(StackParams), if it is to run stack_forward
 // Every pointer in what it is given is to memory of the call's device.
 
 // What is asked of recurrence_backward besides grad_pre.
@@ -459,6 +467,74 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> recurrence_forward(
     Engine(call, allow_tf32).forward(p);
   }
   return {output, hy, cy, saved, states};
+}
+
+template <class Engine>
+std::tuple<Tensors, Tensors, Tensors, Tensors, Tensors> stack_forward(
+    std::string cell, Tensor gates_x, Tensors weight_ih, Tensors weight_hh, MaybeTensors bias_ih, MaybeTensors bias_hh, MaybeTensor hx,
+    MaybeTensor cx, MaybeTensor batch_sizes, int64_t save, bool allow_tf32) {
+  constexpr char op[] = "fusedrnn::stack_forward";
+  const int64_t layers = int64_t(weight_hh.size());
+  STD_TORCH_CHECK(layers >= 2 && layers <= kMostStacked, op, ": weight_hh must hold from 2 to ", kMostStacked,
+                  " tensors, one a layer, got ", layers);
+  auto check_count = [&](const char* name, const Tensors& tensors, int64_t count) {
+    STD_TORCH_CHECK(int64_t(tensors.size()) == count, op, ": ", name, " must hold ", count, " tensors, got ", tensors.size());
+  };
+  check_count("weight_ih", weight_ih, layers - 1);
+  if (bias_ih) check_count("bias_ih", *bias_ih, layers - 1);
+  if (bias_hh) check_count("bias_hh", *bias_hh, layers);
+  STD_TORCH_CHECK(save >= 0 && save <= 2, op, ": save must be 0, 1 or 2, got ", save);
+  STD_TORCH_CHECK(!batch_sizes || gates_x.dim() == 2, op, ": batch_sizes are for packed sequences, with gates_x of (rows, features), got ",
+                  text(sizes_of(gates_x)));
+
+  std::deque<Call> calls;  // one for each layer
+  StackParams p{};
+  p.layers = layers;
+  MaybeTensor no_bias;
+  const MaybeTensor none;
+  std::tuple<Tensors, Tensors, Tensors, Tensors, Tensors> results;
+  auto& [outputs, hys, cys, saveds, all_states] = results;
+  for (int64_t k = 0; k < layers; ++k) {
+    Call& call = calls.emplace_back(op, cell, Tensors{weight_hh[size_t(k)]}, Tensors{});
+    bool stacks = false;
+    for_each_cell([&](int id, auto type) { stacks = stacks || (id == call.cell.id && is_of_torch<decltype(type)>); });
+    STD_TORCH_CHECK(stacks && call.cell.heads == 1, op, ": cell must be one of torch's, without heads, got '", cell, "'");
+    calls[0].check_kind("weight_hh", weight_hh[size_t(k)]);
+    calls[0].check_sizes("weight_hh", weight_hh[size_t(k)], calls[0].weight_hh_sizes());
+    call.set_steps("gates_x", gates_x, batch_sizes, hx, true);
+    const int64_t H = call.H, B = call.B, rows = call.cell.gates * H;
+    auto of_layer = [&](const char* name, const MaybeTensor& states) {
+      if (states) call.check_sizes(name, *states, {layers, B, H});
+      return states ? MaybeTensor(torch::stable::narrow(const_cast<Tensor&>(*states), 0, k, 1)) : none;
+    };
+    ForwardParams& of = p.of[k];
+    call.fill(of, {weight_hh[size_t(k)]}, {}, of_layer("hx", hx), of_layer("cx", cx), {none, none, none, none, none});
+    of.bias_hh[0] = bias_hh ? call.data("bias_hh", (*bias_hh)[size_t(k)], {rows}) : nullptr;
+    if (k == 0) {
+      const Call::Rows gates = call.rows_of("gates_x", gates_x, rows);
+      of.gates_x[0] = gates.data;
+      of.gates_x_step[0] = gates.step;
+      of.gates_x_row[0] = gates.row;
+      if (!bias_ih) no_bias = torch::stable::new_zeros(call.first, {rows});
+    } else {
+      p.weight_ih[k] = call.data("weight_ih", weight_ih[size_t(k - 1)], {rows, H});
+      of.gates_x[0] = bias_ih ? call.data("bias_ih", (*bias_ih)[size_t(k - 1)], {rows}) : no_bias->data_ptr();
+    }
+    auto result = [&](Tensors& list, bool wanted, const Sizes& sizes) {
+      list.push_back(allocate(call.first, wanted ? sizes : Sizes{0}));
+      return list.back().data_ptr();
+    };
+    const int64_t inner = call.cell.states - 1;
+    of.output = result(outputs, true, call.sequence_sizes({H}));
+    of.hy = result(hys, true, {1, B, H});
+    of.cy = result(cys, inner > 0, {1, B, H});
+    of.saved = result(saveds, save == 2, call.sequence_sizes({1, call.cell.saved, H}));
+    of.states = result(all_states, save > 0, call.sequence_sizes({1, inner, H}));
+    of.save = Save(save);
+  }
+  static_cast<LayerParams&>(p) = p.of[0];
+  if (calls[0].has_steps()) Engine(calls[0], allow_tf32).stack(p);
+  return results;
 }
 
 template <class Engine>

@@ -104,6 +104,14 @@ struct ForwardParams : LayerParams {
   void* states;
 };
 
+// Several layers in one call, each on the output of the one below: of one cell, one size and the same steps, in one direction.
+constexpr int kMostStacked = 8;  // what a kernel's argument has room for, and more than fit on any chip of today at a useful width
+struct StackParams : LayerParams {             // what they have in common
+  int64_t layers;
+  ForwardParams of[kMostStacked];              // gates_x: above the first layer bias_ih (G*H), with no way from step to step and row to row
+  const void* weight_ih[kMostStacked];         // (G*H, H), above the first layer
+};
+
 struct BackwardParams : LayerParams {
   const void* output;                        // as forward wrote them
   const void* saved;

@@ -16,7 +16,8 @@ from torch.compiler import is_compiling, is_exporting
 from torch.nn.functional import linear
 
 from . import onnx, reference, select
-from .layer import FIRST_TENSOR, FIRST_WEIGHT, GIVEN, backward, by_direction, forward, with_gaps
+from .layer import FIRST_TENSOR, FIRST_WEIGHT, GIVEN, backward, by_direction, forward, forward_stacked, with_gaps
+from .layer import allows_tf32
 from .layer import input_product as plain_product
 from .layer import sum_of_rows
 from .ops import SAVE_ALL, SAVE_NOTHING, SAVE_STATES, TRAITS
@@ -87,6 +88,56 @@ def layer(cell: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, weight
     return output, hy, cy if inner else None, states[..., :inner, :] if return_states and inner else None
 
 
+def layers_at_once(cell: str, input: Tensor, layers: list[list[Weights]], ragged: Tensor | None, batch_first: bool) -> int:
+    """How many of some layers, each on the output of the one below and with nothing in between, `stacked` takes in one launch.
+
+    Args:
+        cell, input, ragged, batch_first: as in `layer`.
+        layers: the weights of each.
+
+    Returns:
+        a number of the first of them; 1 where each goes by itself.
+    """
+    if input.device.type not in select.STACKING or is_compiling() or _are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return 1
+    packed = input.dim() == 2
+    if len(layers[0]) > 1 or layers[0][0][4] is not None or (ragged is not None and not packed):
+        return 1
+    if packed:
+        steps, batch = len(ragged), int(ragged[0])  # type: ignore[arg-type,index]
+    else:
+        steps, batch = input.shape[1::-1] if batch_first else input.shape[:2]
+    tf32 = input.dtype == torch.float32 and allows_tf32(input, ragged, batch_first)
+    return select.layers_at_once(input.device, cell, input.dtype, T=steps, B=batch, H=layers[0][0][1].shape[1], layers=len(layers), tf32=tf32)
+
+
+def stacked(cell: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, layers: list[list[Weights]],
+            ragged: Tensor | None, batch_first: bool) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+    """Run so many layers as `layers_at_once` found, in one launch. Backward goes layer after layer.
+
+    Args:
+        cell, input, ragged, batch_first: as in `layer`.
+        hx, cx: (L, B, H), or None for zeros.
+        layers: the weights of each.
+
+    Returns:
+        for each layer output, hy and cy, as `layer` gives them.
+    """
+    weights = [group for (group,) in layers]
+    needs_grad = _needs_grad([input, hx, cx, *(tensor for group in weights for tensor in group)])
+    with torch.no_grad():
+        made = forward_stacked(cell, ragged, batch_first, input, hx, cx, weights, SAVE_ALL if needs_grad else SAVE_NOTHING)
+    has_inner = TRAITS[cell]["states"] > 1
+    if not needs_grad:
+        return [(output, hy, cy if has_inner else None) for output, hy, cy, _, _ in made]
+    results, output = [], input
+    for k, group in enumerate(weights):
+        begin = [None if state is None else state[k : k + 1] for state in (hx, cx)]
+        output, hy, cy = _apply_made(cell, ragged, batch_first and k == 0, made[k], output, *begin, None, None, *group)
+        results.append((output, hy, cy))
+    return results
+
+
 def _saved_for_backward(cell, recompute):
     """What the operator saves; a cell that needs nothing but states has nothing to make again."""
     return SAVE_STATES if recompute and TRAITS[cell]["saved"] else SAVE_ALL
@@ -148,6 +199,39 @@ class Layer(torch.autograd.Function):
         return None, None, None, None, None, None, *_gradients(ctx, grads, ctx.needs_input_grad[6:])
 
 
+class MadeLayer(Layer):
+    """`Layer` where the results have been made, with those of other layers."""
+
+    @staticmethod
+    def forward(ctx, cell, ragged, batch_first, made, *tensors):  # type: ignore[override]
+        """Keep what backward needs.
+
+        Args:
+            ctx: autograd's.
+            cell, ragged, batch_first, tensors: as in `Layer.forward`.
+            made: all five results of the operator.
+
+        Returns:
+            output, hy and cy.
+        """
+        Layer.keep(ctx, cell, ragged, batch_first, NO_CARRY[:3], tensors, made)
+        output, hy, cy, _, _ = made
+        return output, hy, cy if TRAITS[cell]["states"] > 1 else None
+
+    @staticmethod
+    def backward(ctx, *grads):
+        """Compute the gradients of all arguments of forward.
+
+        Args:
+            ctx: as forward left it.
+            grads: of its results, None where there is none.
+
+        Returns:
+            a gradient for each argument, None where none is wanted.
+        """
+        return None, None, None, None, *_gradients(ctx, (*grads, None), ctx.needs_input_grad[4:])
+
+
 def _forward(cell, ragged, batch_first, masks, tensors, save):
     """`fusedrnn.layer.forward` of what `Layer.forward` takes."""
     input, hx, cx, *begun = tensors[:GIVEN]
@@ -184,6 +268,7 @@ def _gradients(ctx, grads, wanted):
 # Function.apply inspects the signature of forward at every call, which takes longer than a small layer does, for the sake of
 # default arguments and of transforms. Neither is present where this is called.
 _apply = super(torch.autograd.Function, Layer).apply
+_apply_made = super(torch.autograd.Function, MadeLayer).apply
 
 
 # torch.compile forgets, of an autograd.Function, to notice that what it saved was edited in place; of an operator it does not.

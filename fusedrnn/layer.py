@@ -16,7 +16,7 @@ from torch.compiler import is_compiling
 from torch.nn.functional import linear
 
 from . import _C
-from .ops import SAVE_ALL, TRAITS, recurrence_backward, recurrence_forward
+from .ops import SAVE_ALL, TRAITS, recurrence_backward, recurrence_forward, stack_forward
 from .reference import heads_of, without_padding
 
 
@@ -42,6 +42,27 @@ def forward(cell, ragged, batch_first, carry, input, hx, cx, weights, save):
             weight_hr.append(w_hr)
     return recurrence_forward(cell, gates_x, weight_hh, bias_hh or None, weight_hr or None, hx, cx, ragged, *carry, save,
                               allows_tf32(input, ragged, batch_first))
+
+
+def forward_stacked(cell, ragged, batch_first, input, hx, cx, layers, save):
+    """Run several layers in one launch, each on the output of the one below.
+
+    Args:
+        cell, batch_first, input, save: as in `forward`.
+        ragged: batch_sizes, if the input is packed.
+        hx, cx: (L, B, H), or None for zeros.
+        layers: the weights of each, in one direction.
+
+    Returns:
+        for each layer output, hy, cy, saved and states, as in `forward`.
+    """
+    (w_ih, _, b_ih, b_hh, _), *above = layers
+    biased = b_hh is not None
+    results = stack_forward(
+        cell, _gates_of(input, w_ih, b_ih, 0, 1, batch_first), [weights[0] for weights in above], [weights[1] for weights in layers],
+        [weights[2] for weights in above] if biased else None, [weights[3] for weights in layers] if biased else None,
+        hx, cx, ragged, save, allows_tf32(input, ragged, batch_first))  # fmt: skip
+    return list(zip(*results))
 
 
 def _gates_of(input, w_ih, b_ih, direction, directions, batch_first):

@@ -224,7 +224,7 @@ def test_cuda_kernel_by_name(kind, fake_cuda, monkeypatch):
     monkeypatch.setenv("FUSEDRNN_KERNEL", "torch")
     assert runs(explain(module, input)) == f"torch.nn.{kind}" and "FUSEDRNN_KERNEL=torch" in explain(module, input)
     monkeypatch.setenv("FUSEDRNN_KERNEL", "persistent")
-    with pytest.raises(RuntimeError, match="FUSEDRNN_KERNEL must be one of block, cluster, grid, step, torch, got 'persistent'"):
+    with pytest.raises(RuntimeError, match="FUSEDRNN_KERNEL must be one of block, cluster, grid, step, stack, torch, got 'persistent'"):
         module(input)
 
 

@@ -2,6 +2,7 @@
 #pragma once
 #include "../cells/cells.h"
 #include "step_backward.cuh"
+#include "stack.cuh"
 #include "step_forward.cuh"
 
 namespace fusedrnn {
@@ -60,9 +61,16 @@ void run_cuda(const Params& p, const CudaContext& context, void* workspace) {
 
 template <class Cell>
 const CudaEngine& cuda_engine() {
-  static const CudaEngine engine = {cuda_workspace<Cell, ForwardPass, ForwardParams>, run_cuda<Cell, ForwardPass, ForwardParams>,
-                                    cuda_workspace<Cell, BackwardPass, CudaBackwardParams>,
-                                    run_cuda<Cell, BackwardPass, CudaBackwardParams>};
+  static const CudaEngine engine = [] {
+    CudaEngine made{cuda_workspace<Cell, ForwardPass, ForwardParams>, run_cuda<Cell, ForwardPass, ForwardParams>,
+                    cuda_workspace<Cell, BackwardPass, CudaBackwardParams>, run_cuda<Cell, BackwardPass, CudaBackwardParams>,
+                    nullptr, nullptr};
+    if constexpr (is_of_torch<Cell>) {
+      made.stack_workspace = cuda_workspace<Cell, StackPass, StackParams>;
+      made.stack = run_cuda<Cell, StackPass, StackParams>;
+    }
+    return made;
+  }();
   return engine;
 }
 

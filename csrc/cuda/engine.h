@@ -24,6 +24,8 @@ struct CudaEngine {
   void (*forward)(const ForwardParams&, const CudaContext&, void* workspace);
   int64_t (*backward_workspace)(const CudaBackwardParams&, const CudaContext&);
   void (*backward)(const CudaBackwardParams&, const CudaContext&, void* workspace);
+  int64_t (*stack_workspace)(const StackParams&, const CudaContext&);  // null, as the next, where the cell has no such kernel
+  void (*stack)(const StackParams&, const CudaContext&, void* workspace);
 };
 
 template <class Cell>

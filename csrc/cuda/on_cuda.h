@@ -28,6 +28,8 @@ class OnCuda {
 
   void forward(const ForwardParams& p) const { run(p, engine_->forward_workspace, engine_->forward); }
 
+  void stack(const StackParams& p) const { run(p, engine_->stack_workspace, engine_->stack); }
+
   void backward(const BackwardParams& params, const Needs& needs) {
     CudaBackwardParams p{};
     static_cast<BackwardParams&>(p) = params;
