@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(kMostWarps * kLanes, 1) stack_kernel(const __g
   Sums sums(plan, shared);
   copy_in(weights, stack.m.weight_hh[0] + (layer * tiles + place.unit_tile) * int64_t(tile_size), tile_size);
   if (layer > 0) copy_in(input_weights, stack.weight_ih + ((layer - 1) * tiles + place.unit_tile) * int64_t(tile_size), tile_size);
-  prims::block_sync();  // the weights are there
+  // They are there when the threads have met in a wait, as before every product.
 
   auto exchange_of = [&](int other) {
     const int blocks = int(plan.sharers);
