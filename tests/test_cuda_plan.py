@@ -178,6 +178,50 @@ def test_widths_that_a_cluster_holds(cell, dtype, tf32, B, D, forward, backward)
     assert _C.cuda_plan(cell, dtype, T=9, B=B, H=128, P=128, D=D, **chip | {"major": 8})["cell"]["regime"] == "step"
 
 
+@pytest.mark.parametrize("dtype, tf32", DTYPES)
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "gru"])
+def test_every_stack_fits_and_is_resident(cell, chip, dtype, tf32):
+    """All blocks of all layers are on the chip at once, one to a multiprocessor, with the weights of both products."""
+    multiprocessors, shared, major = CHIPS[chip]
+    traits = _C.cell_traits()[cell]
+    found = set()
+    for B, H, layers, T, wanted in itertools.product([1, 8, 33, 257], [1, 16, 100, 256, 512, 800], [1, 2, 3, 5, 16], [1, 9, 200], [False, True]):
+        where = dict(T=T, B=B, H=H, multiprocessors=multiprocessors, shared_bytes=shared, major=major, tf32=tf32)
+        count, plan = _C.cuda_stack(cell, dtype, layers=layers, wanted=wanted, **where)
+        alone = _C.cuda_plan(cell, dtype, P=H, D=1, **where)["cell"]["regime"]
+        context = (where, layers, wanted, count, plan)
+        assert 1 <= count <= min(layers, 8), context
+        found.add(count)
+        if count == 1:
+            continue
+        assert wanted or alone in ("grid", "cluster") and T >= 4 * count and plan["groups"] == 1, context
+        assert plan["regime"] == "grid" and plan["sharers"] == plan["unit_tiles"] == -(-H // 16), context
+        assert plan["blocks"] * count <= multiprocessors and plan["batch_tiles"] * plan["block_rows"] >= B, context
+        memory = Memory(plan, traits["gates"], dtype, tf32)
+        sums = plan["slots"] * plan["groups"] * memory.sums_of_a_warp // traits["gates"] * traits["pre"]
+        assert plan["shared_bytes"] == 2 * memory.tile + sums <= shared, context
+    assert found == {1} if multiprocessors == 1 else len(found) > 1
+
+
+@pytest.mark.parametrize("cell, dtype, T, B, H, layers, count", [
+    ("lstm", "float16", 1024, 16, 512, 4, 4), ("lstm", "float16", 1024, 16, 768, 4, 2), ("lstm", "float16", 1024, 16, 1024, 4, 1),
+    ("lstm", "float16", 1024, 16, 512, 6, 4), ("lstm", "float16", 1024, 32, 512, 4, 4), ("lstm", "float16", 1024, 33, 512, 4, 2),
+    ("lstm", "float16", 11, 16, 512, 4, 2), ("lstm", "float16", 7, 16, 512, 4, 1), ("gru", "bfloat16", 500, 32, 1024, 3, 2),
+    ("gru", "bfloat16", 500, 32, 256, 12, 8), ("lstm", "float16", 1024, 16, 128, 4, 1), ("lstm", "float32", 500, 16, 384, 3, 3),
+    ("lstm", "float64", 500, 16, 384, 3, 1),
+])  # fmt: skip
+def test_how_many_layers_an_h100_takes_at_once(cell, dtype, T, B, H, layers, count):
+    """By multiprocessors, by bytes, by rows or by steps, whichever ends first; none where a block holds weight_hh."""
+    assert _C.cuda_stack(cell, dtype, T=T, B=B, H=H, layers=layers, multiprocessors=132, shared_bytes=227 << 10)[0] == count
+
+
+@pytest.mark.parametrize("cell", ["lstm_general", "gru_reset_before", "indrnn", "slstm", "lstm_norm"])
+def test_no_stack_of_cells_beyond_torchs(cell):
+    sizes = dict(T=100, B=4, H=64, layers=3, multiprocessors=132, shared_bytes=227 << 10)
+    assert [_C.cuda_stack(cell, "float32", wanted=wanted, **sizes)[0] for wanted in (False, True)] == [1, 1]
+
+
 @pytest.mark.parametrize("kernel", ["", *select.FUSED_CUDA_KERNELS])
 @pytest.mark.parametrize("cell", ["lstm_general", "lstm_coupled", "gru_general", "slstm", "lstm_norm", "gru_norm"])
 def test_a_cell_beyond_torchs_is_a_launch_a_step(cell, kernel):
