@@ -203,7 +203,7 @@ class MadeLayer(Layer):
     """`Layer` where the results have been made, with those of other layers."""
 
     @staticmethod
-    def forward(ctx, cell, ragged, batch_first, made, *tensors):  # type: ignore[override]
+    def forward(ctx, cell, ragged, batch_first, made, *tensors):
         """Keep what backward needs.
 
         Args:

@@ -146,8 +146,8 @@ def stack(cell: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, params
         count = autograd.layers_at_once(cell, output, layers[k:], ragged, batch_first and k == 0) if may_stack else 1
         if count > 1:
             first = k + count
-            begin = [None if state is None else state[k:first] for state in (hx, cx)]
-            for output, hy, cy in autograd.stacked(cell, output, *begin, layers[k:first], ragged, batch_first and k == 0):
+            h0, c0 = (None if state is None else state[k:first] for state in (hx, cx))
+            for output, hy, cy in autograd.stacked(cell, output, h0, c0, layers[k:first], ragged, batch_first and k == 0):
                 hys.append(hy)
                 cys.append(cy)
             continue
