@@ -127,6 +127,13 @@ struct BackwardParams : LayerParams {
   void* grad_proj;                           // (rows, D, P): gradient of the projected state, all its uses; null: no projection
 };
 
+// The same of a StackParams, from the highest layer down: of[0] is that, and each other one the layer below the one before it.
+struct StackBackwardParams : LayerParams {
+  int64_t layers;
+  BackwardParams of[kMostStacked];             // grad_output: of the highest alone
+  const void* weight_ih[kMostStacked];         // (G*H, H) of the layer above of[k], from k = 1 on
+};
+
 // What follows from these gradients for the weights. A result that is not wanted is null, in both directions.
 struct GradWeightsParams : LayerParams {
   const void* input;                         // (T, B, I), last dimension dense

@@ -16,7 +16,7 @@ from torch.compiler import is_compiling, is_exporting
 from torch.nn.functional import linear
 
 from . import onnx, reference, select
-from .layer import FIRST_TENSOR, FIRST_WEIGHT, GIVEN, backward, by_direction, forward, forward_stacked, with_gaps
+from .layer import FIRST_TENSOR, FIRST_WEIGHT, GIVEN, backward, backward_stacked, by_direction, forward, forward_stacked, with_gaps
 from .layer import allows_tf32
 from .layer import input_product as plain_product
 from .layer import sum_of_rows
@@ -113,7 +113,7 @@ def layers_at_once(cell: str, input: Tensor, layers: list[list[Weights]], ragged
 
 def stacked(cell: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, layers: list[list[Weights]],
             ragged: Tensor | None, batch_first: bool) -> list[tuple[Tensor, Tensor, Tensor | None]]:
-    """Run so many layers as `layers_at_once` found, in one launch. Backward goes layer after layer.
+    """Run so many layers as `layers_at_once` found, in one launch, and backward in another.
 
     Args:
         cell, input, ragged, batch_first: as in `layer`.
@@ -130,12 +130,9 @@ def stacked(cell: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, laye
     has_inner = TRAITS[cell]["states"] > 1
     if not needs_grad:
         return [(output, hy, cy if has_inner else None) for output, hy, cy, _, _ in made]
-    results, output = [], input
-    for k, group in enumerate(weights):
-        begin = [None if state is None else state[k : k + 1] for state in (hx, cx)]
-        output, hy, cy = _apply_made(cell, ragged, batch_first and k == 0, made[k], output, *begin, None, None, *group)
-        results.append((output, hy, cy))
-    return results
+    *outputs, hy, cy = _apply_stacked(cell, ragged, batch_first, made, input, hx, cx, *(tensor for group in weights for tensor in group))
+    cys = [None] * len(outputs) if cy is None else cy.split(1)
+    return list(zip(outputs, hy.split(1), cys))
 
 
 def _saved_for_backward(cell, recompute):
@@ -199,8 +196,8 @@ class Layer(torch.autograd.Function):
         return None, None, None, None, None, None, *_gradients(ctx, grads, ctx.needs_input_grad[6:])
 
 
-class MadeLayer(Layer):
-    """`Layer` where the results have been made, with those of other layers."""
+class StackedLayers(torch.autograd.Function):
+    """Several layers, which have been run together."""
 
     @staticmethod
     def forward(ctx, cell, ragged, batch_first, made, *tensors):
@@ -208,15 +205,18 @@ class MadeLayer(Layer):
 
         Args:
             ctx: autograd's.
-            cell, ragged, batch_first, tensors: as in `Layer.forward`.
-            made: all five results of the operator.
+            cell, ragged, batch_first: as in `layer`.
+            made: for each layer all five results of the operator.
+            tensors: input, hx and cx (L, B, H), and the weights of all layers, one after the other.
 
         Returns:
-            output, hy and cy.
+            the outputs of all layers, hy, and cy, None for cells without one.
         """
-        Layer.keep(ctx, cell, ragged, batch_first, NO_CARRY[:3], tensors, made)
-        output, hy, cy, _, _ = made
-        return output, hy, cy if TRAITS[cell]["states"] > 1 else None
+        outputs, hys, cys, saved, states = zip(*made)
+        ctx.cell, ctx.batch_first, ctx.layers = cell, batch_first, len(made)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(ragged, *outputs, *saved, *states, *tensors)
+        return *outputs, torch.cat(hys), torch.cat(cys) if TRAITS[cell]["states"] > 1 else None
 
     @staticmethod
     def backward(ctx, *grads):
@@ -229,7 +229,45 @@ class MadeLayer(Layer):
         Returns:
             a gradient for each argument, None where none is wanted.
         """
-        return None, None, None, None, *_gradients(ctx, (*grads, None), ctx.needs_input_grad[4:])
+        cell, batch_first, layers, wanted = ctx.cell, ctx.batch_first, ctx.layers, ctx.needs_input_grad[4:]
+        if all(grad is None for grad in grads):
+            return (None,) * (4 + len(wanted))
+        ragged, *everything = ctx.saved_tensors
+        outputs, saved, states = (everything[i * layers : (i + 1) * layers] for i in range(3))
+        input, hx, cx, *weights = everything[3 * layers :]
+        *grad_outputs, grad_hy, grad_cy = grads
+        alone = all(grad is None for grad in grad_outputs[:-1])  # nobody else took what is between two layers
+        if alone and not (_are_transformed(grads) or torch.is_grad_enabled() or _are_functorch_transforms_active()):
+            ctx.maybe_clear_saved_tensors()
+            del everything
+            last = (grad_outputs[-1], grad_hy, grad_cy if TRAITS[cell]["states"] > 1 else None)
+            return None, None, None, None, *backward_stacked(cell, ragged, batch_first, outputs, saved, states, input, hx, cx,
+                                                             by_direction(weights), last, wanted)  # fmt: skip
+        return None, None, None, None, *_gradients_by_layer(ctx, ragged, outputs, saved, states, input, hx, cx, weights, grads, wanted)
+
+
+def _gradients_by_layer(ctx, ragged, outputs, saved, states, input, hx, cx, weights, grads, wanted):
+    """The gradients of `StackedLayers`, layer after layer."""
+    *grad_outputs, grad_hy, grad_cy = grads
+    grad_states, grad_weights, grad_input = [], [], None
+    for k in reversed(range(ctx.layers)):
+        h0, c0, grad_h, grad_c = (None if state is None else state[k : k + 1] for state in (hx, cx, grad_hy, grad_cy))
+        fed = outputs[k - 1] if k else input
+        tensors = [fed, h0, c0, None, None, *weights[5 * k : 5 * k + 5]]
+        batch_first = ctx.batch_first and k == 0
+        kept = SimpleNamespace(cell=ctx.cell, batch_first=batch_first, maybe_clear_saved_tensors=lambda: None,
+                               saved_tensors=[ragged, None, None, None, outputs[k], saved[k], states[k], *tensors])  # fmt: skip
+        both = [grad for grad in (grad_outputs[k], grad_input) if grad is not None]
+        own = _of_results(ctx.cell, sum(both[1:], both[0]) if both else None, grad_h, grad_c)
+        want = [wanted[0] or k > 0, wanted[1], wanted[2], False, False, *wanted[3 + 5 * k : 8 + 5 * k]]
+        grad_input, *found = _gradients(kept, own, want)
+        grad_states.insert(0, found[:2])
+        grad_weights[:0] = found[4:]
+    whole = []
+    for parts, state in zip(zip(*grad_states), (hx, cx)):
+        there = any(part is not None for part in parts)
+        whole.append(torch.cat([torch.zeros_like(state[:1]) if part is None else part for part in parts]) if there else None)
+    return [grad_input, *whole, *grad_weights]
 
 
 def _forward(cell, ragged, batch_first, masks, tensors, save):
@@ -268,7 +306,7 @@ def _gradients(ctx, grads, wanted):
 # Function.apply inspects the signature of forward at every call, which takes longer than a small layer does, for the sake of
 # default arguments and of transforms. Neither is present where this is called.
 _apply = super(torch.autograd.Function, Layer).apply
-_apply_made = super(torch.autograd.Function, MadeLayer).apply
+_apply_stacked = super(torch.autograd.Function, StackedLayers).apply
 
 
 # torch.compile forgets, of an autograd.Function, to notice that what it saved was edited in place; of an operator it does not.

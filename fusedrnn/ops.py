@@ -47,6 +47,12 @@ recurrence_backward = torch.ops.fusedrnn.recurrence_backward.default
 #: gates_x is of the first layer; weight_ih and bias_ih are of the others; hx and cx (L, B, H).
 stack_forward = torch.ops.fusedrnn.stack_forward.default
 
+#: (cell, input, weight_ih, weight_hh, hx, cx, output, saved, states, batch_sizes, grad_output, grad_hy, grad_cy, need_grad_hx, need_grad_cx,
+#: need_grad_weight_ih, need_grad_weight_hh, need_grad_bias, allow_tf32)
+#: -> (grad_pre, grad_hx, grad_cx, grad_weights): its gradients, from output, saved and states of all layers, and the gradients of the last
+#: output and of all last states (L, B, H). grad_pre is the first layer's; grad_weights has five a layer, as recurrence_backward. CUDA only.
+stack_backward = torch.ops.fusedrnn.stack_backward.default
+
 #: (packed, input, hx, cx, cell, num_layers, bidirectional, hidden_size, proj_size, batch_first, one_step)
 #: -> (output, hy, cy): a stack of layers, or with one_step a cell, on weights that `fusedrnn.freeze` has packed. CPU only,
 #: without derivatives.
@@ -95,6 +101,28 @@ def _(cell, gates_x, weight_ih, weight_hh, bias_ih, bias_hh, hx, cx, batch_sizes
     return (
         each(True, *rows, hidden), each(True, 1, batch, hidden), each(inner, 1, batch, hidden),
         each(save == SAVE_ALL, *rows, 1, traits["saved"], hidden), each(save, *rows, 1, inner, hidden),
+    )
+
+
+@torch.library.register_fake("fusedrnn::stack_backward")
+def _(cell, input, weight_ih, weight_hh, hx, cx, output, saved, states, batch_sizes, grad_output, grad_hy, grad_cy, need_grad_hx,
+      need_grad_cx, need_grad_weight_ih, need_grad_weight_hh, need_grad_bias, allow_tf32):
+    traits, like, layers = TRAITS[cell], weight_hh[0], len(weight_hh)
+    gates, hidden = like.shape
+    batch = _batch_size(output[0], hx)
+    grad_weights = [
+        like.new_empty(*shape) if need else like.new_empty(0)
+        for k in range(layers)
+        for need, shape in (
+            (need_grad_weight_ih, (gates, hidden if k else 0 if input is None else input.shape[-1])), (need_grad_weight_hh, like.shape),
+            (need_grad_bias, (gates,)), (need_grad_bias, (gates,)), (False, ()),
+        )
+    ]  # fmt: skip
+    return (
+        like.new_empty(*output[0].shape[:-1], 1, traits["pre"], hidden),
+        like.new_empty(layers, batch, hidden) if need_grad_hx else like.new_empty(0),
+        like.new_empty(layers, batch, hidden) if need_grad_cx else like.new_empty(0),
+        grad_weights,
     )
 
 
@@ -148,6 +176,15 @@ def _(cell, gates_x, weight_hh, bias_hh, weight_hr, *args, out_shape=None, **kwa
 @register_flop_formula(torch.ops.fusedrnn.stack_forward)
 def _(cell, gates_x, weight_ih, weight_hh, *args, out_shape=None, **kwargs):
     return 2 * math.prod(gates_x[:-1]) * sum(math.prod(shape) for shape in [*weight_ih, *weight_hh])
+
+
+@register_flop_formula(torch.ops.fusedrnn.stack_backward)
+def _(cell, input, weight_ih, weight_hh, hx, cx, output, saved, states, batch_sizes, grad_output, grad_hy, grad_cy, need_grad_hx,
+      need_grad_cx, need_grad_weight_ih, need_grad_weight_hh, *args, out_shape=None, **kwargs):
+    rows, first = math.prod(output[0][:-1]), 0 if need_grad_hx or len(output[0]) == 2 else output[0][1]
+    fed, own = (sum(math.prod(shape) for shape in shapes) for shapes in (weight_ih, weight_hh))
+    inputs = (fed + weight_hh[0][0] * input[-1]) * rows if need_grad_weight_ih else 0
+    return 2 * (fed * rows + own * (rows * (1 + need_grad_weight_hh) - first) + inputs)
 
 
 @register_flop_formula(torch.ops.fusedrnn.recurrence_backward)

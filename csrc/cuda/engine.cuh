@@ -1,8 +1,8 @@
 // The body of each cuda/<cell>.cu: picks the passes for the formats of a call.
 #pragma once
 #include "../cells/cells.h"
+#include "stack_backward.cuh"
 #include "step_backward.cuh"
-#include "stack.cuh"
 #include "step_forward.cuh"
 
 namespace fusedrnn {
@@ -64,10 +64,12 @@ const CudaEngine& cuda_engine() {
   static const CudaEngine engine = [] {
     CudaEngine made{cuda_workspace<Cell, ForwardPass, ForwardParams>, run_cuda<Cell, ForwardPass, ForwardParams>,
                     cuda_workspace<Cell, BackwardPass, CudaBackwardParams>, run_cuda<Cell, BackwardPass, CudaBackwardParams>,
-                    nullptr, nullptr};
+                    nullptr, nullptr, nullptr, nullptr};
     if constexpr (is_of_torch<Cell>) {
       made.stack_workspace = cuda_workspace<Cell, StackPass, StackParams>;
       made.stack = run_cuda<Cell, StackPass, StackParams>;
+      made.stack_backward_workspace = cuda_workspace<Cell, StackBackwardPass, CudaStackBackwardParams>;
+      made.stack_backward = run_cuda<Cell, StackBackwardPass, CudaStackBackwardParams>;
     }
     return made;
   }();

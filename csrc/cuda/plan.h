@@ -275,15 +275,15 @@ inline StepPlan plan_step(const Chip& chip, const LayerParams& p, const CellKind
 }
 
 // Several layers in one grid, each of whose blocks has 16 units of one layer (stack.cuh): how the blocks of a layer divide its work,
-// on their part of the chip. They keep the weights of the input beside those of the hidden state, and sum for every pre-activation.
-// Regime kStep if they are too many or too large.
-inline ProductPlan plan_stacked(const Chip& chip, const LayerParams& p, const CellKind& cell, bool tf32, int64_t layers) {
+// on their part of the chip. They keep the weights of the input beside those of the hidden state, and sum for every pre-activation,
+// or backward for each of the two products. Regime kStep if they are too many or too large.
+inline ProductPlan plan_stacked(const Chip& chip, const LayerParams& p, const CellKind& cell, bool tf32, int64_t layers, bool backward) {
   check_sizes(p);
   ProductPlan plan{};
   if (!cell.stays || p.weight_hr[0] || p.strands() != 1 || layers < 1 || layers > kMostStacked) return plan;
-  Product product(p, tf32, p.H, cell.gates, p.H);
+  Product product(p, tf32, p.H, backward ? 1 : cell.gates, backward ? cell.gates * p.H : p.H);
   product.tile_bytes *= 2;
-  product.gates = cell.pre;
+  product.gates = backward ? 2 : cell.pre;
   const Chip part{int(chip.multiprocessors / layers), chip.shared_bytes, chip.major};
   if (!divide_shared(plan, part, p, product, product.unit_tiles, 0)) return {};
   plan.regime = Regime::kGrid;
@@ -307,8 +307,8 @@ inline int64_t plan_stack(const Chip& chip, const LayerParams& p, const CellKind
     most = std::min(most, p.steps.T / kStepsOfLayer);
   }
   for (int64_t n = most; n > 1; --n) {
-    const ProductPlan plan = plan_stacked(chip, p, cell, tf32, n);
-    if (plan.regime == Regime::kGrid && (wanted || plan.groups == 1)) return n;
+    const ProductPlan plan = plan_stacked(chip, p, cell, tf32, n, false), back = plan_stacked(chip, p, cell, tf32, n, true);
+    if (plan.regime == Regime::kGrid && back.regime == Regime::kGrid && (wanted || plan.groups == 1)) return n;
   }
   return 1;
 }

@@ -337,6 +337,7 @@ FUSEDRNN_DEVICE typename Step::Inputs fetch_all(const Step& step, int d, const t
 
 // For kernels whose next step reads the states from memory.
 struct PassNothing {
+  static constexpr bool kInput = false;
   template <class Places, class Elements>
   FUSEDRNN_DEVICE void operator()(const Places&, const Elements&) const {}
 };
@@ -354,7 +355,8 @@ struct PassNothing {
 //   fetch_constants(d, unit, inputs)   what it has of that at every step
 //   fetch(d, now, row, unit, inputs)   the rest
 //   finish(d, now, row, unit, sums, inputs, pass)   what becomes of them; pass(places, elements) with the numbers that the next step
-//                                multiplies, when they are written: arrays, of their places in states(d, next) and of themselves
+//                                multiplies, when they are written: arrays, of their places in states(d, next) and of themselves;
+//                                pass.input(place, element), if Pass::kInput, with those of the input's halves (stack_backward.cuh)
 //   states_of(d, turn)           either buffer of states, for cluster.cuh
 template <class Step, int kTiles>
 __global__ void __launch_bounds__(kMostWarps * kLanes, 1) step_kernel(const __grid_constant__ Step step) {

@@ -1,18 +1,21 @@
-// Several layers, one upon the other, forward through all steps in one grid. A block has 16 units of one layer for some rows of the
-// batch, and keeps their weights, those of the hidden state and those of the input, in shared memory for the whole sequence. A layer
-// does a step as soon as the layer below has done it: layers follow on one another through the sequence, a step or a few apart, and
-// nobody makes the product of the input for all rows beforehand but that of the first layer.
+// Several layers, one upon the other, through all steps in one grid; the forward pass, and the kernel of both (stack_backward.cuh).
+// A block has 16 units of one layer for some rows of the batch, and keeps their weights, those of the hidden state and those of the
+// input, in shared memory for the whole sequence. A layer does a step as soon as the one before it has done it, which is the layer below,
+// or backward the layer above: layers follow on one another through the sequence, a step or a few apart, and nobody makes the product
+// of the input for all rows beforehand but that of the first layer. Layers are counted as they follow on one another.
 //
-// The hidden states of a layer lie in a ring of kRing buffers: a step reads that of the step before and writes the next, and the layer
-// above reads what the step wrote. Blocks say by a word each what they have done (exchange.cuh), and before a step a block waits
+// The states of a layer lie in a ring of kRing buffers: a step reads that of the step before and writes the next, and the next layer
+// reads what the step wrote. Blocks say by a word each what they have done (exchange.cuh), and before a step a block waits
 //   for its own layer, which has done the step before,
-//   for the layer below, which has done this step,
-//   for the layer above, which has read what this step writes over.
+//   for the layer before it, which has done this step,
+//   for the next layer, which has read what this step writes over.
 // All blocks of all layers are on the chip at once, so that none waits for a block that is not there.
 #pragma once
 #include "step_forward.cuh"
 
 namespace fusedrnn {
+
+FUSEDRNN_ANYWHERE int place_in_ring(int layer, int s) { return layer * kRing + s % kRing; }
 
 // The first layer's step, and what the other layers have in the place of its tensors. In the workspace they lie one behind the other.
 template <class Cell, class A>
@@ -41,8 +44,8 @@ struct StackForward : ForwardCell<Cell, A> {
     void *output, *hy, *cy, *saved, *states;
   } of[kMostStacked];
   int layers;
-  Element* weight_ih;  // packed, of all layers but the first
-  Element* ring;       // (layers, kRing, packed states)
+  Element* input_weights;  // packed weight_ih, of all layers but the first
+  Element* ring;           // (layers, kRing, packed states)
 
   StackForward(const Base& first) : Base(first) {}
 
@@ -63,10 +66,22 @@ struct StackForward : ForwardCell<Cell, A> {
     return step;
   }
   // The hidden states of a layer before step s.
-  FUSEDRNN_DEVICE Element* hidden(int k, int s) const { return ring + (k * kRing + s % kRing) * m.h_size; }
+  FUSEDRNN_DEVICE Element* hidden(int k, int s) const { return ring + place_in_ring(k, s) * m.h_size; }
+  FUSEDRNN_DEVICE const Element* own_weights() const { return m.weight_hh[0]; }
+  // Lets a layer's step s, which is to be of turn 0, read and write its places in the ring.
+  FUSEDRNN_DEVICE void place_states(Base& step, int k, int s) const {
+    step.m.h[0] = hidden(k, s);
+    step.m.h[1] = hidden(k, s + 1);
+  }
+  FUSEDRNN_DEVICE const Element* own_states(const Base& step) const { return step.m.h[0]; }
+  // What a layer's step s left for the next layer's.
+  FUSEDRNN_DEVICE const Element* handed(int k, int s) const { return hidden(k, s + 1); }
+  FUSEDRNN_DEVICE PassNothing pass(int, int) const { return {}; }
 
   // The end of a unit's step on a layer: both[i] is what both products have added to pre-activation i.
-  static FUSEDRNN_DEVICE void finish(const Base& step, const Now& now, int b, int u, const Sum (&both)[kSums], const Inputs& in) {
+  template <class Pass>
+  static FUSEDRNN_DEVICE void finish(const Base& step, const Now& now, int b, int u, const Sum (&both)[kSums], const Inputs& in,
+                                     const Pass& pass) {
     Sum pre[Cell::kPre], sum[kGates];
 #pragma unroll
     for (int k = 0; k < Cell::kPre; ++k) pre[k] = both[k];
@@ -76,10 +91,11 @@ struct StackForward : ForwardCell<Cell, A> {
       pre[Cell::h_pre(g)] = Sum(0);
     }
     step.add_up(sum, in, pre);
-    step.finish_pre(0, now, b, u, pre, in, given_to<Cell, Sum, S>(step.p, step.state_at(0, b, u), in), PassNothing{});
+    step.finish_pre(0, now, b, u, pre, in, given_to<Cell, Sum, S>(step.p, step.state_at(0, b, u), in), pass);
   }
 };
 
+// A Step is that of the first layer, besides which it has what is used below.
 template <class Step, int kTiles>
 __global__ void __launch_bounds__(kMostWarps * kLanes, 1) stack_kernel(const __grid_constant__ ManySteps<Step> args) {
   using A = typename Step::Arithmetic;
@@ -96,8 +112,8 @@ __global__ void __launch_bounds__(kMostWarps * kLanes, 1) stack_kernel(const __g
   Element* weights = shared.template take<Element>(2 * tile_size);
   Element* input_weights = weights + tile_size;
   Sums sums(plan, shared);
-  copy_in(weights, stack.m.weight_hh[0] + (layer * tiles + place.unit_tile) * int64_t(tile_size), tile_size);
-  if (layer > 0) copy_in(input_weights, stack.weight_ih + ((layer - 1) * tiles + place.unit_tile) * int64_t(tile_size), tile_size);
+  copy_in(weights, stack.own_weights() + (layer * tiles + place.unit_tile) * int64_t(tile_size), tile_size);
+  if (layer > 0) copy_in(input_weights, stack.input_weights + ((layer - 1) * tiles + place.unit_tile) * int64_t(tile_size), tile_size);
   // They are there when the threads have met in a wait, as before every product.
 
   auto exchange_of = [&](int other) {
@@ -111,13 +127,14 @@ __global__ void __launch_bounds__(kMostWarps * kLanes, 1) stack_kernel(const __g
   auto row_of = [&](int i) { return place.first_row + int(unsigned(i) / kUnits); };
   typename Step::Inputs next;
   if (unit < stack.units) step.fetch_constants(0, unit, next);
+  const bool up = goes_up(0, Step::kBackward);
   const int T = int(stack.p.steps.T);
-  WalkPlace walk = walk_place(args.rows, T, 0, args.rows.begin, args.first[0], true);
-  for (int s = args.rows.begin; s < args.rows.end; ++s, go_on(walk, args.rows, T, 0, true)) {
+  WalkPlace walk = walk_place(args.rows, T, 0, args.rows.begin, args.first[0], up);
+  for (int s = args.rows.begin; s < args.rows.end; ++s, go_on(walk, args.rows, T, 0, up)) {
     typename Step::Now now = step_at(step.p, 0, walk);
     now.turn = 0;
-    step.m.h[0] = stack.hidden(layer, s);
-    step.m.h[1] = stack.hidden(layer, s + 1);
+    stack.place_states(step, layer, s);
+    const auto pass = stack.pass(layer, s);
     auto is_place = [&](int i) { return i < places && row_of(i) < step.visited(now) && unit < stack.units; };
     auto fetch = [&](int i) {
       if (is_place(i)) step.fetch(0, now, row_of(i), unit, next);
@@ -127,12 +144,12 @@ __global__ void __launch_bounds__(kMostWarps * kLanes, 1) stack_kernel(const __g
     typename Sums::Sums sum = {};
     if (layer > 0) {  // while the own layer may still be at its last step
       exchange_of(layer - 1).wait(s + 1);
-      if (place.first_row < step.visited(now))
-        sums.template add<typename Step::InputHalf>(sum, input_weights, stack.hidden(layer - 1, s + 1) + first_number);
+      if (place.first_row < now.count)
+        sums.template add<typename Step::InputHalf>(sum, input_weights, stack.handed(layer - 1, s) + first_number);
     }
     if (layer + 1 < stack.layers) exchange_of(layer + 1).wait_for_own(s + 1 - kRing);
     own.wait(s);
-    if (place.first_row < step.multiplied(now)) sums.template add<typename Step::HiddenHalf>(sum, weights, step.m.h[0] + first_number);
+    if (place.first_row < step.multiplied(now)) sums.template add<typename Step::HiddenHalf>(sum, weights, stack.own_states(step) + first_number);
     sums.share(sum);
     for (int i = threadIdx.x; i < places; i += threads) {
       const typename Step::Inputs inputs = next;
@@ -140,10 +157,27 @@ __global__ void __launch_bounds__(kMostWarps * kLanes, 1) stack_kernel(const __g
       if (!is_place(i)) continue;
       typename Step::Sum both[Step::kSums];
       sums.total(i, both);
-      Step::finish(step, now, row_of(i), unit, both, inputs);
+      Step::finish(step, now, row_of(i), unit, both, inputs, pass);
     }
     own.say(s + 1);
   }
+}
+
+template <class Step>
+void launch_stack(const char* name, const Step& step, const Walk& walk, int64_t steps, uint32_t* done, const Queue& queue) {
+  const ProductPlan& plan = step.plan;
+  Grid grid{plan.blocks(), step.layers, plan.threads(), plan.shared_bytes, false};
+  grid.all_at_once = true;
+  const auto kernel = plan.tiles == 1   ? stack_kernel<Step, 1>
+                      : plan.tiles == 2 ? stack_kernel<Step, 2>
+                                        : stack_kernel<Step, most_tiles(sizeof(typename Step::Sum))>;
+  launch_walk<Step>(name, kernel, grid, step, walk, steps, done, queue);
+}
+
+inline void refuse_stack(const LayerParams& p, int64_t layers, const ProductPlan& plan) {
+  if (plan.regime != Regime::kGrid)
+    throw std::invalid_argument("fusedrnn: a stack in one grid expected layers that the GPU holds at once, got " +
+                                std::to_string(layers) + " of " + std::to_string(p.H) + " units");
 }
 
 // As ForwardPass, for several layers.
@@ -161,11 +195,9 @@ struct StackPass {
 
   StackPass(const StackParams& p, const CudaContext& context, Arena& arena)
       : p(p), queue{context.stream, false, context.chip.shared_bytes, context.chip.multiprocessors},
-        plan(plan_stacked(context.chip, p, kKindOf<Cell>, context.tf32, p.layers)),
+        plan(plan_stacked(context.chip, p, kKindOf<Cell>, context.tf32, p.layers, false)),
         tiles_size(packed_weight_count<A>(plan, Cell::kGates)) {
-    if (plan.regime != Regime::kGrid)
-      throw std::invalid_argument("fusedrnn: a stack in one grid expected layers that the GPU holds at once, got " +
-                                  std::to_string(p.layers) + " of " + std::to_string(p.H) + " units");
+    refuse_stack(p, p.layers, plan);
     m.h_size = plan.padded_rows() * plan.depth_blocks * A::kDepth;
     m.weight_hh[0] = arena.take<Element>(p.layers * tiles_size);
     weight_ih = arena.take<Element>((p.layers - 1) * tiles_size);
@@ -180,7 +212,7 @@ struct StackPass {
     ForwardCell<Cell, A> cell{first, m, {}, plan, int(p.H), 0, true};
     Step step(cell);
     step.layers = int(p.layers);
-    step.weight_ih = weight_ih;
+    step.input_weights = weight_ih;
     step.ring = ring;
     for (int k = 0; k < step.layers; ++k) {
       const ForwardParams& of = p.of[k];
@@ -189,12 +221,7 @@ struct StackPass {
       if (k > 0) pack_weight(p.weight_ih[k], weight_ih + (k - 1) * tiles_size);
       enter(k);
     }
-    Grid grid{plan.blocks(), step.layers, plan.threads(), plan.shared_bytes, false};
-    grid.all_at_once = true;
-    const auto kernel = plan.tiles == 1   ? stack_kernel<Step, 1>
-                        : plan.tiles == 2 ? stack_kernel<Step, 2>
-                                          : stack_kernel<Step, most_tiles(sizeof(Sum))>;
-    launch_walk<Step>(Cell::kName, kernel, grid, step, Walk{p.steps, false}, p.steps.T, m.done, queue);
+    launch_stack(Cell::kName, step, Walk{p.steps, false}, p.steps.T, m.done, queue);
   }
 
   void pack_weight(const void* from, Element* to) const {

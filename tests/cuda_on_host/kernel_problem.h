@@ -214,7 +214,7 @@ class KernelProblem : public Problem {
 
   // Regime kStep if the chip has no room for so many layers.
   fusedrnn::ProductPlan stack_plan() const {
-    return plan_stacked(context_.chip, forward_params(engines), kind_of(c.cell), context_.tf32, int64_t(above_.size()) + 1);
+    return plan_stacked(context_.chip, forward_params(engines), kind_of(c.cell), context_.tf32, int64_t(above_.size()) + 1, false);
   }
 
   fusedrnn::StepPlan plan() const {
