@@ -249,7 +249,9 @@ class StackedLayers(torch.autograd.Function):
 def _gradients_by_layer(ctx, ragged, outputs, saved, states, input, hx, cx, weights, grads, wanted):
     """The gradients of `StackedLayers`, layer after layer."""
     *grad_outputs, grad_hy, grad_cy = grads
-    grad_states, grad_weights, grad_input = [], [], None
+    grad_states: list[list[Tensor | None]] = []
+    grad_weights: list[Tensor | None] = []
+    grad_input = None
     for k in reversed(range(ctx.layers)):
         h0, c0, grad_h, grad_c = (None if state is None else state[k : k + 1] for state in (hx, cx, grad_hy, grad_cy))
         fed = outputs[k - 1] if k else input

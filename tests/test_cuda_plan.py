@@ -188,19 +188,21 @@ def test_every_stack_fits_and_is_resident(cell, chip, dtype, tf32):
     found = set()
     for B, H, layers, T, wanted in itertools.product([1, 8, 33, 257], [1, 16, 100, 256, 512, 800], [1, 2, 3, 5, 16], [1, 9, 200], [False, True]):
         where = dict(T=T, B=B, H=H, multiprocessors=multiprocessors, shared_bytes=shared, major=major, tf32=tf32)
-        count, plan = _C.cuda_stack(cell, dtype, layers=layers, wanted=wanted, **where)
+        count, plan, back = _C.cuda_stack(cell, dtype, layers=layers, wanted=wanted, **where)
         alone = _C.cuda_plan(cell, dtype, P=H, D=1, **where)["cell"]["regime"]
-        context = (where, layers, wanted, count, plan)
+        context = (where, layers, wanted, count, plan, back)
         assert 1 <= count <= min(layers, 8), context
         found.add(count)
         if count == 1:
             continue
         assert wanted or alone in ("grid", "cluster") and T >= 4 * count and plan["groups"] == 1, context
-        assert plan["regime"] == "grid" and plan["sharers"] == plan["unit_tiles"] == -(-H // 16), context
-        assert plan["blocks"] * count <= multiprocessors and plan["batch_tiles"] * plan["block_rows"] >= B, context
-        memory = Memory(plan, traits["gates"], dtype, tf32)
-        sums = plan["slots"] * plan["groups"] * memory.sums_of_a_warp // traits["gates"] * traits["pre"]
-        assert plan["shared_bytes"] == 2 * memory.tile + sums <= shared, context
+        for each, gates, sums_of_unit in [(plan, traits["gates"], traits["pre"]), (back, 1, 2)]:
+            assert each["regime"] == "grid" and each["sharers"] == each["unit_tiles"] == -(-H // 16), context
+            assert each["blocks"] * count <= multiprocessors and each["batch_tiles"] * each["block_rows"] >= B, context
+            memory = Memory(each, gates, dtype, tf32)
+            sums = each["slots"] * each["groups"] * memory.sums_of_a_warp // gates * sums_of_unit
+            assert each["shared_bytes"] == 2 * memory.tile + sums <= shared, context
+        assert 0 <= back["depth_blocks"] * DEPTH[dtype, tf32] - traits["gates"] * H < DEPTH[dtype, tf32], context
     assert found == {1} if multiprocessors == 1 else len(found) > 1
 
 

@@ -24,19 +24,21 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 @pytest.fixture
 def stacks(request, monkeypatch):
-    """Tensors on the CPU go to the kernels of CUDA. stacks.calls has the number of layers of each launch of several."""
+    """Tensors on the CPU go to the kernels of CUDA. stacks.calls has the number of layers of each launch of several, and stacks.backward
+    that of each backward."""
     if not cuda_headers():
         pytest.skip("the headers of the CUDA toolkit are not here (CUDA_HOME, nvcc on PATH, /usr/local/cuda)")
     hosted = request.getfixturevalue("hosted_kernels")
     override = torch.library.Library("fusedrnn", "IMPL")
-    for name in ("recurrence_forward", "recurrence_backward", "stack_forward"):
+    for name in ("recurrence_forward", "recurrence_backward", "stack_forward", "stack_backward"):
         override.impl(name, getattr(hosted, name).default, "CPU", allow_override=True)
     monkeypatch.setattr("fusedrnn.layer.SKIPS_PADDING", ())
     monkeypatch.setattr(select, "STACKING", frozenset({"cpu"}))
     monkeypatch.setattr(select, "chip", lambda device: CHIP)
 
     class Stacks:
-        calls: list[int] = []
+        def __init__(self):
+            self.calls, self.backward = [], []
 
         def order(self, order, seed=0):
             hosted.configure(order, seed, CHIP["multiprocessors"], CHIP["major"], True, True, True)
@@ -45,9 +47,9 @@ def stacks(request, monkeypatch):
             monkeypatch.setenv("FUSEDRNN_KERNEL", "stack" if yes else "grid")
 
     found = Stacks()
-    found.calls = []
-    real = layer.stack_forward
-    monkeypatch.setattr(layer, "stack_forward", lambda *given: found.calls.append(len(given[3])) or real(*given))
+    forward, backward = layer.stack_forward, layer.stack_backward
+    monkeypatch.setattr(layer, "stack_forward", lambda *given: found.calls.append(len(given[3])) or forward(*given))
+    monkeypatch.setattr(layer, "stack_backward", lambda *given: found.backward.append(len(given[3])) or backward(*given))
     found.order(2)
     found.wanted()
     yield found
@@ -78,7 +80,7 @@ def test_as_accurate_as_torch(cell, dtype, layers, T, B, I, H, options, stacks):
         input = pack_padded_sequence(input, torch.randint(1, T + 1, (B,)), enforce_sorted=False)
     stacks.order(CASES.index((cell, dtype, layers, T, B, I, H, options | ({"packed": True} if packed else {}))) % 4)
     compare_modules(ours, stock, input)
-    assert stacks.calls and sum(stacks.calls) % layers == 0
+    assert stacks.calls and sum(stacks.calls) % layers == 0 and stacks.backward == stacks.calls[::-1]
     compare_modules(ours, stock, input, states_for(ours, B))
 
 
@@ -87,7 +89,7 @@ def test_more_layers_than_fit_are_several_launches(cell, stacks):
     """Of 33 units ten layers of three blocks each; of a kernel's argument eight."""
     ours, _ = make_pair(cell, 5, 33, 11)
     run_module(ours, torch.randn(4, 3, 5))
-    assert stacks.calls == [8, 3]
+    assert stacks.calls == [8, 3] and stacks.backward == [3, 8]
     stacks.calls.clear()
     ours, _ = make_pair(cell, 5, 90, 11, dtype=torch.bfloat16)  # of six blocks
     run_module(ours, torch.randn(4, 3, 5, dtype=torch.bfloat16))
@@ -188,8 +190,42 @@ def test_second_derivatives(cell, stacks):
     def run(input, *params):
         return functional.stack(cell, input, None, None, params, True, 2, 0.0, True, False, False, None)[0]
 
-    assert gradcheck(run, given) and stacks.calls
+    assert gradcheck(run, given) and stacks.calls and stacks.backward
     assert gradgradcheck(run, given)
+
+
+@cells
+def test_gradients_of_some_results(cell, stacks):
+    """Of the last states of all layers alone, of the output alone."""
+    ours, stock = make_pair(cell, 4, 17, 3)
+    for uses in (("hy",), ("output",), ("cy",)):
+        if cell == "lstm" or uses != ("cy",):
+            compare_modules(ours, stock, torch.randn(6, 3, 4), states_for(ours, 3), uses=uses)
+    assert stacks.backward == stacks.calls[: len(stacks.backward)]
+
+
+def test_many_gradients_at_once(stacks):
+    """is_grads_batched, which goes layer by layer in plain torch."""
+    ours, _ = make_pair("gru", 3, 5, 2, dtype=torch.float64)
+    input = torch.randn(4, 2, 3, dtype=torch.float64, requires_grad=True)
+    output, hy = ours(input)
+    grads = torch.randn(3, *output.shape, dtype=torch.float64)
+    (found,) = torch.autograd.grad(output, input, grads, retain_graph=True, is_grads_batched=True)
+    assert stacks.calls == [2] and not stacks.backward
+    for grad, each in zip(grads, found):
+        torch.testing.assert_close(torch.autograd.grad(output, input, grad, retain_graph=True)[0], each, rtol=1e-11, atol=1e-11)
+    assert stacks.backward == [2] * 3
+
+
+def test_a_graph_that_is_gone(stacks):
+    output, _ = fusedrnn.GRU(3, 5, 2)(torch.randn(4, 2, 3))
+    output.sum().backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        output.sum().backward()
+    output, _ = fusedrnn.GRU(3, 5, 2)(torch.randn(4, 2, 3))
+    output.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
 
 
 def test_transforms_and_compiled_graphs_go_layer_by_layer(stacks, nothing_compiled):
@@ -252,6 +288,44 @@ def test_layers_that_do_not_fit_are_refused(stacks):
 def test_a_cpu_refuses():
     with pytest.raises(RuntimeError, match="fusedrnn::stack_forward: weight_hh must be on a CUDA device, got one on the CPU"):
         ops.stack_forward(*operands().values())
+    given = operands()
+    outputs, saved, states = ([torch.zeros(4, 2, *shape) for _ in range(3)] for shape in ((5,), (1, 4, 5), (1, 0, 5)))
+    with pytest.raises(RuntimeError, match="fusedrnn::stack_backward: weight_hh must be on a CUDA device, got one on the CPU"):
+        ops.stack_backward("gru", None, given["weight_ih"], given["weight_hh"], None, None, outputs, saved, states, *[None] * 4,
+                           *[False] * 6)  # fmt: skip
+
+
+def backward_operands(cell="gru", **options):
+    given = operands(cell, **options)
+    output, hy, cy, saved, states = ops.stack_forward(*given.values())
+    inner = cell == "lstm"
+    return {
+        "cell": cell, "input": torch.randn(*output[0].shape[:-1], 7), "weight_ih": given["weight_ih"], "weight_hh": given["weight_hh"],
+        "hx": given["hx"], "cx": given["cx"], "output": list(output), "saved": list(saved), "states": list(states), "batch_sizes": None,
+        "grad_output": torch.ones_like(output[-1]), "grad_hy": torch.cat(list(hy)), "grad_cy": torch.cat(list(cy)) if inner else None,
+        "need_grad_hx": True, "need_grad_cx": inner, "need_grad_weight_ih": True, "need_grad_weight_hh": True, "need_grad_bias": True,
+        "allow_tf32": False,
+    }  # fmt: skip
+
+
+BACKWARD_ERRORS = [
+    (dict(output=[]), "output must hold a tensor for each layer, got 0"),
+    (dict(saved=[torch.zeros(4, 2, 1, 4, 5)]), "saved must hold 3 tensors, got 1"),
+    (dict(states=[torch.zeros(4, 2, 1, 0, 5)]), "states must hold 3 tensors, got 1"),
+    (dict(output=[torch.zeros(4, 2, 5)] * 2), "output must hold 3 tensors, got 2"),
+    (dict(weight_hh=[torch.zeros(15, 5)]), "weight_hh must hold from 2 to 8 tensors, one a layer, got 1"),
+    (dict(grad_output=torch.zeros(4, 2, 6)), r"grad_output must be \(4, 2, 5\), got \(4, 2, 6\)"),
+    (dict(grad_hy=torch.zeros(1, 2, 5)), r"grad_hy must be \(3, 2, 5\), got \(1, 2, 5\)"),
+    (dict(need_grad_cx=True), "grad_cy and need_grad_cx are for cells of more than one state"),
+    (dict(input=None), "need_grad_weight_ih needs the input"),
+    (dict(cell="tree"), "cell must be one of"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong, message", BACKWARD_ERRORS)
+def test_errors_backward(wrong, message, stacks):
+    with pytest.raises(RuntimeError, match=f"fusedrnn::stack_backward: {message}"):
+        ops.stack_backward(*{**backward_operands(), **wrong}.values())
 
 
 @pytest.mark.parametrize("save", [0, 1, 2])
@@ -259,6 +333,10 @@ def test_a_cpu_refuses():
 def test_fake_results_are_like_real_ones(cell, save, stacks):
     torch.library.opcheck(ops.stack_forward, tuple((operands(cell) | {"save": save}).values()),
                           test_utils=("test_schema", "test_faketensor"))
+    if save == 2:
+        given = backward_operands(cell)
+        for needs in ({}, dict.fromkeys([name for name in given if name.startswith("need")], False)):
+            torch.library.opcheck(ops.stack_backward, tuple((given | needs).values()), test_utils=("test_schema", "test_faketensor"))
 
 
 def test_no_rows(stacks):
@@ -272,5 +350,17 @@ def test_floating_point_operations():
     given = [tensor.shape if isinstance(tensor, torch.Tensor) else [each.shape for each in tensor] if isinstance(tensor, list) else tensor
              for tensor in operands().values()]  # fmt: skip
     assert flop_registry[torch.ops.fusedrnn.stack_forward](*given) == 2 * 4 * 2 * (2 + 3) * 15 * 5
+
+
+def test_floating_point_operations_are_those_of_layers(stacks):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    ours, counts = fusedrnn.LSTM(7, 20, 3), []
+    for yes in (True, False):
+        stacks.wanted(yes)
+        with FlopCounterMode(display=False) as mode:
+            ours(torch.randn(9, 2, 7))[0].sum().backward()
+        counts.append(mode.get_total_flops())
+    assert counts[0] == counts[1] and stacks.backward == [3]
 
 

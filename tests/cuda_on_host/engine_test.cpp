@@ -139,8 +139,9 @@ void run_case(const KernelCase& c, size_t number, const Options& options, Report
   test::schedule(c.order, c.seed);
   KernelProblem problem(c);
   if (c.layers > 1) {
-    if (problem.stack_plan().regime != fusedrnn::Regime::kGrid) return;
-    report.forward.stacks.add(problem.stack_plan());
+    if (problem.stack_plan(false).regime != fusedrnn::Regime::kGrid || problem.stack_plan(true).regime != fusedrnn::Regime::kGrid) return;
+    report.forward.stacks.add(problem.stack_plan(false));
+    if (c.save) report.backward.stacks.add(problem.stack_plan(true));
     return judge(name, report, [&] { return problem.run_stack(*test::engine_of(c.cell), options.spoiled); });
   }
   const fusedrnn::StepPlan plan = problem.plan();
