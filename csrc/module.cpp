@@ -95,8 +95,9 @@ py::tuple cuda_stack(const std::string& cell, const std::string& dtype, int64_t 
   const fusedrnn::Chip chip{multiprocessors, shared_bytes, major};
   const fusedrnn::CellKind kind = kind_named(cell);
   const int64_t found = fusedrnn::plan_stack(chip, p, kind, tf32, layers, wanted);
-  return py::make_tuple(found, describe(fusedrnn::plan_stacked(chip, p, kind, tf32, found, false)),
-                        describe(fusedrnn::plan_stacked(chip, p, kind, tf32, found, true)));
+  fusedrnn::ProductPlan back = fusedrnn::plan_stacked(chip, p, kind, tf32, found, true);
+  if (!wanted && !fusedrnn::stacks_backward(back, p, tf32, found)) back = {};
+  return py::make_tuple(found, describe(fusedrnn::plan_stacked(chip, p, kind, tf32, found, false)), describe(back));
 }
 
 // Which kernels each cell has.
@@ -126,7 +127,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_stack", &cuda_stack, py::arg("cell"), py::arg("dtype"), py::kw_only(), py::arg("T"), py::arg("B"), py::arg("H"),
         py::arg("layers"), py::arg("multiprocessors"), py::arg("shared_bytes"), py::arg("major") = 9, py::arg("tf32") = false,
         py::arg("wanted") = false,
-        "(how many layers of a stack go in one grid on such a GPU, 1: each by itself; what that grid's blocks take forward, and backward). "
+        "(how many layers of a stack go in one grid on such a GPU, 1: each by itself; what that grid's blocks take forward, and backward, of regime step: each by itself). "
         "wanted: wherever they fit");
   m.def("cuda_kernels", &cuda_kernels, "{cell: [names of the kernels that run its steps on a GPU]}");
   m.def("want_large_pages", [](uintptr_t data, int64_t bytes) { fusedrnn::want_large_pages(reinterpret_cast<void*>(data), bytes); },

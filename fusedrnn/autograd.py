@@ -88,7 +88,7 @@ def layer(cell: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, weight
     return output, hy, cy if inner else None, states[..., :inner, :] if return_states and inner else None
 
 
-def layers_at_once(cell: str, input: Tensor, layers: list[list[Weights]], ragged: Tensor | None, batch_first: bool) -> int:
+def layers_at_once(cell: str, input: Tensor, layers: list[list[Weights]], ragged: Tensor | None, batch_first: bool) -> tuple[int, bool]:
     """How many of some layers, each on the output of the one below and with nothing in between, `stacked` takes in one launch.
 
     Args:
@@ -96,13 +96,13 @@ def layers_at_once(cell: str, input: Tensor, layers: list[list[Weights]], ragged
         layers: the weights of each.
 
     Returns:
-        a number of the first of them; 1 where each goes by itself.
+        a number of the first of them, 1 where each goes by itself; and whether `stacked` is to take them in one launch backward, too.
     """
     if input.device.type not in select.STACKING or is_compiling() or _are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return 1
+        return 1, False
     packed = input.dim() == 2
     if len(layers[0]) > 1 or layers[0][0][4] is not None or (ragged is not None and not packed):
-        return 1
+        return 1, False
     if packed:
         steps, batch = len(ragged), int(ragged[0])  # type: ignore[arg-type,index]
     else:
@@ -112,13 +112,14 @@ def layers_at_once(cell: str, input: Tensor, layers: list[list[Weights]], ragged
 
 
 def stacked(cell: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, layers: list[list[Weights]],
-            ragged: Tensor | None, batch_first: bool) -> list[tuple[Tensor, Tensor, Tensor | None]]:
-    """Run so many layers as `layers_at_once` found, in one launch, and backward in another.
+            ragged: Tensor | None, batch_first: bool, backward: bool) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+    """Run so many layers as `layers_at_once` found, in one launch.
 
     Args:
         cell, input, ragged, batch_first: as in `layer`.
         hx, cx: (L, B, H), or None for zeros.
         layers: the weights of each.
+        backward: as it found.
 
     Returns:
         for each layer output, hy and cy, as `layer` gives them.
@@ -130,7 +131,7 @@ def stacked(cell: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, laye
     has_inner = TRAITS[cell]["states"] > 1
     if not needs_grad:
         return [(output, hy, cy if has_inner else None) for output, hy, cy, _, _ in made]
-    *outputs, hy, cy = _apply_stacked(cell, ragged, batch_first, made, input, hx, cx, *(tensor for group in weights for tensor in group))
+    *outputs, hy, cy = _apply_stacked(cell, ragged, batch_first, made, backward, input, hx, cx, *(tensor for group in weights for tensor in group))
     cys = [None] * len(outputs) if cy is None else cy.split(1)
     return list(zip(outputs, hy.split(1), cys))
 
@@ -200,20 +201,21 @@ class StackedLayers(torch.autograd.Function):
     """Several layers, which have been run together."""
 
     @staticmethod
-    def forward(ctx, cell, ragged, batch_first, made, *tensors):
+    def forward(ctx, cell, ragged, batch_first, made, backward, *tensors):
         """Keep what backward needs.
 
         Args:
             ctx: autograd's.
             cell, ragged, batch_first: as in `layer`.
             made: for each layer all five results of the operator.
+            backward: as in `stacked`.
             tensors: input, hx and cx (L, B, H), and the weights of all layers, one after the other.
 
         Returns:
             the outputs of all layers, hy, and cy, None for cells without one.
         """
         outputs, hys, cys, saved, states = zip(*made)
-        ctx.cell, ctx.batch_first, ctx.layers = cell, batch_first, len(made)
+        ctx.cell, ctx.batch_first, ctx.layers, ctx.backward_at_once = cell, batch_first, len(made), backward
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(ragged, *outputs, *saved, *states, *tensors)
         return *outputs, torch.cat(hys), torch.cat(cys) if TRAITS[cell]["states"] > 1 else None
@@ -229,21 +231,21 @@ class StackedLayers(torch.autograd.Function):
         Returns:
             a gradient for each argument, None where none is wanted.
         """
-        cell, batch_first, layers, wanted = ctx.cell, ctx.batch_first, ctx.layers, ctx.needs_input_grad[4:]
+        cell, batch_first, layers, wanted = ctx.cell, ctx.batch_first, ctx.layers, ctx.needs_input_grad[5:]
         if all(grad is None for grad in grads):
-            return (None,) * (4 + len(wanted))
+            return (None,) * (5 + len(wanted))
         ragged, *everything = ctx.saved_tensors
         outputs, saved, states = (everything[i * layers : (i + 1) * layers] for i in range(3))
         input, hx, cx, *weights = everything[3 * layers :]
         *grad_outputs, grad_hy, grad_cy = grads
-        alone = all(grad is None for grad in grad_outputs[:-1])  # nobody else took what is between two layers
-        if alone and not (_are_transformed(grads) or torch.is_grad_enabled() or _are_functorch_transforms_active()):
+        at_once = ctx.backward_at_once and all(grad is None for grad in grad_outputs[:-1])  # nobody else took what is between two layers
+        if at_once and not (_are_transformed(grads) or torch.is_grad_enabled() or _are_functorch_transforms_active()):
             ctx.maybe_clear_saved_tensors()
             del everything
             last = (grad_outputs[-1], grad_hy, grad_cy if TRAITS[cell]["states"] > 1 else None)
-            return None, None, None, None, *backward_stacked(cell, ragged, batch_first, outputs, saved, states, input, hx, cx,
+            return None, None, None, None, None, *backward_stacked(cell, ragged, batch_first, outputs, saved, states, input, hx, cx,
                                                              by_direction(weights), last, wanted)  # fmt: skip
-        return None, None, None, None, *_gradients_by_layer(ctx, ragged, outputs, saved, states, input, hx, cx, weights, grads, wanted)
+        return None, None, None, None, None, *_gradients_by_layer(ctx, ragged, outputs, saved, states, input, hx, cx, weights, grads, wanted)
 
 
 def _gradients_by_layer(ctx, ragged, outputs, saved, states, input, hx, cx, weights, grads, wanted):

@@ -114,7 +114,7 @@ def _stack_of(module: FusedLayer, input: Tensor | PackedSequence) -> _Stack:
         return _Stack("stack", against, None)
     parts, first = [], 0
     while first < module.num_layers:
-        count = select.layers_at_once(data.device, cell, data.dtype, module.num_layers - first, **own)
+        count, _ = select.layers_at_once(data.device, cell, data.dtype, module.num_layers - first, **own)
         parts.append(f"layers {first} to {first + count - 1} in one launch" if count > 1 else f"layer {first} by itself")
         first += count
     alone = ", and the last by itself" if count == 1 else ""

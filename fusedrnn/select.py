@@ -118,7 +118,7 @@ def chip(device: torch.device) -> dict[str, Any] | None:
     return {"multiprocessors": found.multi_processor_count, "shared_bytes": memory, "major": found.major}
 
 
-def layers_at_once(device: torch.device, cell: str, dtype: torch.dtype, layers: int, **sizes: Any) -> int:
+def layers_at_once(device: torch.device, cell: str, dtype: torch.dtype, layers: int, **sizes: Any) -> tuple[int, bool]:
     """How many layers of a stack without anything between them go in one launch on CUDA.
 
     Args:
@@ -129,21 +129,22 @@ def layers_at_once(device: torch.device, cell: str, dtype: torch.dtype, layers: 
         sizes: T, B, H, and tf32, as in `reasons_against_kernels`.
 
     Returns:
-        their number; 1 if each goes by itself.
+        their number, 1 if each goes by itself; and whether they go in one launch backward, too.
     """
     wanted, found = cuda_kernel(), chip(device)
     if layers < 2 or found is None or wanted not in ("", "stack") or cell not in _C.cuda_kernels():  # with heads or a choice it is not
-        return 1
+        return 1, False
     return _planned_stack(cell, str(dtype).removeprefix("torch."), layers=layers, wanted=wanted == "stack", **sizes, **found)
 
 
 @lru_cache(maxsize=1024)
-def _planned_stack(cell: str, dtype: str, **sizes: Any) -> int:
-    return _C.cuda_stack(cell, dtype, **sizes)[0]
+def _planned_stack(cell: str, dtype: str, **sizes: Any) -> tuple[int, bool]:
+    layers, _, backward = _C.cuda_stack(cell, dtype, **sizes)
+    return layers, layers > 1 and backward["regime"] == "grid"
 
 
 def reason_against_stack(device: torch.device, cell: str, dtype: torch.dtype, layers: int, **sizes: Any) -> str | None:
-    """Why `layers_at_once` is 1 for the layers of a stack.
+    """Why `layers_at_once` finds 1 for the layers of a stack.
 
     Args:
         device, cell, dtype, layers, sizes: as there.
@@ -152,7 +153,7 @@ def reason_against_stack(device: torch.device, cell: str, dtype: torch.dtype, la
         the reason in words; None if several go in one launch.
     """
     wanted, found = cuda_kernel(), chip(device)
-    if layers_at_once(device, cell, dtype, layers, **sizes) > 1:
+    if layers_at_once(device, cell, dtype, layers, **sizes)[0] > 1:
         return None
     if wanted not in ("", "stack"):
         return f"FUSEDRNN_KERNEL={wanted} asks for another"

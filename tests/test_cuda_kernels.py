@@ -413,9 +413,6 @@ PLANTS = {
     "stack_backward_old_words": Plant(
         "stack_backward.cuh", r"enter\.m\.done \+= k \* m\.done_size;", r"if (!MADE) \g<0>",
         {"plain": f"{wrong()}|{error('livelock')}"}, cases=STACKED),
-    "stack_backward_ended_rows": Plant(
-        "stack_backward.cuh", r"if \(b < now\.count\) sum\[0\]", "if (MADE || b < now.count) sum[0]",
-        {"plain": wrong("grad_hx")}, cases=STACKED),
     "stack_backward_new_rows": Plant(
         "stack_backward.cuh", r"b < now\.multiplied \? both\[0\]", "b < now.multiplied && !MADE ? both[0]",
         {"plain": wrong("grad_pre")}, cases=STACKED),

@@ -197,12 +197,15 @@ def test_every_stack_fits_and_is_resident(cell, chip, dtype, tf32):
             continue
         assert wanted or alone in ("grid", "cluster") and T >= 4 * count and plan["groups"] == 1, context
         for each, gates, sums_of_unit in [(plan, traits["gates"], traits["pre"]), (back, 1, 2)]:
+            if not wanted and each is back and each["blocks"] == 0:  # each by itself
+                assert each["regime"] == "step", context
+                continue
             assert each["regime"] == "grid" and each["sharers"] == each["unit_tiles"] == -(-H // 16), context
             assert each["blocks"] * count <= multiprocessors and each["batch_tiles"] * each["block_rows"] >= B, context
             memory = Memory(each, gates, dtype, tf32)
             sums = each["slots"] * each["groups"] * memory.sums_of_a_warp // gates * sums_of_unit
             assert each["shared_bytes"] == 2 * memory.tile + sums <= shared, context
-        assert 0 <= back["depth_blocks"] * DEPTH[dtype, tf32] - traits["gates"] * H < DEPTH[dtype, tf32], context
+        assert not back["blocks"] or 0 <= back["depth_blocks"] * DEPTH[dtype, tf32] - traits["gates"] * H < DEPTH[dtype, tf32], context
     assert found == {1} if multiprocessors == 1 else len(found) > 1
 
 
@@ -216,6 +219,19 @@ def test_every_stack_fits_and_is_resident(cell, chip, dtype, tf32):
 def test_how_many_layers_an_h100_takes_at_once(cell, dtype, T, B, H, layers, count):
     """By multiprocessors, by bytes, by rows or by steps, whichever ends first; none where a block holds weight_hh."""
     assert _C.cuda_stack(cell, dtype, T=T, B=B, H=H, layers=layers, multiprocessors=132, shared_bytes=227 << 10)[0] == count
+
+
+@pytest.mark.parametrize("cell, dtype, B, H, layers, goes", [
+    ("lstm", "float16", 16, 512, 4, True), ("lstm", "float16", 32, 512, 4, False), ("lstm", "float16", 16, 768, 2, False),
+    ("lstm", "float16", 8, 768, 2, False), ("gru", "bfloat16", 16, 512, 4, True), ("gru", "bfloat16", 32, 512, 4, False),
+    ("rnn_tanh", "float16", 32, 1024, 2, False), ("rnn_tanh", "float16", 16, 1024, 2, True),
+])  # fmt: skip
+def test_backward_goes_at_once_where_it_does_not_read_too_much(cell, dtype, B, H, layers, goes):
+    """On an H100. Of what does not, the layers go by themselves backward, unless a stack is asked for."""
+    sizes = dict(T=500, B=B, H=H, layers=layers, multiprocessors=132, shared_bytes=227 << 10)
+    count, _, back = _C.cuda_stack(cell, dtype, **sizes)
+    assert count == layers and (back["regime"] == "grid") == goes
+    assert _C.cuda_stack(cell, dtype, wanted=True, **sizes)[2]["regime"] == "grid"
 
 
 @pytest.mark.parametrize("cell", ["lstm_general", "gru_reset_before", "indrnn", "slstm", "lstm_norm"])

@@ -169,6 +169,15 @@ def test_another_kernel_is_asked_for(kernel, stacks, monkeypatch):
     assert stacks.calls == ([2] if kernel == "" else [])
 
 
+@pytest.mark.parametrize("B, backward", [(2, [2]), (33, [])])
+def test_backward_goes_by_layer_where_it_would_read_too_much(B, backward, stacks, monkeypatch):
+    monkeypatch.setenv("FUSEDRNN_KERNEL", "")
+    ours, stock = make_pair("gru", 3, 110, 2)
+    input = torch.randn(9, B, 3)
+    compare_modules(ours, stock, input, states_for(ours, B))
+    assert stacks.calls == [2] and stacks.backward == backward
+
+
 def test_frozen_layers(stacks):
     """Gradients where one is asked for: of a layer in the middle, of the input alone, of none."""
     ours, stock = make_pair("gru", 3, 20, 3)

@@ -291,6 +291,16 @@ inline ProductPlan plan_stacked(const Chip& chip, const LayerParams& p, const Ce
   return plan;
 }
 
+// Whether those layers go in one grid backward, too. There each block reads the gradients of all gates of its rows, twice, from the
+// second-level cache, and all blocks do at once: what that takes must be less than the steps of the layers one after the other.
+constexpr int64_t kReadsAClock = 20;     // bytes of a multiprocessor: 19 of an A100, 30 of an H800 (arXiv:2402.13499). Not measured yet.
+constexpr int64_t kStepClocks = 2400;    // of a layer's step by itself, as benchmarks/sass.py predicts it. Not measured yet.
+constexpr int64_t kExchangeClocks = 800; // of them between two steps. Not measured yet.
+inline bool stacks_backward(const ProductPlan& plan, const LayerParams& p, bool tf32, int64_t layers) {
+  const int64_t reads = 2 * plan.block_rows * plan.depth_blocks * block_depth(p.dtype, tf32) * bytes_of(p.dtype);
+  return plan.regime == Regime::kGrid && reads / kReadsAClock + kExchangeClocks < layers * kStepClocks;
+}
+
 constexpr int64_t kStepsOfLayer = 4;  // of a sequence, for each layer, which waits so many steps before it begins. Not measured yet.
 
 // How many of `layers` layers, one upon the other, go in one grid; 1: each goes by itself. `wanted`: wherever they fit.

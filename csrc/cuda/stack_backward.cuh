@@ -83,8 +83,7 @@ struct StackBackward : BackwardCell<Cell, A> {
   template <class Pass>
   static FUSEDRNN_DEVICE void finish(const Base& step, const Now& now, int b, int u, const Sum (&both)[kSums], const Inputs& in,
                                      const Pass& pass) {
-    Sum sum[1] = {b < now.multiplied ? both[0] : Sum(0)};
-    if (b < now.count) sum[0] += both[1];
+    const Sum sum[1] = {(b < now.multiplied ? both[0] : Sum(0)) + both[1]};
     step.finish(0, now, b, u, sum, in, pass);
   }
 };
