@@ -49,13 +49,13 @@ CLASS_OF = {name: kind for kind, names in CLASSES.items() for name in names.spli
 CLASS_NAMES = (*CLASSES, "integer")
 # Parts of a step, by the function of the source in which the innermost frame with a name here lies.
 PARTS = {
-    "product": "multiply_add add_products load_weights load_block load_states load multiply own leave mma",
+    "product": "multiply_add add_products load_weights load_block load_states load multiply add share own leave mma",
     "sums": "total",
     "fetch": "fetch fetch_constants hidden_before grad_output",
     "place": "packed_state_at state_at output_at in_row in_state lane_of",
-    "exchange": "wait say pass wait_until store_release cluster_arrive cluster_wait in_block operator",
+    "exchange": "wait wait_for_own say pass wait_until store_release cluster_arrive cluster_wait in_block operator",
     "walk": "step_at first_of_next rows rows_of go_on step_of_walk goes_up",
-    "finish": "finish leave_h leave_hidden_before",
+    "finish": "finish finish_pre leave_h leave_hidden_before",
     "cell": "forward backward sigmoid tanh relu relu_grad",
 }
 PART_OF = {name: part for part, names in PARTS.items() for name in names.split()}

@@ -56,26 +56,48 @@ py::dict describe(const fusedrnn::ProductPlan& plan) {
                   "regime"_a = fusedrnn::kRegimeNames[int(plan.regime)]);
 }
 
-// How a chip would be given a layer's steps. dtype is as torch names it; P = H where there is no projection.
-py::dict cuda_plan(const std::string& cell, const std::string& dtype, int64_t T, int64_t B, int64_t H, int64_t P, int64_t D, int64_t N,
-                   int multiprocessors, int64_t shared_bytes, int major, bool tf32, const std::string& kernel) {
-  using namespace py::literals;
-  fusedrnn::LayerParams p{};
+fusedrnn::Dtype dtype_named(const std::string& dtype) {  // as torch names it
   const char* names[] = {"float32", "float64", "bfloat16", "float16"};  // in the order of Dtype
   const auto* name = std::find(std::begin(names), std::end(names), dtype);
   if (name == std::end(names)) throw py::value_error("dtype must be float32, float64, bfloat16 or float16, got '" + dtype + "'");
-  p.dtype = fusedrnn::Dtype(name - names);
-  p.steps.T = T, p.steps.B = B, p.H = H, p.P = P, p.D = D, p.N = N;
-  if (P != H) p.weight_hr[0] = &p;  // there is one; plans do not look at it
+  return fusedrnn::Dtype(name - names);
+}
+
+fusedrnn::CellKind kind_named(const std::string& cell) {
   fusedrnn::CellKind kind{};
   fusedrnn::for_each_cell([&](int, auto type) {
     if (cell == decltype(type)::kName) kind = fusedrnn::kKindOf<decltype(type)>;
   });
   if (!kind.gates) throw py::value_error("there is no cell '" + cell + "'");
+  return kind;
+}
+
+// How a chip would be given a layer's steps. P = H where there is no projection.
+py::dict cuda_plan(const std::string& cell, const std::string& dtype, int64_t T, int64_t B, int64_t H, int64_t P, int64_t D, int64_t N,
+                   int multiprocessors, int64_t shared_bytes, int major, bool tf32, const std::string& kernel) {
+  using namespace py::literals;
+  fusedrnn::LayerParams p{};
+  p.dtype = dtype_named(dtype);
+  p.steps.T = T, p.steps.B = B, p.H = H, p.P = P, p.D = D, p.N = N;
+  if (P != H) p.weight_hr[0] = &p;  // there is one; plans do not look at it
   const fusedrnn::Regimes regimes = fusedrnn::regimes_named(kernel);
-  const fusedrnn::StepPlan plan = fusedrnn::plan_step({multiprocessors, shared_bytes, major}, p, kind, tf32, regimes);
+  const fusedrnn::StepPlan plan = fusedrnn::plan_step({multiprocessors, shared_bytes, major}, p, kind_named(cell), tf32, regimes);
   return py::dict("cell"_a = describe(plan.cell), "projection"_a = describe(plan.projection), "dh"_a = describe(plan.dh),
                   "dunprojected"_a = describe(plan.dunprojected));
+}
+
+// How many of `layers` layers, one upon the other, a chip would run in one grid, 1 where each goes by itself; and how it would, forward and backward.
+py::tuple cuda_stack(const std::string& cell, const std::string& dtype, int64_t T, int64_t B, int64_t H, int64_t layers,
+                     int multiprocessors, int64_t shared_bytes, int major, bool tf32, bool wanted) {
+  fusedrnn::LayerParams p{};
+  p.dtype = dtype_named(dtype);
+  p.steps.T = T, p.steps.B = B, p.H = p.P = H, p.D = 1;
+  const fusedrnn::Chip chip{multiprocessors, shared_bytes, major};
+  const fusedrnn::CellKind kind = kind_named(cell);
+  const int64_t found = fusedrnn::plan_stack(chip, p, kind, tf32, layers, wanted);
+  fusedrnn::ProductPlan back = fusedrnn::plan_stacked(chip, p, kind, tf32, found, true);
+  if (!wanted && !fusedrnn::stacks_backward(back, p, tf32, found)) back = {};
+  return py::make_tuple(found, describe(fusedrnn::plan_stacked(chip, p, kind, tf32, found, false)), describe(back));
 }
 
 // Which kernels each cell has in a format.
@@ -102,6 +124,11 @@ PYBIND11_MODULE(_C, m) {
         py::arg("D"), py::arg("N") = 1, py::arg("multiprocessors"), py::arg("shared_bytes"), py::arg("major") = 9,
         py::arg("tf32") = false, py::arg("kernel") = "",
         "{kernel: {blocks and threads of its grid, what they take of the sums}} of the kernels on such a GPU");
+  m.def("cuda_stack", &cuda_stack, py::arg("cell"), py::arg("dtype"), py::kw_only(), py::arg("T"), py::arg("B"), py::arg("H"),
+        py::arg("layers"), py::arg("multiprocessors"), py::arg("shared_bytes"), py::arg("major") = 9, py::arg("tf32") = false,
+        py::arg("wanted") = false,
+        "(how many layers of a stack go in one grid on such a GPU, 1: each by itself; what that grid's blocks take forward, and backward, of regime step: each by itself). "
+        "wanted: wherever they fit");
   m.def("cuda_kernels", &cuda_kernels, py::arg("dtype") = "float32", "{cell: [names of the kernels that run its steps on a GPU]}");
   m.def("want_large_pages", [](uintptr_t data, int64_t bytes) { fusedrnn::want_large_pages(reinterpret_cast<void*>(data), bytes); },
         py::arg("data"), py::arg("bytes"), "ask for large pages under memory that nobody has written yet (csrc/pages.h)");

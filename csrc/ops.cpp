@@ -55,15 +55,27 @@ class OnCpu {
   const CpuEngine& engine_;
 };
 
+// The layers of a stack are in one grid of a GPU's; a CPU has no such kernel, and runs them one after the other.
+struct NoStack : OnCpu {
+  using OnCpu::OnCpu;
+  static void refuse(const char* op) { STD_TORCH_CHECK(false, op, ": weight_hh must be on a CUDA device, got one on the CPU"); }
+  void stack(const StackParams&) const { refuse("fusedrnn::stack_forward"); }
+  void stack_backward(const StackBackwardParams&, const Needs&, std::deque<NoStack>&) const { refuse("fusedrnn::stack_backward"); }
+};
+
 }  // namespace
 }  // namespace fusedrnn
 
 STABLE_TORCH_LIBRARY(fusedrnn, m) {
   m.def(fusedrnn::kForwardSchema);
   m.def(fusedrnn::kBackwardSchema);
+  m.def(fusedrnn::kStackSchema);
+  m.def(fusedrnn::kStackBackwardSchema);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fusedrnn, CPU, m) {
   m.impl("recurrence_forward", TORCH_BOX(&fusedrnn::recurrence_forward<fusedrnn::OnCpu>));
   m.impl("recurrence_backward", TORCH_BOX(&fusedrnn::recurrence_backward<fusedrnn::OnCpu>));
+  m.impl("stack_forward", TORCH_BOX(&fusedrnn::stack_forward<fusedrnn::NoStack>));
+  m.impl("stack_backward", TORCH_BOX(&fusedrnn::stack_backward<fusedrnn::NoStack>));
 }

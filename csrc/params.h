@@ -104,6 +104,14 @@ struct ForwardParams : LayerParams {
   void* states;
 };
 
+// Several layers in one call, each on the output of the one below: of one cell, one size and the same steps, in one direction.
+constexpr int kMostStacked = 8;  // what a kernel's argument has room for, and more than fit on any chip of today at a useful width
+struct StackParams : LayerParams {             // what they have in common
+  int64_t layers;
+  ForwardParams of[kMostStacked];              // gates_x: above the first layer bias_ih (G*H), with no way from step to step and row to row
+  const void* weight_ih[kMostStacked];         // (G*H, H), above the first layer
+};
+
 struct BackwardParams : LayerParams {
   const void* output;                        // as forward wrote them
   const void* saved;
@@ -117,6 +125,13 @@ struct BackwardParams : LayerParams {
   void* grad_cx;                             // as cx, null: not wanted
   void *grad_reset_hx, *grad_reset_cx;       // as hx and cx, sums over all that began from them; null: not wanted
   void* grad_proj;                           // (rows, D, P): gradient of the projected state, all its uses; null: no projection
+};
+
+// The same of a StackParams, from the highest layer down: of[0] is that, and each other one the layer below the one before it.
+struct StackBackwardParams : LayerParams {
+  int64_t layers;
+  BackwardParams of[kMostStacked];             // grad_output: of the highest alone
+  const void* weight_ih[kMostStacked];         // (G*H, H) of the layer above of[k], from k = 1 on
 };
 
 // What follows from these gradients for the weights. A result that is not wanted is null, in both directions.

@@ -1,5 +1,7 @@
 """Say which kernel a call would run, and for every other kernel why not."""
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
@@ -55,8 +57,11 @@ def explain(module: nn.Module, input: Tensor | PackedSequence, hx: Tensor | Pair
     elsewhere = f"the input is on {data.device}"
     on_cuda = data.device.type == "cuda"
     against = _reasons_against_kernels(module, input) if on_cuda and not reason else {}  # type: ignore[arg-type]
+    stack = _stack_of(module, input) if against and isinstance(module, FusedLayer) and module.num_layers > 1 else None
+    if stack is not None:
+        kernels[f"fused CUDA kernels, {stack.name}"] = stack.against
     for kernel in against or select.FUSED_CUDA_KERNELS:  # those that the cell could have
-        kernels[f"fused CUDA kernels, {kernel}"] = (reason or against[kernel]) if on_cuda else elsewhere
+        kernels[f"fused CUDA kernels, {kernel}"] = (reason or against[kernel] or (stack and stack.instead)) if on_cuda else elsewhere
     for isa in INSTRUCTION_SETS:
         kernels[f"fused engine, {isa}"] = elsewhere if on_cuda else reason or _reason_against(isa)
     return _report(f"{package}.{module}", input, kernels)
@@ -81,21 +86,62 @@ def _frozen_kernels(module: Frozen, input: Tensor | PackedSequence) -> dict[str,
     return {f"frozen engine, {weights} weights, {isa}": refused or _reason_against(isa) for isa in INSTRUCTION_SETS}
 
 
-def _reasons_against_kernels(module: FusedLayer | FusedCell, input: Tensor | PackedSequence) -> dict[str, str | None]:
-    """Why each of our kernels does not run the call on CUDA; None for the one that does."""
+class _Stack(NamedTuple):
+    """What `explain` says of a module whose layers may go in one launch."""
+
+    name: str
+    against: str | None
+    instead: str | None
+    """Why the kernel of a layer by itself does not run."""
+
+
+def _stack_of(module: FusedLayer, input: Tensor | PackedSequence) -> _Stack:
+    """Which layers of the module go in one launch, and if none why."""
+    sizes, cell = _sizes_of(module, input), module._cell()
+    data = input.data if isinstance(input, PackedSequence) else input
+    own = {name: sizes[name] for name in ("T", "B", "H", "tf32")}
+    options = [*module.extras(), *["dropout"] * bool(module.dropout and module.training), *["save"] * (module.save != "all")]
+    against: str | None
+    if options:
+        against = f"it has no {', '.join(options)}"
+    elif sizes["D"] > 1:
+        against = "there are two directions, and a layer begins with what the one below ends with"
+    elif sizes["P"] != sizes["H"]:
+        against = "with a projection a step is two products"
+    else:
+        against = select.reason_against_stack(data.device, cell, data.dtype, module.num_layers, **own)
+    if against is not None:
+        return _Stack("stack", against, None)
+    parts, first = [], 0
+    while first < module.num_layers:
+        count, _ = select.layers_at_once(data.device, cell, data.dtype, module.num_layers - first, **own)
+        parts.append(f"layers {first} to {first + count - 1} in one launch" if count > 1 else f"layer {first} by itself")
+        first += count
+    alone = ", and the last by itself" if count == 1 else ""
+    return _Stack(f"stack: {', '.join(parts)}", None, f"several layers go in one launch{alone}")
+
+
+def _sizes_of(module: FusedLayer, input: Tensor | PackedSequence) -> dict[str, Any]:
+    """The sizes of a call, as `fusedrnn.select.reasons_against_kernels` takes them."""
     data, H = input.data if isinstance(input, PackedSequence) else input, module.hidden_size
-    if isinstance(module, FusedCell):
-        sizes = {"T": 1, "B": len(data) if data.dim() == 2 else 1, "H": H, "P": H, "D": 1, "N": 1, "tf32": False}  # of no matter: T is 1
-        return select.reasons_against_kernels(data.device, module._cell(), data.dtype, **sizes)  # type: ignore[arg-type]
     if isinstance(input, PackedSequence):
         T, B = len(input.batch_sizes), int(input.batch_sizes[0])
     else:
         T, B = (data.shape[0], 1) if data.dim() == 2 else reversed(data.shape[:2]) if module.batch_first else data.shape[:2]
     batch_sizes = input.batch_sizes if isinstance(input, PackedSequence) else None
     tf32 = data.dtype == torch.float32 and allows_tf32(data, batch_sizes, module.batch_first)
-    sizes = {"T": T, "B": B, "H": H, "P": module.proj_size or H, "D": 2 if module.bidirectional else 1, "N": module.num_heads,
-             "tf32": tf32}
-    return select.reasons_against_kernels(data.device, module._cell().partition(":")[0], data.dtype, **sizes)
+    return {"T": T, "B": B, "H": H, "P": module.proj_size or H, "D": 2 if module.bidirectional else 1, "N": module.num_heads,
+            "tf32": tf32}  # fmt: skip
+
+
+def _reasons_against_kernels(module: FusedLayer | FusedCell, input: Tensor | PackedSequence) -> dict[str, str | None]:
+    """Why each of our kernels does not run the call on CUDA; None for the one that does."""
+    data, H = input.data if isinstance(input, PackedSequence) else input, module.hidden_size
+    if isinstance(module, FusedCell):
+        sizes = {"T": 1, "B": len(data) if data.dim() == 2 else 1, "H": H, "P": H, "D": 1, "N": 1, "tf32": False}  # of no matter: T is 1
+        return select.reasons_against_kernels(data.device, module._cell(), data.dtype, **sizes)  # type: ignore[arg-type]
+    cell = module._cell().partition(":")[0]
+    return select.reasons_against_kernels(data.device, cell, data.dtype, **_sizes_of(module, input))
 
 
 def _reason_against(isa: str) -> str | None:

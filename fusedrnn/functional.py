@@ -139,7 +139,18 @@ def stack(cell: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, params
 
     each_hx, each_cx, each_reset_hx, each_reset_cx = map(by_layer, (hx, cx, options.reset_hx, options.reset_cx))
     output, hys, cys, states = input, [], [], []
+    may_stack, first = options is PLAIN and gains is None and not (dropout and train), 0
     for k, weights in enumerate(layers):
+        if k < first:  # it ran together with the one below
+            continue
+        count, backward = autograd.layers_at_once(cell, output, layers[k:], ragged, batch_first and k == 0) if may_stack else (1, False)
+        if count > 1:
+            first = k + count
+            h0, c0 = (None if state is None else state[k:first] for state in (hx, cx))
+            for output, hy, cy in autograd.stacked(cell, output, h0, c0, layers[k:first], ragged, batch_first and k == 0, backward):
+                hys.append(hy)
+                cys.append(cy)
+            continue
         if k > 0 and dropout and train:
             # torch's own dropout on torch's own layout, so that a seeded run draws the mask torch.nn would draw
             output = torch.dropout(output, dropout, True)

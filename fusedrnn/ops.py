@@ -42,6 +42,17 @@ SAVE_NOTHING, SAVE_STATES, SAVE_ALL = range(3)
 #: weight_ih, weight_hh, bias_ih, bias_hh and weight_hr. What is not needed is empty.
 recurrence_backward = torch.ops.fusedrnn.recurrence_backward.default
 
+#: (cell, gates_x, weight_ih, weight_hh, bias_ih, bias_hh, hx, cx, batch_sizes, save, allow_tf32)
+#: -> (output, hy, cy, saved, states), each a list: of several layers, one upon the other, what recurrence_forward gives for each. CUDA only.
+#: gates_x is of the first layer; weight_ih and bias_ih are of the others; hx and cx (L, B, H).
+stack_forward = torch.ops.fusedrnn.stack_forward.default
+
+#: (cell, input, weight_ih, weight_hh, hx, cx, output, saved, states, batch_sizes, grad_output, grad_hy, grad_cy, need_grad_hx, need_grad_cx,
+#: need_grad_weight_ih, need_grad_weight_hh, need_grad_bias, allow_tf32)
+#: -> (grad_pre, grad_hx, grad_cx, grad_weights): its gradients, from output, saved and states of all layers, and the gradients of the last
+#: output and of all last states (L, B, H). grad_pre is the first layer's; grad_weights has five a layer, as recurrence_backward. CUDA only.
+stack_backward = torch.ops.fusedrnn.stack_backward.default
+
 #: (packed, input, hx, cx, cell, num_layers, bidirectional, hidden_size, proj_size, batch_first, one_step)
 #: -> (output, hy, cy): a stack of layers, or with one_step a cell, on weights that `fusedrnn.freeze` has packed. CPU only,
 #: without derivatives.
@@ -76,6 +87,42 @@ def _(cell, gates_x, weight_hh, bias_hh, weight_hr, hx, cx, ragged, reset, zoneo
         like.new_empty(*_inner(traits), directions, batch, hidden) if traits["states"] > 1 else like.new_empty(0),
         like.new_empty(*rows, directions, traits["saved"], hidden) if save == SAVE_ALL else like.new_empty(0),
         like.new_empty(*rows, directions, extra, hidden) if save else like.new_empty(0),
+    )
+
+
+@torch.library.register_fake("fusedrnn::stack_forward")
+def _(cell, gates_x, weight_ih, weight_hh, bias_ih, bias_hh, hx, cx, batch_sizes, save, allow_tf32):
+    traits, like = TRAITS[cell], weight_hh[0]
+    hidden, inner, rows, batch = like.shape[1], traits["states"] - 1, gates_x.shape[:-1], _batch_size(gates_x, hx)
+
+    def each(wanted, *shape):
+        return [like.new_empty(*shape) if wanted else like.new_empty(0) for _ in weight_hh]
+
+    return (
+        each(True, *rows, hidden), each(True, 1, batch, hidden), each(inner, 1, batch, hidden),
+        each(save == SAVE_ALL, *rows, 1, traits["saved"], hidden), each(save, *rows, 1, inner, hidden),
+    )
+
+
+@torch.library.register_fake("fusedrnn::stack_backward")
+def _(cell, input, weight_ih, weight_hh, hx, cx, output, saved, states, batch_sizes, grad_output, grad_hy, grad_cy, need_grad_hx,
+      need_grad_cx, need_grad_weight_ih, need_grad_weight_hh, need_grad_bias, allow_tf32):
+    traits, like, layers = TRAITS[cell], weight_hh[0], len(weight_hh)
+    gates, hidden = like.shape
+    batch = _batch_size(output[0], hx)
+    grad_weights = [
+        like.new_empty(*shape) if need else like.new_empty(0)
+        for k in range(layers)
+        for need, shape in (
+            (need_grad_weight_ih, (gates, hidden if k else 0 if input is None else input.shape[-1])), (need_grad_weight_hh, like.shape),
+            (need_grad_bias, (gates,)), (need_grad_bias, (gates,)), (False, ()),
+        )
+    ]  # fmt: skip
+    return (
+        like.new_empty(*output[0].shape[:-1], 1, traits["pre"], hidden),
+        like.new_empty(layers, batch, hidden) if need_grad_hx else like.new_empty(0),
+        like.new_empty(layers, batch, hidden) if need_grad_cx else like.new_empty(0),
+        grad_weights,
     )
 
 
@@ -124,6 +171,20 @@ def _(packed, input, hx, cx, cell, num_layers, bidirectional, hidden_size, proj_
 def _(cell, gates_x, weight_hh, bias_hh, weight_hr, *args, out_shape=None, **kwargs):
     rows = math.prod(gates_x[0][:-1])
     return 2 * rows * sum(math.prod(shape) for shape in [*weight_hh, *(weight_hr or [])])
+
+
+@register_flop_formula(torch.ops.fusedrnn.stack_forward)
+def _(cell, gates_x, weight_ih, weight_hh, *args, out_shape=None, **kwargs):
+    return 2 * math.prod(gates_x[:-1]) * sum(math.prod(shape) for shape in [*weight_ih, *weight_hh])
+
+
+@register_flop_formula(torch.ops.fusedrnn.stack_backward)
+def _(cell, input, weight_ih, weight_hh, hx, cx, output, saved, states, batch_sizes, grad_output, grad_hy, grad_cy, need_grad_hx,
+      need_grad_cx, need_grad_weight_ih, need_grad_weight_hh, *args, out_shape=None, **kwargs):
+    rows, first = math.prod(output[0][:-1]), 0 if need_grad_hx or len(output[0]) == 2 else output[0][1]
+    fed, own = (sum(math.prod(shape) for shape in shapes) for shapes in (weight_ih, weight_hh))
+    inputs = (fed + weight_hh[0][0] * input[-1]) * rows if need_grad_weight_ih else 0
+    return 2 * (fed * rows + own * (rows * (1 + need_grad_weight_hh) - first) + inputs)
 
 
 @register_flop_formula(torch.ops.fusedrnn.recurrence_backward)

@@ -8,7 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -31,9 +31,11 @@ from ._load import BUILD
 DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 DEVICES = frozenset({"cpu", "meta", "cuda"})
 #: What the environment variable FUSEDRNN_KERNEL may name for tensors on CUDA: a kernel of csrc/cuda, where it can run a layer
-#: ("step" else), or torch's own. If it is unset the first of them that can.
+#: ("step" else); or "stack", which takes several layers in one launch wherever they fit; or torch's own. If it is unset the first of the
+#: former that can, and several layers in one launch where that is a gain.
 FUSED_CUDA_KERNELS = ("block", "cluster", "grid", "step")
-CUDA_KERNELS = (*FUSED_CUDA_KERNELS, "torch")
+CUDA_KERNELS = (*FUSED_CUDA_KERNELS, "stack", "torch")
+STACKING = frozenset({"cuda"})  # the devices on which several layers may go in one launch
 OLDEST_CUDA = (8, 0)  # compute capability, as csrc/cuda/ops.cpp has it
 HAS_CUDA, CUDA_WHY_NOT = _C.build_record()["cuda"], _C.build_record()["cuda_why_not"]
 
@@ -116,6 +118,62 @@ def chip(device: torch.device) -> dict[str, Any] | None:
     return {"multiprocessors": found.multi_processor_count, "shared_bytes": memory, "major": found.major}
 
 
+def layers_at_once(device: torch.device, cell: str, dtype: torch.dtype, layers: int, **sizes: Any) -> tuple[int, bool]:
+    """How many layers of a stack without anything between them go in one launch on CUDA.
+
+    Args:
+        device: that runs it.
+        cell: as the engine names it.
+        dtype: of all tensors.
+        layers: that are left.
+        sizes: T, B, H, and tf32, as in `reasons_against_kernels`.
+
+    Returns:
+        their number, 1 if each goes by itself; and whether they go in one launch backward, too.
+    """
+    wanted, found = cuda_kernel(), chip(device)
+    if layers < 2 or found is None or wanted not in ("", "stack") or cell not in _C.cuda_kernels():  # with heads or a choice it is not
+        return 1, False
+    return _planned_stack(cell, str(dtype).removeprefix("torch."), layers=layers, wanted=wanted == "stack", **sizes, **found)
+
+
+@lru_cache(maxsize=1024)
+def _planned_stack(cell: str, dtype: str, **sizes: Any) -> tuple[int, bool]:
+    layers, _, backward = _C.cuda_stack(cell, dtype, **sizes)
+    return layers, layers > 1 and backward["regime"] == "grid"
+
+
+def reason_against_stack(device: torch.device, cell: str, dtype: torch.dtype, layers: int, **sizes: Any) -> str | None:
+    """Why `layers_at_once` finds 1 for the layers of a stack.
+
+    Args:
+        device, cell, dtype, layers, sizes: as there.
+
+    Returns:
+        the reason in words; None if several go in one launch.
+    """
+    wanted, found = cuda_kernel(), chip(device)
+    if layers_at_once(device, cell, dtype, layers, **sizes)[0] > 1:
+        return None
+    if wanted not in ("", "stack"):
+        return f"FUSEDRNN_KERNEL={wanted} asks for another"
+    if "grid" not in _C.cuda_kernels().get(cell, []):
+        return "it is compiled for torch's own cells only, without heads"
+    if found is None:
+        return "there is no GPU to ask whether the weights fit"
+    if wanted == "":
+        sizes_alone = sizes | {"P": sizes["H"], "D": 1}
+        alone = _C.cuda_plan(cell, str(dtype).removeprefix("torch."), **sizes_alone, **found)["cell"]["regime"]
+        if alone == "block":
+            return "one block can hold all of weight_hh, and a layer by itself has nothing to exchange"
+        if alone == "step":
+            return "a layer by itself takes a launch a step"
+        if sizes["T"] < 8:
+            return f"{sizes['T']} steps are over before the layers above have begun"
+    return ("the weights of two layers, of the hidden state and the input, and the sums of a block's share of "
+            f"{sizes['B']} sequences do not fit into this GPU, or a block would have more rows than a warp takes")
+
+
 def reasons_against_kernels(device: torch.device, cell: str, dtype: torch.dtype, **sizes: Any) -> dict[str, str | None]:
     """Why a layer's forward pass on CUDA is not run by the kernels of csrc/cuda.
 
@@ -149,7 +207,7 @@ def reasons_against_kernels(device: torch.device, cell: str, dtype: torch.dtype,
         elif kernel not in kernels:
             reasons[kernel] = ("in float64 it is compiled for torch's own cells only" if kernel in _C.cuda_kernels()[cell] else
                                "a step of this cell is two kernels: all of its first sums must be there before the second begins")
-        elif wanted not in ("", kernel):
+        elif wanted not in ("", "stack", kernel):
             reasons[kernel] = f"FUSEDRNN_KERNEL={wanted} asks for another"
         elif sizes["P"] != sizes["H"]:
             reasons[kernel] = "with a projection a step is two products"

@@ -84,6 +84,25 @@ def test_kernels_agree(cell, kernel, H, layout, tf32, monkeypatch):
         torch.testing.assert_close(found[kernel][name], expected, rtol=tolerance, atol=tolerance, msg=name)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("layers, H", [(2, 300), (4, 64), (11, 30)])
+@dtypes
+@cells
+def test_layers_in_one_launch(cell, dtype, layers, H, packed, monkeypatch):
+    """As accurate as torch's own, and the same bits every time, over more steps than one launch lists."""
+    monkeypatch.setenv("FUSEDRNN_KERNEL", "stack")
+    ours, stock = make_pair(cell, 19, H, layers, dtype=dtype, device="cuda")
+    input = torch.randn(300, 21, 19, dtype=dtype, device="cuda")
+    if packed:
+        input = pack_padded_sequence(input, torch.randint(1, 301, (21,)), enforce_sorted=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "RNN module weights are not part of single contiguous chunk")
+        compare_modules(ours, stock, input, states_for(ours, 21, device="cuda"))
+    first = run_module(ours, input)
+    for _ in range(20):
+        compare_all_equal(run_module(ours, input), first)
+
+
 @pytest.mark.parametrize("asked", ["cluster", "grid"])
 @cells
 def test_exchange_of_many_steps(cell, asked, monkeypatch):

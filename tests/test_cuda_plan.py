@@ -178,6 +178,68 @@ def test_widths_that_a_cluster_holds(cell, dtype, tf32, B, D, forward, backward)
     assert _C.cuda_plan(cell, dtype, T=9, B=B, H=128, P=128, D=D, **chip | {"major": 8})["cell"]["regime"] == "step"
 
 
+@pytest.mark.parametrize("dtype, tf32", DTYPES)
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "gru"])
+def test_every_stack_fits_and_is_resident(cell, chip, dtype, tf32):
+    """All blocks of all layers are on the chip at once, one to a multiprocessor, with the weights of both products."""
+    multiprocessors, shared, major = CHIPS[chip]
+    traits = _C.cell_traits()[cell]
+    found = set()
+    for B, H, layers, T, wanted in itertools.product([1, 8, 33, 257], [1, 16, 100, 256, 512, 800], [1, 2, 3, 5, 16], [1, 9, 200], [False, True]):
+        where = dict(T=T, B=B, H=H, multiprocessors=multiprocessors, shared_bytes=shared, major=major, tf32=tf32)
+        count, plan, back = _C.cuda_stack(cell, dtype, layers=layers, wanted=wanted, **where)
+        alone = _C.cuda_plan(cell, dtype, P=H, D=1, **where)["cell"]["regime"]
+        context = (where, layers, wanted, count, plan, back)
+        assert 1 <= count <= min(layers, 8), context
+        found.add(count)
+        if count == 1:
+            continue
+        assert wanted or alone in ("grid", "cluster") and T >= 4 * count and plan["groups"] == 1, context
+        for each, gates, sums_of_unit in [(plan, traits["gates"], traits["pre"]), (back, 1, 2)]:
+            if not wanted and each is back and each["blocks"] == 0:  # each by itself
+                assert each["regime"] == "step", context
+                continue
+            assert each["regime"] == "grid" and each["sharers"] == each["unit_tiles"] == -(-H // 16), context
+            assert each["blocks"] * count <= multiprocessors and each["batch_tiles"] * each["block_rows"] >= B, context
+            memory = Memory(each, gates, dtype, tf32)
+            sums = each["slots"] * each["groups"] * memory.sums_of_a_warp // gates * sums_of_unit
+            assert each["shared_bytes"] == 2 * memory.tile + sums <= shared, context
+        assert not back["blocks"] or 0 <= back["depth_blocks"] * DEPTH[dtype, tf32] - traits["gates"] * H < DEPTH[dtype, tf32], context
+    assert found == {1} if multiprocessors == 1 else len(found) > 1
+
+
+@pytest.mark.parametrize("cell, dtype, T, B, H, layers, count", [
+    ("lstm", "float16", 1024, 16, 512, 4, 4), ("lstm", "float16", 1024, 16, 768, 4, 2), ("lstm", "float16", 1024, 16, 1024, 4, 1),
+    ("lstm", "float16", 1024, 16, 512, 6, 4), ("lstm", "float16", 1024, 32, 512, 4, 4), ("lstm", "float16", 1024, 33, 512, 4, 2),
+    ("lstm", "float16", 11, 16, 512, 4, 2), ("lstm", "float16", 7, 16, 512, 4, 1), ("gru", "bfloat16", 500, 32, 1024, 3, 2),
+    ("gru", "bfloat16", 500, 32, 256, 12, 8), ("lstm", "float16", 1024, 16, 128, 4, 1), ("lstm", "float32", 500, 16, 384, 3, 3),
+    ("lstm", "float64", 500, 16, 384, 3, 1),
+])  # fmt: skip
+def test_how_many_layers_an_h100_takes_at_once(cell, dtype, T, B, H, layers, count):
+    """By multiprocessors, by bytes, by rows or by steps, whichever ends first; none where a block holds weight_hh."""
+    assert _C.cuda_stack(cell, dtype, T=T, B=B, H=H, layers=layers, multiprocessors=132, shared_bytes=227 << 10)[0] == count
+
+
+@pytest.mark.parametrize("cell, dtype, B, H, layers, goes", [
+    ("lstm", "float16", 16, 512, 4, True), ("lstm", "float16", 32, 512, 4, False), ("lstm", "float16", 16, 768, 2, False),
+    ("lstm", "float16", 8, 768, 2, False), ("gru", "bfloat16", 16, 512, 4, True), ("gru", "bfloat16", 32, 512, 4, False),
+    ("rnn_tanh", "float16", 32, 1024, 2, False), ("rnn_tanh", "float16", 16, 1024, 2, True),
+])  # fmt: skip
+def test_backward_goes_at_once_where_it_does_not_read_too_much(cell, dtype, B, H, layers, goes):
+    """On an H100. Of what does not, the layers go by themselves backward, unless a stack is asked for."""
+    sizes = dict(T=500, B=B, H=H, layers=layers, multiprocessors=132, shared_bytes=227 << 10)
+    count, _, back = _C.cuda_stack(cell, dtype, **sizes)
+    assert count == layers and (back["regime"] == "grid") == goes
+    assert _C.cuda_stack(cell, dtype, wanted=True, **sizes)[2]["regime"] == "grid"
+
+
+@pytest.mark.parametrize("cell", ["lstm_general", "gru_reset_before", "indrnn", "slstm", "lstm_norm"])
+def test_no_stack_of_cells_beyond_torchs(cell):
+    sizes = dict(T=100, B=4, H=64, layers=3, multiprocessors=132, shared_bytes=227 << 10)
+    assert [_C.cuda_stack(cell, "float32", wanted=wanted, **sizes)[0] for wanted in (False, True)] == [1, 1]
+
+
 @pytest.mark.parametrize("kernel", ["", *select.FUSED_CUDA_KERNELS])
 @pytest.mark.parametrize("cell", ["lstm_general", "lstm_coupled", "gru_general", "slstm", "lstm_norm", "gru_norm"])
 def test_a_cell_beyond_torchs_is_planned_by_its_product(cell, kernel):

@@ -162,7 +162,7 @@ def fake_cuda(monkeypatch):
         monkeypatch.setattr(select, "HAS_CUDA", built)
         module = getattr(fusedrnn, kind)(4, width, device="meta", **options)
         for name, weight in module._parameters.items():
-            module._parameters[name] = nn.Parameter(torch.empty(weight.shape, device="cuda"))
+            module._parameters[name] = nn.Parameter(torch.empty(weight.shape, dtype=weight.dtype, device="cuda"))
         return module, torch.empty((2, 4) if "Cell" in kind else (3, 2, 4), device="cuda")
 
     with FakeTensorMode(), torch.no_grad():
@@ -224,7 +224,7 @@ def test_cuda_kernel_by_name(kind, fake_cuda, monkeypatch):
     monkeypatch.setenv("FUSEDRNN_KERNEL", "torch")
     assert runs(explain(module, input)) == f"torch.nn.{kind}" and "FUSEDRNN_KERNEL=torch" in explain(module, input)
     monkeypatch.setenv("FUSEDRNN_KERNEL", "persistent")
-    with pytest.raises(RuntimeError, match="FUSEDRNN_KERNEL must be one of block, cluster, grid, step, torch, got 'persistent'"):
+    with pytest.raises(RuntimeError, match="FUSEDRNN_KERNEL must be one of block, cluster, grid, step, stack, torch, got 'persistent'"):
         module(input)
 
 
@@ -259,6 +259,33 @@ def test_cuda_kernel_by_heads(width, heads, chosen, reason, fake_cuda, monkeypat
     with fp32_precision(torch.backends.cudnn.rnn, "ieee"):
         text = explain(module, input)
     assert runs(text) == f"fused CUDA kernels, {chosen}" and reason in text
+
+
+@pytest.mark.parametrize("options, steps, chosen, reason", [
+    ({}, 300, "stack: layers 0 to 3 in one launch, layer 4 by itself", "grid: several layers go in one launch, and the last by itself"),
+    (dict(num_layers=4), 300, "stack: layers 0 to 3 in one launch", "grid: several layers go in one launch"),
+    (dict(num_layers=6), 300, "stack: layers 0 to 3 in one launch, layers 4 to 5 in one launch", "step: all steps go in one launch"),
+    (dict(bidirectional=True), 300, "grid", "stack: there are two directions, and a layer begins with what the one below ends with"),
+    (dict(proj_size=7), 300, "step", "stack: with a projection a step is two products"),
+    (dict(num_heads=2), 300, "cluster", "stack: it has no num_heads"),
+    (dict(dropout=0.5), 300, "grid", "stack: it has no dropout"),
+    ({}, 7, "grid", "stack: 7 steps are over before the layers above have begun"),
+    (dict(width=128), 300, "block", "stack: one block can hold all of weight_hh, and a layer by itself has nothing to exchange"),
+    (dict(width=2200), 300, "step", "stack: a layer by itself takes a launch a step"),
+    (dict(width=1200), 300, "grid", "stack: the weights of two layers, of the hidden state and the input, and the sums of a block's share"),
+])  # fmt: skip
+def test_cuda_stack(options, steps, chosen, reason, fake_cuda, monkeypatch):
+    module, _ = fake_cuda("LSTM", built=True, **(dict(width=512, num_layers=5, dtype=torch.float16) | options))
+    input = torch.empty(steps, 16, 4, device="cuda", dtype=torch.float16)
+    monkeypatch.setattr(select, "chip", lambda device: H100)
+    text = explain(module, input)
+    assert runs(text) == f"fused CUDA kernels, {chosen}" and reason in text
+    monkeypatch.setenv("FUSEDRNN_KERNEL", "grid")
+    assert not runs(explain(module, input)).startswith("fused CUDA kernels, stack")
+    if chosen.startswith("stack"):
+        assert "stack: FUSEDRNN_KERNEL=grid asks for another" in explain(module, input)
+    single, _ = fake_cuda("LSTM", built=True, width=512, dtype=torch.float16)
+    assert "stack" not in explain(single, input)
 
 
 def test_tf32_follows_torch():

@@ -150,7 +150,8 @@ def test_a_program_is_understood(found):
 
 
 STUB = ROOT / "fusedrnn" / "_C.pyi"
-ARGUMENTS = {"cuda_plan": (("lstm", "float32"), dict(T=3, B=4, H=64, P=32, D=2, multiprocessors=132, shared_bytes=232448))}
+ARGUMENTS = {"cuda_plan": (("lstm", "float32"), dict(T=3, B=4, H=64, P=32, D=2, multiprocessors=132, shared_bytes=232448)),
+             "cuda_stack": (("lstm", "float32"), dict(T=30, B=4, H=64, layers=3, multiprocessors=132, shared_bytes=232448))}
 FUNCTIONS = [name for name in vars(_C) if not name.startswith("_")]
 
 
@@ -170,6 +171,8 @@ def fits(value, hint):
         return type(value) is dict and all(fits(key, of[0]) and fits(part, of[1]) for key, part in value.items())
     if kind is list:
         return type(value) is list and all(fits(part, of[0]) for part in value)
+    if kind is tuple:
+        return type(value) is tuple and len(value) == len(of) and all(map(fits, value, of))
     return value in of if kind is typing.Literal else type(value) is hint
 
 

@@ -33,6 +33,7 @@ struct ByCluster {
   FUSEDRNN_DEVICE const Element* states(const typename Step::Now& now) const { return copy(now.turn); }
 
   struct Pass {
+    static constexpr bool kInput = false;
     Element* next;
     int64_t first_number;
     unsigned blocks;

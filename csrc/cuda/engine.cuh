@@ -1,6 +1,7 @@
 // The body of each cuda/<cell>.cu: picks the passes for the formats of a call.
 #pragma once
 #include "../cells/cells.h"
+#include "stack_backward.cuh"
 #include "step_backward.cuh"
 #include "step_forward.cuh"
 
@@ -60,9 +61,18 @@ void run_cuda(const Params& p, const CudaContext& context, void* workspace) {
 
 template <class Cell>
 const CudaEngine& cuda_engine() {
-  static const CudaEngine engine = {cuda_workspace<Cell, ForwardPass, ForwardParams>, run_cuda<Cell, ForwardPass, ForwardParams>,
-                                    cuda_workspace<Cell, BackwardPass, CudaBackwardParams>,
-                                    run_cuda<Cell, BackwardPass, CudaBackwardParams>};
+  static const CudaEngine engine = [] {
+    CudaEngine made{cuda_workspace<Cell, ForwardPass, ForwardParams>, run_cuda<Cell, ForwardPass, ForwardParams>,
+                    cuda_workspace<Cell, BackwardPass, CudaBackwardParams>, run_cuda<Cell, BackwardPass, CudaBackwardParams>,
+                    nullptr, nullptr, nullptr, nullptr};
+    if constexpr (is_of_torch<Cell>) {
+      made.stack_workspace = cuda_workspace<Cell, StackPass, StackParams>;
+      made.stack = run_cuda<Cell, StackPass, StackParams>;
+      made.stack_backward_workspace = cuda_workspace<Cell, StackBackwardPass, CudaStackBackwardParams>;
+      made.stack_backward = run_cuda<Cell, StackBackwardPass, CudaStackBackwardParams>;
+    }
+    return made;
+  }();
   return engine;
 }
 

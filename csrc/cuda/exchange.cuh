@@ -14,8 +14,12 @@ struct Exchange {
 
   // Called by all threads of the block. Until all blocks have done so many steps; then all threads see what was written in them.
   FUSEDRNN_DEVICE void wait(int steps) const {
-    for (int block = threadIdx.x; block < blocks; block += blockDim.x) prims::wait_until(done + block, uint32_t(steps));
+    wait_for_own(steps);
     prims::block_sync();  // none of the blocks is behind
+  }
+  // Of which a thread waits for some blocks: those that are its own among the threads of its block.
+  FUSEDRNN_DEVICE void wait_for_own(int steps) const {
+    for (int block = threadIdx.x; block < blocks; block += blockDim.x) prims::wait_until(done + block, uint32_t(steps));
   }
   // Called by all threads of the block, when they have written what belongs to so many steps.
   FUSEDRNN_DEVICE void say(int steps) const {

@@ -26,7 +26,7 @@ void launch_walk(const char* name, void (*kernel)(ManySteps<Step>), const Grid& 
                  int64_t steps, uint32_t* done, const Queue& queue) {
   constexpr int64_t kMostArguments = 4096;  // bytes, on every chip and by every CUDA
   static_assert(sizeof(ManySteps<Step>) <= kMostArguments, "a kernel's arguments must be no larger");
-  const int directions = grid.directions;
+  const int directions = int(step.p.D);
   for (int begin = 0; begin < steps;) {
     ManySteps<Step> args{step, list_rows(walk, directions, begin, steps), {}, done};
     for (int64_t d = 0; d < directions; ++d) args.first[d] = walk.first(d, begin);

@@ -28,14 +28,21 @@ class OnCuda {
 
   void forward(const ForwardParams& p) const { run(p, engine_->forward_workspace, engine_->forward); }
 
+  void stack(const StackParams& p) const { run(p, engine_->stack_workspace, engine_->stack); }
+
   void backward(const BackwardParams& params, const Needs& needs) {
     CudaBackwardParams p{};
     static_cast<BackwardParams&>(p) = params;
-    if (needs.grad_weight_hh && call_.cell.multiplies) {
-      hidden_before_ = allocate(call_.first, {call_.rows, call_.D, call_.P});
-      p.hidden_before = hidden_before_->data_ptr();
-    }
+    p.hidden_before = hidden_before(needs);
     run(p, engine_->backward_workspace, engine_->backward);
+  }
+
+  // engines: from the lowest layer up.
+  void stack_backward(const StackBackwardParams& params, const Needs& needs, std::deque<OnCuda>& engines) const {
+    CudaStackBackwardParams p{};
+    static_cast<StackBackwardParams&>(p) = params;
+    for (int64_t k = 0; k < p.layers; ++k) p.hidden_before[k] = engines[size_t(p.layers - 1 - k)].hidden_before(needs);
+    run(p, engine_->stack_backward_workspace, engine_->stack_backward);
   }
 
   std::vector<Tensor> grad_weights(const GradWeightsParams& p, const Needs& needs, const GradSources& from) {
@@ -83,6 +90,13 @@ class OnCuda {
   std::vector<int> h_pre_;
   int64_t middle_ = 0;
   MaybeTensor hidden_before_;  // (rows, D, P)
+
+  // Where backward is to leave the hidden states that the steps began with; null: not wanted.
+  void* hidden_before(const Needs& needs) {
+    if (!needs.grad_weight_hh || !call_.cell.multiplies) return nullptr;
+    hidden_before_ = allocate(call_.first, {call_.rows, call_.D, call_.P});
+    return hidden_before_->data_ptr();
+  }
 
   template <class Params>
   void run(const Params& p, int64_t (*workspace_of)(const Params&, const CudaContext&),

@@ -50,4 +50,6 @@ struct Gpu {
 STABLE_TORCH_LIBRARY_IMPL(fusedrnn, CUDA, m) {
   m.impl("recurrence_forward", TORCH_BOX(&fusedrnn::recurrence_forward<fusedrnn::OnCuda<fusedrnn::Gpu>>));
   m.impl("recurrence_backward", TORCH_BOX(&fusedrnn::recurrence_backward<fusedrnn::OnCuda<fusedrnn::Gpu>>));
+  m.impl("stack_forward", TORCH_BOX(&fusedrnn::stack_forward<fusedrnn::OnCuda<fusedrnn::Gpu>>));
+  m.impl("stack_backward", TORCH_BOX(&fusedrnn::stack_backward<fusedrnn::OnCuda<fusedrnn::Gpu>>));
 }

@@ -43,9 +43,11 @@ struct CellKind {
   bool one_product;   // is_of_one_product
   bool of_torch;      // is_of_torch
   int late;           // gates that a second product of a step sums
+  int pre;            // pre-activations of a unit
 };
 template <class Cell>
-constexpr CellKind kKindOf = {Cell::kGates, Cell::kStates, Cell::kMultiplies, is_of_one_product<Cell>, is_of_torch<Cell>, Cell::kLate};
+constexpr CellKind kKindOf = {Cell::kGates,       Cell::kStates, Cell::kMultiplies, is_of_one_product<Cell>,
+                              is_of_torch<Cell>, Cell::kLate,   Cell::kPre};
 
 // Whether there are kernels whose weights stay; in float64 for torch's cells only, since all of them take long to compile.
 constexpr bool stays(const CellKind& cell, bool float64) { return cell.one_product && (cell.of_torch || !float64); }
@@ -241,6 +243,10 @@ inline ProductPlan plan_alone(const LayerParams& p) {
 constexpr int kRowThreads = 256;  // at most
 inline int row_threads(int64_t units) { return int(std::min<int64_t>(kRowThreads, kWarp * ceil_div(units, kWarp))); }
 
+// The last states of a layer of a stack, which the layer above may still read. Of more than two the layers need not go in step, so
+// that a layer finds the states below when it comes to them. Not measured yet. A power of two.
+constexpr int kRing = 4;
+
 // The products of a layer's steps: forward the cell's and the projection's, backward the gradient of the state that is multiplied by
 // weight_hh, and of the one that is multiplied by weight_hr. Of a cell with a late gate the second of each is that gate's. Without
 // either it is not made.
@@ -271,6 +277,55 @@ inline StepPlan plan_step(const Chip& chip, const LayerParams& p, const CellKind
   const int64_t units = p.units(), depth = p.depth();
   return {plan(units, gates, depth, one_kernel), plan(depth, 1, units, false), plan(depth, 1, gates * units, one_kernel),
           plan(units, 1, depth, false)};
+}
+
+// Several layers in one grid, each of whose blocks has 16 units of one layer (stack.cuh): how the blocks of a layer divide its work,
+// on their part of the chip. They keep the weights of the input beside those of the hidden state, and sum for every pre-activation,
+// or backward for each of the two products. Regime kStep if they are too many or too large.
+inline ProductPlan plan_stacked(const Chip& chip, const LayerParams& p, const CellKind& cell, bool tf32, int64_t layers, bool backward) {
+  check_sizes(p);
+  ProductPlan plan{};
+  if (!cell.of_torch || p.weight_hr[0] || p.strands() != 1 || layers < 1 || layers > kMostStacked) return plan;
+  Product product(p, tf32, p.H, backward ? 1 : cell.gates, backward ? cell.gates * p.H : p.H);
+  product.tile_bytes *= 2;
+  product.gates = backward ? 2 : cell.pre;
+  const Chip part{int(chip.multiprocessors / layers), chip.shared_bytes, chip.major};
+  if (!divide_shared(plan, part, p, product, product.unit_tiles, 0)) return {};
+  plan.regime = Regime::kGrid;
+  refuse_above(kMostBlocks, layers * kRing * plan.state_blocks(), "blocks of states");
+  return plan;
+}
+
+// Whether those layers go in one grid backward, too. There each block reads the gradients of all gates of its rows, twice, from the
+// second-level cache, and all blocks do at once: what that takes must be less than the steps of the layers one after the other.
+constexpr int64_t kReadsAClock = 20;     // bytes of a multiprocessor: 19 of an A100, 30 of an H800 (arXiv:2402.13499). Not measured yet.
+constexpr int64_t kStepClocks = 2400;    // of a layer's step by itself, as benchmarks/sass.py predicts it. Not measured yet.
+constexpr int64_t kExchangeClocks = 800; // of them between two steps. Not measured yet.
+inline bool stacks_backward(const ProductPlan& plan, const LayerParams& p, bool tf32, int64_t layers) {
+  const int64_t reads = 2 * plan.block_rows * plan.depth_blocks * block_depth(p.dtype, tf32) * bytes_of(p.dtype);
+  return plan.regime == Regime::kGrid && reads / kReadsAClock + kExchangeClocks < layers * kStepClocks;
+}
+
+constexpr int64_t kStepsOfLayer = 4;  // of a sequence, for each layer, which waits so many steps before it begins. Not measured yet.
+
+// How many of `layers` layers, one upon the other, go in one grid; 1: each goes by itself. `wanted`: wherever they fit.
+//
+// n layers take T + n - 1 steps of two products instead of n T steps of one. Where a block has no more rows than a warp takes at once,
+// it reads its weights once a step in either case: then the steps of n layers take no longer even if a step were nothing but products,
+// and what they save is the exchange of all layers but one, and the product of the input of all rows.
+// A layer that fits into one block has no exchange to save, and is left as it is.
+inline int64_t plan_stack(const Chip& chip, const LayerParams& p, const CellKind& cell, bool tf32, int64_t layers, bool wanted) {
+  int64_t most = std::min<int64_t>(layers, kMostStacked);
+  if (!wanted) {
+    const Regime alone = plan_step(chip, p, cell, tf32, {}).cell.regime;
+    if (alone != Regime::kCluster && alone != Regime::kGrid) return 1;
+    most = std::min(most, p.steps.T / kStepsOfLayer);
+  }
+  for (int64_t n = most; n > 1; --n) {
+    const ProductPlan plan = plan_stacked(chip, p, cell, tf32, n, false), back = plan_stacked(chip, p, cell, tf32, n, true);
+    if (plan.regime == Regime::kGrid && back.regime == Regime::kGrid && (wanted || plan.groups == 1)) return n;
+  }
+  return 1;
 }
 
 }  // namespace fusedrnn

@@ -213,7 +213,7 @@ struct Queue {
 
 struct Grid {
   int64_t blocks;
-  int directions, threads;
+  int directions, threads;   // or the layers of a stack
   int64_t shared_bytes;
   bool overlaps;             // may start before the grid before it has ended, and waits for it by itself
   bool all_at_once = false;  // its blocks wait for each other, so that all must be on the chip: one to a multiprocessor
@@ -221,7 +221,7 @@ struct Grid {
   int heads = 1;             // of each direction
 };
 
-// Runs kernel(args) on the queue; blockIdx.z is the direction, blockIdx.y the head. Raises std::runtime_error with the kernel's name
+// Runs kernel(args) on the queue; blockIdx.z is the direction, or the layer, blockIdx.y the head. Raises std::runtime_error with the kernel's name
 // if CUDA refuses.
 template <class Args>
 void launch(const char* name, void (*kernel)(Args), const Grid& grid, const Queue& queue, const Args& args) {

@@ -168,13 +168,13 @@ constexpr int states_ahead(int bytes, int gates) { return gates == 1 ? std::clam
 // use. So from gate to gate, and from row to row of a warp, it is as far in every plan.
 //
 // kStay: the weights are in shared memory, from which they come when they are wanted; else in memory, and asked for ahead, as the
-// states are.
-template <class A, int kGates, int kTiles, bool kStay>
+// states are. kSums: sums of a unit, where those of several products are not one to a gate (stack.cuh).
+template <class A, int kGates, int kTiles, bool kStay, int kSums = kGates>
 struct BlockSums {
   using Element = typename A::Element;
   using Sum = typename A::Sum;
   static constexpr int kWeights = kRows * A::kDepth, kStates = kColumns * A::kDepth;  // numbers of a block of either
-  static constexpr int kWarpRows = kTiles * kColumns, kGatePitch = kWarpRows * kColumnPitch, kWarpPitch = kGates * kGatePitch;
+  static constexpr int kWarpRows = kTiles * kColumns, kGatePitch = kWarpRows * kColumnPitch, kWarpPitch = kSums * kGatePitch;
   // Blocks of the depth that are on their way at once: as many as have room in the registers. Not measured yet.
   static constexpr int kBlockBytes = int(sizeof(typename A::Weights)) * kGates + int(sizeof(typename A::States)) * kTiles;
   static constexpr int kSumBytes = int(sizeof(Sum)) * kGates * kTiles * 4, kRoom = 640;
@@ -194,7 +194,7 @@ struct BlockSums {
       : lane(threadIdx.x % kLanes), part(int(threadIdx.x / kLanes) % plan.split), group(int(threadIdx.x / kLanes) / plan.split),
         split(plan.split), turns((int(plan.depth_blocks) - part + split - 1) / split), slots(plan.slots), slot(part % slots),
         round(part / slots), depth_blocks(int(plan.depth_blocks)), slot_pitch(plan.groups * kWarpPitch) {
-    memory = shared.template take<Sum>(int64_t(plan.slots) * kGates * plan.block_rows * kColumnPitch);
+    memory = shared.template take<Sum>(int64_t(plan.slots) * kSums * plan.block_rows * kColumnPitch);
   }
 
   // This lane's share of the first block of the depth that is the warp's.
@@ -216,19 +216,33 @@ struct BlockSums {
     for (int n = 0; n < kTiles; ++n) state[j][n].load(from + n * depth_blocks * kStates);
   }
 
-  static FUSEDRNN_DEVICE void add_products(Sum (&sum)[kGates][kTiles][4], const typename A::Weights (&weight)[kGates],
+  using Sums = Sum[kSums][kTiles][4];  // a lane's
+  struct GateByGate {
+    FUSEDRNN_DEVICE static constexpr int of(int gate) { return gate; }
+  };
+
+  // That of a gate to sum Into::of(gate).
+  template <class Into>
+  static FUSEDRNN_DEVICE void add_products(Sums& sum, const typename A::Weights (&weight)[kGates],
                                            const typename A::States (&state)[kTiles]) {
 #pragma unroll
     for (int gate = 0; gate < kGates; ++gate)
 #pragma unroll
-      for (int n = 0; n < kTiles; ++n) A::multiply_add(sum[gate][n], weight[gate], state[n]);
+      for (int n = 0; n < kTiles; ++n) A::multiply_add(sum[Into::of(gate)][n], weight[gate], state[n]);
   }
 
   // weights: the unit tile's, of which load_weights has begun to load; states: from the block's first row on.
   // Ends with a barrier: all sums are there.
   FUSEDRNN_DEVICE void multiply(const Element* weights, const Element* states) {
+    Sums sum = {};
+    add<GateByGate>(sum, weights, states);
+    share(sum);
+  }
+
+  // Adds a product to the warp's sums.
+  template <class Into>
+  FUSEDRNN_DEVICE void add(Sums& sum, const Element* weights, const Element* states) {
     prims::warp_sync();  // lanes may come from different ends of a step
-    Sum sum[kGates][kTiles][4] = {};
     const int weights_step = split * kGates * kWeights, states_step = split * kStates;
     const Element* weights_next = own(weights) + (kStay ? 0 : kAhead * weights_step);
     const Element* states_next = states + (group * kTiles * depth_blocks + part) * kStates + A::States::share(lane);
@@ -248,7 +262,7 @@ struct BlockSums {
           }
         };
         if constexpr (kAhead > 1) {
-          add_products(sum, weight[kStay ? 0 : j], state[j]);
+          add_products<Into>(sum, weight[kStay ? 0 : j], state[j]);
           load_ahead();
         } else {  // the next block is on its way while this one is multiplied, and takes its registers over one by one
           typename A::Weights weight_now[kGates];
@@ -258,11 +272,15 @@ struct BlockSums {
 #pragma unroll
           for (int n = 0; n < kTiles; ++n) state_now[n] = state[0][n];
           load_ahead();
-          add_products(sum, weight_now, state_now);
+          add_products<Into>(sum, weight_now, state_now);
         }
         weights_next += weights_step;
         states_next += states_step;
       }
+  }
+
+  // Leaves the warps' sums to all threads of the block. Ends with a barrier.
+  FUSEDRNN_DEVICE void share(const Sums& sum) {
     if (round == 0) leave(sum, false);
     prims::block_sync();  // the sums are there, or the first of them
     for (int now = 1; now * slots < split; ++now) {  // never, where all parts have a slot
@@ -272,10 +290,10 @@ struct BlockSums {
   }
 
   // Stores the warp's sums, or adds them to those that are there.
-  FUSEDRNN_DEVICE void leave(const Sum (&sum)[kGates][kTiles][4], bool adds) {
+  FUSEDRNN_DEVICE void leave(const Sums& sum, bool adds) {
     Sum* own = memory + slot * slot_pitch + group * kWarpPitch + 2 * (lane % 4) * kColumnPitch + lane / 4;
 #pragma unroll
-    for (int gate = 0; gate < kGates; ++gate)
+    for (int gate = 0; gate < kSums; ++gate)
 #pragma unroll
       for (int n = 0; n < kTiles; ++n)
 #pragma unroll
@@ -286,15 +304,15 @@ struct BlockSums {
   }
 
   // The sums of the i-th (row, unit) of the block: their parts, in an order that never changes.
-  FUSEDRNN_DEVICE void total(int i, Sum (&sum)[kGates]) const {
+  FUSEDRNN_DEVICE void total(int i, Sum (&sum)[kSums]) const {
     const unsigned row = unsigned(i) / kUnits;
     const Sum* parts = memory + row / kWarpRows * kWarpPitch + row % kWarpRows * kColumnPitch + unsigned(i) % kUnits;
 #pragma unroll
-    for (int gate = 0; gate < kGates; ++gate) sum[gate] = parts[gate * kGatePitch];
+    for (int gate = 0; gate < kSums; ++gate) sum[gate] = parts[gate * kGatePitch];
     for (int other = 1; other < slots; ++other) {
       parts += slot_pitch;
 #pragma unroll
-      for (int gate = 0; gate < kGates; ++gate) sum[gate] += parts[gate * kGatePitch];
+      for (int gate = 0; gate < kSums; ++gate) sum[gate] += parts[gate * kGatePitch];
     }
   }
 
@@ -319,6 +337,7 @@ FUSEDRNN_DEVICE typename Step::Inputs fetch_all(const Step& step, int d, const t
 
 // For kernels whose next step reads the states from memory.
 struct PassNothing {
+  static constexpr bool kInput = false;
   template <class Places, class Elements>
   FUSEDRNN_DEVICE void operator()(const Places&, const Elements&) const {}
 };
@@ -336,7 +355,8 @@ struct PassNothing {
 //   fetch_constants(d, unit, inputs)   what it has of that at every step
 //   fetch(d, now, row, unit, inputs)   the rest
 //   finish(d, now, row, unit, sums, inputs, pass)   what becomes of them; pass(places, elements) with the numbers that the next step
-//                                multiplies, when they are written: arrays, of their places in states(d, next) and of themselves
+//                                multiplies, when they are written: arrays, of their places in states(d, next) and of themselves;
+//                                pass.input(place, element), if Pass::kInput, with those of the input's halves (stack_backward.cuh)
 //   states_of(d, turn)           either buffer of states, for cluster.cuh
 template <class Step, int kTiles>
 __global__ void __launch_bounds__(kMostWarps * kLanes, 1) step_kernel(const __grid_constant__ Step step) {

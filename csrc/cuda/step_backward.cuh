@@ -303,6 +303,10 @@ struct BackwardCell : BackwardBase<A> {
         dpre[place[g]] = element[g];
       }
       pass(place, element);
+      if constexpr (Pass::kInput) {
+#pragma unroll
+        for (int g = 0; g < kEarly; ++g) pass.input(place[g], A::element(grad_pre[Cell::x_pre(g)]));
+      }
     }
     if (!projected()) m.dh[at] = next(h_goes_on, grad_state[0], dh);
 #pragma unroll

@@ -103,12 +103,19 @@ struct ForwardCell {
   template <class Pass>
   FUSEDRNN_DEVICE void finish_given(int d, const Now& now, int b, int u, const Sum (&sum)[kGates], const Inputs& in,
                                     const Given<Sum, Cell::kUnit>& given, const Pass& pass) const {
+    Sum pre[Cell::kPre] = {};
+    add_up(sum, in, pre);
+    finish_pre(d, now, b, u, pre, in, given, pass);
+  }
+  // From the pre-activations on.
+  template <class Pass>
+  FUSEDRNN_DEVICE void finish_pre(int d, const Now& now, int b, int u, const Sum (&pre)[Cell::kPre], const Inputs& in,
+                                  const Given<Sum, Cell::kUnit>& given, const Pass& pass) const {
     const bool projected = p.weight_hr[0];
     const int H = int(p.H);
     const int64_t at = state_at(d, b, u);
     auto in_row = [&](int count) { return fusedrnn::in_row(now.place, b, p.D, count * H, u); };
-    Sum pre[Cell::kPre] = {}, new_state[Cell::kStates], saved[slots(Cell::kSaved)];
-    add_up(sum, in, pre);
+    Sum new_state[Cell::kStates], saved[slots(Cell::kSaved)];
 
     cell_forward<Cell>(given, pre, in.state, new_state, saved);
 

@@ -212,7 +212,6 @@ struct Problem {
 
   Tensor result(int64_t count) const { return Tensor(c.dtype, count); }
 
- private:
   Random random_;
 
   static void* pointer_to(const std::vector<double>& numbers) {

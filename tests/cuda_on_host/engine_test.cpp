@@ -12,6 +12,7 @@
 //   --cell NAME         only this cell
 //   --only N            only case N
 //   --most-macs N       only cases of at most N multiply-adds a step
+//   --least-layers N    only cases of so many layers, one upon the other in one launch
 //   --plant N           mistake N is made, in builds that have mistakes to make (this program must find out)
 //   --spoil NAME        the last number of this result is wrong (this program must find out)
 #include <algorithm>
@@ -27,7 +28,7 @@ using test::KernelProblem;
 
 struct Options {
   size_t every = 1, lot = 0;
-  long only = -1, order = -1, chip = -1, regime = -1, most_macs = 1L << 60;
+  long only = -1, order = -1, chip = -1, regime = -1, most_macs = 1L << 60, least_layers = 1;
   std::string arithmetics = "f32,tf32,f64,bf16,f16", cell, spoiled;
 };
 const std::vector<std::string> kRegimes(fusedrnn::kRegimeNames, fusedrnn::kRegimeNames + fusedrnn::kChosenRegimes);
@@ -36,7 +37,7 @@ int planted = -1;
 bool wanted(const Options& options, const KernelCase& c, size_t number) {
   if (options.only >= 0) return number == size_t(options.only);
   const long macs = long(c.B * c.H * (c.P ? c.P : c.H) * test::traits_of(c.cell).gates);
-  return test::taken(number, options.every, options.lot) && macs <= options.most_macs &&
+  return test::taken(number, options.every, options.lot) && macs <= options.most_macs && c.layers >= options.least_layers &&
          ("," + options.arithmetics + ",").find("," + std::string(c.arithmetic->name) + ",") != std::string::npos &&
          (options.cell.empty() || options.cell == test::traits_of(c.cell).name) && test::engine_of(c.cell);
 }
@@ -61,6 +62,7 @@ struct Coverage {
                   groups, split, turns, units, tiles);
     }
   } grids, clusters;
+  Together stacks;  // of several layers
   int tiles_in_turn = 0;  // of units, of a block of a cluster
   int alone = 0, alone_blocks = 0;  // one grid for all steps, of a cell without a product; of several blocks
   int late = 0, rows = 0, long_rows = 0;  // steps of two kernels: of a late gate, of whole rows, of more units than threads
@@ -106,6 +108,7 @@ struct Coverage {
                 block_turns, block_tiles);
     grids.print("grid");
     clusters.print("cluster");
+    if (stacks.all) stacks.print("stack");
     std::printf(", %d of units in turn; %d without a product, %d of several blocks; %d of a late gate; %d of normalised rows, %d of "
                 "more units than threads\n", tiles_in_turn, alone, alone_blocks, late, rows, long_rows);
   }
@@ -119,22 +122,34 @@ struct Report {
   int overlapping = 0;
 };
 
+// run(): the largest error of a case.
+template <class Run>
+void judge(const std::string& name, Report& report, const Run& run) {
+  try {
+    const double error = run();
+    if (error > report.worst) report.worst = error, report.worst_case = name;
+  } catch (const std::runtime_error& error) {
+    CHECK(false, "the emulator says: %s", error.what());
+  }
+}
+
 void run_case(const KernelCase& c, size_t number, const Options& options, Report& report) {
   const std::string name = text(c, number);
   std::snprintf(test::context, sizeof test::context, "%s", name.c_str());
   test::schedule(c.order, c.seed);
   KernelProblem problem(c);
+  if (c.layers > 1) {
+    if (problem.stack_plan(false).regime != fusedrnn::Regime::kGrid || problem.stack_plan(true).regime != fusedrnn::Regime::kGrid) return;
+    report.forward.stacks.add(problem.stack_plan(false));
+    if (c.save) report.backward.stacks.add(problem.stack_plan(true));
+    return judge(name, report, [&] { return problem.run_stack(*test::engine_of(c.cell), options.spoiled); });
+  }
   const fusedrnn::StepPlan plan = problem.plan();
   report.forward.add(plan.cell, c.P ? &plan.projection : nullptr);
   report.forward.add_cell(problem.traits, c.H);
   if (c.save) report.backward.add(plan.dh, c.P ? &plan.dunprojected : nullptr);
   if (c.save) report.backward.add_cell(problem.traits, c.H);
-  try {
-    const double error = problem.run(*test::engine_of(c.cell), options.spoiled);
-    if (error > report.worst) report.worst = error, report.worst_case = name;
-  } catch (const std::runtime_error& error) {
-    CHECK(false, "the emulator says: %s", error.what());
-  }
+  judge(name, report, [&] { return problem.run(*test::engine_of(c.cell), options.spoiled); });
   report.overlapping += test::most_grids_at_once() > 1;
 }
 
@@ -174,6 +189,7 @@ int main(int count, char** arguments) {
     else if (name == "--cell") options.cell = value;
     else if (name == "--only") options.only = std::stol(value);
     else if (name == "--most-macs") options.most_macs = std::stol(value);
+    else if (name == "--least-layers") options.least_layers = std::stol(value);
     else if (name == "--plant") planted = std::stoi(value);
     else if (name == "--spoil") options.spoiled = value;
     else return 2;

@@ -31,12 +31,16 @@ void configure(int64_t order, int64_t seed, int64_t multiprocessors, int64_t maj
 STABLE_TORCH_LIBRARY(fusedrnn_on_host, m) {
   m.def(fusedrnn::kForwardSchema);
   m.def(fusedrnn::kBackwardSchema);
+  m.def(fusedrnn::kStackSchema);
+  m.def(fusedrnn::kStackBackwardSchema);
   m.def("configure(int order, int seed, int multiprocessors, int major, bool block, bool cluster, bool grid) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fusedrnn_on_host, CPU, m) {
   m.impl("recurrence_forward", TORCH_BOX(&fusedrnn::recurrence_forward<fusedrnn::OnCuda<Host>>));
   m.impl("recurrence_backward", TORCH_BOX(&fusedrnn::recurrence_backward<fusedrnn::OnCuda<Host>>));
+  m.impl("stack_forward", TORCH_BOX(&fusedrnn::stack_forward<fusedrnn::OnCuda<Host>>));
+  m.impl("stack_backward", TORCH_BOX(&fusedrnn::stack_backward<fusedrnn::OnCuda<Host>>));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fusedrnn_on_host, CompositeExplicitAutograd, m) { m.impl("configure", TORCH_BOX(&configure)); }
