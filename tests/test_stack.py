@@ -101,11 +101,11 @@ def test_same_bits_in_every_order(cell, stacks):
     ours, _ = make_pair(cell, 6, 35, 3)
     input, hx = torch.randn(11, 10, 6), states_for(ours, 10)
     runs = []
-    for order, seed in itertools.product(range(4), range(3)):
+    for order, seed in [(0, 0), (1, 0), (2, 1), (2, 2), (3, 3), (3, 4)]:
         stacks.order(order, seed)
         runs.append(run_module(ours, input, hx))
         compare_all_equal(runs[0], runs[-1])
-    assert stacks.calls == [3] * 12
+    assert stacks.calls == [3] * 6
 
 
 @cells
