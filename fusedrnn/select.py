@@ -157,7 +157,7 @@ def reason_against_stack(device: torch.device, cell: str, dtype: torch.dtype, la
         return None
     if wanted not in ("", "stack"):
         return f"FUSEDRNN_KERNEL={wanted} asks for another"
-    if "grid" not in _C.cuda_kernels().get(cell, []):
+    if "grid" not in _C.cuda_kernels("float64").get(cell, []):  # which other cells have not
         return "it is compiled for torch's own cells only, without heads"
     if found is None:
         return "there is no GPU to ask whether the weights fit"

@@ -1,6 +1,8 @@
 """What every test shares: the engines, seeds, and the promise that the fused engine is what is tested."""
 
 import contextlib
+import shutil
+import tempfile
 import zlib
 from pathlib import Path
 
@@ -10,7 +12,7 @@ from torch import nn
 
 import fusedrnn
 from fusedrnn import select
-from workshop import ROOT, Workshop, cuda_headers, setup
+from workshop import ROOT, CudaLibrary, Workshop, cuda_headers, setup
 
 ISAS = fusedrnn._C.cpu_isas()  # what this processor and this build have
 # Everything that runs the operators: the CPU's engine in each instruction set, the CUDA kernels compiled for the CPU if the
@@ -27,6 +29,30 @@ def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "ignore:Warning only once for all operators,  other operators may also be overridden")
     # torch says once a process that oneDNN has no projections; it is of no concern here.
     config.addinivalue_line("filterwarnings", "ignore:LSTM with projections is not supported with oneDNN")
+
+
+CUDA_LIBRARY = pytest.StashKey[CudaLibrary]()
+
+
+def pytest_collection_finish(session):
+    wanted = any("cuda_library" in getattr(item, "fixturenames", ()) for item in session.items)
+    if wanted and not session.config.option.collectonly and shutil.which("nvcc"):
+        cache = getattr(session.config, "cache", None)
+        folder = cache.mkdir("fusedrnn_cuda_build") if cache else Path(tempfile.mkdtemp())
+        session.config.stash[CUDA_LIBRARY] = CudaLibrary(folder)
+
+
+def pytest_unconfigure(config):
+    if CUDA_LIBRARY in config.stash:
+        config.stash[CUDA_LIBRARY].close()
+
+
+@pytest.fixture(scope="session")
+def cuda_library(request):
+    """What nvcc makes of the sources, of which it began to make it before the first test."""
+    if CUDA_LIBRARY not in request.config.stash:
+        pytest.skip("there is no nvcc on PATH")
+    return request.config.stash[CUDA_LIBRARY]
 
 
 def pytest_report_header(config):

@@ -5,9 +5,7 @@ What a kernel needs of a multiprocessor decides how many of its blocks run at on
 """
 
 import json
-import os
 import re
-import shutil
 import subprocess
 import sys
 
@@ -15,31 +13,12 @@ import pytest
 from workshop import ROOT
 
 BUDGET = ROOT / "tests" / "cuda_budget.json"
-SOURCES = ["setup.py", "pyproject.toml", "README.md", "csrc", "fusedrnn"]
 ARCHS = ["sm_80", "sm_90"]
 REGISTERS = 65536  # of a multiprocessor
 SHORT = {
     r"MatrixArithmetic<float, float>": "Tf32", r"MatrixArithmetic<__nv_bfloat16, __nv_bfloat16>": "BFloat16",
     r"MatrixArithmetic<__half, __half>": "Float16", r"FmaArithmetic<float>": "Float32", r"FmaArithmetic<double>": "Float64",
 }  # fmt: skip
-
-
-def build(folder):
-    """Builds the sources in a folder of their own, where an earlier build's objects may lie, or else those of the CPU's build, which
-    have the same commands; returns what it printed."""
-    for objects in ROOT.glob("build/cpython-*"):
-        if not (folder / "build" / objects.name).exists():
-            shutil.copytree(objects, folder / "build" / objects.name)
-    for name in SOURCES:
-        if (ROOT / name).is_dir():
-            ignored = shutil.ignore_patterns("*.so", "__pycache__")
-            shutil.copytree(ROOT / name, folder / name, dirs_exist_ok=True, ignore=ignored)
-        else:
-            shutil.copy2(ROOT / name, folder / name)
-    done = subprocess.run([sys.executable, "setup.py", "build_ext", "--inplace"], cwd=folder, text=True, capture_output=True,
-                          env={**os.environ, "FUSEDRNN_CUDA": "1"}, timeout=1800)  # fmt: skip
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    return done.stdout
 
 
 def needs(folder):
@@ -57,13 +36,9 @@ def needs(folder):
 
 
 @pytest.fixture(scope="module")
-def built(request, tmp_path_factory):
+def built(cuda_library):
     """(folder, what the build printed)."""
-    if not shutil.which("nvcc"):
-        pytest.skip("there is no nvcc on PATH")
-    cache = getattr(request.config, "cache", None)
-    folder = cache.mkdir("fusedrnn_cuda_build") if cache else tmp_path_factory.mktemp("cuda_build")
-    return folder, build(folder)
+    return cuda_library.folder, cuda_library.result()
 
 
 def test_build_says_what_it_builds(built):

@@ -298,6 +298,10 @@ def test_reasons_for_cells_beyond_torchs(wanted, monkeypatch):
         assert all("a step of this cell is two kernels" in reason for reason in reasons.values())
     for cell in ("lstm", "lstm_general", "gru_general", "slstm"):
         assert why_not(cell)[wanted or "block"] is None
+    of_stack = dict(layers=2, T=9, B=64, H=256, tf32=False)
+    for cell in ("slstm", "lstm_norm", "lstm:2"):
+        reason = select.reason_against_stack(torch.device("cuda"), cell, torch.float32, **of_stack)
+        assert ("FUSEDRNN_KERNEL" if wanted else "for torch's own cells only") in reason
     in_float64 = select.reasons_against_kernels(torch.device("cuda"), "slstm", torch.float64, **sizes)
     assert in_float64.pop("step") is None and all("in float64" in reason for reason in in_float64.values())
 

@@ -5,7 +5,9 @@ import importlib.util
 import os
 import re
 import shutil
+import signal
 import subprocess
+import sys
 import sysconfig
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -21,6 +23,44 @@ UNDEFINED = "-g1 -O1 -fsanitize=address,undefined -fno-sanitize-recover=all"
 # For kernels: checks by calls, and without those of UBSan's that AddressSanitizer implies. It halves the time to compile.
 ADDRESS = f"{UNDEFINED} -fno-sanitize=null,object-size,pointer-overflow,vptr --param asan-instrumentation-with-call-threshold=0"
 THREAD = "-g1 -O1 -fsanitize=thread"
+
+
+class CudaLibrary:
+    """The library with CUDA, whose build takes minutes: it goes on in the background, behind what else runs.
+
+    Args:
+        folder: of its own, where an earlier build's objects may lie, or else those of the CPU's build, which have the same commands
+    """
+
+    SOURCES = ["setup.py", "pyproject.toml", "README.md", "csrc", "fusedrnn"]
+
+    def __init__(self, folder):
+        self.folder = folder
+        for objects in ROOT.glob("build/cpython-*"):
+            if not (folder / "build" / objects.name).exists():
+                shutil.copytree(objects, folder / "build" / objects.name)
+        for name in self.SOURCES:
+            if (ROOT / name).is_dir():
+                ignored = shutil.ignore_patterns("*.so", "__pycache__")
+                shutil.copytree(ROOT / name, folder / name, dirs_exist_ok=True, ignore=ignored)
+            else:
+                shutil.copy2(ROOT / name, folder / name)
+        self.log = folder / "build.log"
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                ["nice", sys.executable, "setup.py", "build_ext", "--inplace"], cwd=folder, stdout=log, stderr=subprocess.STDOUT,
+                env={**os.environ, "FUSEDRNN_CUDA": "1"}, start_new_session=True)  # fmt: skip
+
+    def result(self):
+        """What the build printed, as soon as it is done."""
+        code, text = self.process.wait(timeout=1800), self.log.read_text()
+        assert code == 0, text[-6000:]
+        return text
+
+    def close(self):
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGTERM)  # with its compilers
+            self.process.wait()
 
 
 class Workshop:
