@@ -1,7 +1,7 @@
 // The operators of the CPU, and the schemas of all devices.
 #include "cpu/engine.h"
 #include "cpu/workspace.h"
-#include "operators.h"
+#include "stack_operators.h"
 
 namespace fusedrnn {
 

@@ -16,8 +16,7 @@ from torch.compiler import is_compiling, is_exporting
 from torch.nn.functional import linear
 
 from . import onnx, reference, select
-from .layer import FIRST_TENSOR, FIRST_WEIGHT, GIVEN, backward, backward_stacked, by_direction, forward, forward_stacked, with_gaps
-from .layer import allows_tf32
+from .layer import FIRST_TENSOR, FIRST_WEIGHT, GIVEN, backward, by_direction, forward, with_gaps
 from .layer import input_product as plain_product
 from .layer import sum_of_rows
 from .ops import SAVE_ALL, SAVE_NOTHING, SAVE_STATES, TRAITS
@@ -88,54 +87,6 @@ def layer(cell: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, weight
     return output, hy, cy if inner else None, states[..., :inner, :] if return_states and inner else None
 
 
-def layers_at_once(cell: str, input: Tensor, layers: list[list[Weights]], ragged: Tensor | None, batch_first: bool) -> tuple[int, bool]:
-    """How many of some layers, each on the output of the one below and with nothing in between, `stacked` takes in one launch.
-
-    Args:
-        cell, input, ragged, batch_first: as in `layer`.
-        layers: the weights of each.
-
-    Returns:
-        a number of the first of them, 1 where each goes by itself; and whether `stacked` is to take them in one launch backward, too.
-    """
-    if input.device.type not in select.STACKING or is_compiling() or _are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return 1, False
-    packed = input.dim() == 2
-    if len(layers[0]) > 1 or layers[0][0][4] is not None or (ragged is not None and not packed):
-        return 1, False
-    if packed:
-        steps, batch = len(ragged), int(ragged[0])  # type: ignore[arg-type,index]
-    else:
-        steps, batch = input.shape[1::-1] if batch_first else input.shape[:2]
-    tf32 = input.dtype == torch.float32 and allows_tf32(input, ragged, batch_first)
-    return select.layers_at_once(input.device, cell, input.dtype, T=steps, B=batch, H=layers[0][0][1].shape[1], layers=len(layers), tf32=tf32)
-
-
-def stacked(cell: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, layers: list[list[Weights]],
-            ragged: Tensor | None, batch_first: bool, backward: bool) -> list[tuple[Tensor, Tensor, Tensor | None]]:
-    """Run so many layers as `layers_at_once` found, in one launch.
-
-    Args:
-        cell, input, ragged, batch_first: as in `layer`.
-        hx, cx: (L, B, H), or None for zeros.
-        layers: the weights of each.
-        backward: as it found.
-
-    Returns:
-        for each layer output, hy and cy, as `layer` gives them.
-    """
-    weights = [group for (group,) in layers]
-    needs_grad = _needs_grad([input, hx, cx, *(tensor for group in weights for tensor in group)])
-    with torch.no_grad():
-        made = forward_stacked(cell, ragged, batch_first, input, hx, cx, weights, SAVE_ALL if needs_grad else SAVE_NOTHING)
-    has_inner = TRAITS[cell]["states"] > 1
-    if not needs_grad:
-        return [(output, hy, cy if has_inner else None) for output, hy, cy, _, _ in made]
-    *outputs, hy, cy = _apply_stacked(cell, ragged, batch_first, made, backward, input, hx, cx, *(tensor for group in weights for tensor in group))
-    cys = [None] * len(outputs) if cy is None else cy.split(1)
-    return list(zip(outputs, hy.split(1), cys))
-
-
 def _saved_for_backward(cell, recompute):
     """What the operator saves; a cell that needs nothing but states has nothing to make again."""
     return SAVE_STATES if recompute and TRAITS[cell]["saved"] else SAVE_ALL
@@ -197,83 +148,6 @@ class Layer(torch.autograd.Function):
         return None, None, None, None, None, None, *_gradients(ctx, grads, ctx.needs_input_grad[6:])
 
 
-class StackedLayers(torch.autograd.Function):
-    """Several layers, which have been run together."""
-
-    @staticmethod
-    def forward(ctx, cell, ragged, batch_first, made, backward, *tensors):
-        """Keep what backward needs.
-
-        Args:
-            ctx: autograd's.
-            cell, ragged, batch_first: as in `layer`.
-            made: for each layer all five results of the operator.
-            backward: as in `stacked`.
-            tensors: input, hx and cx (L, B, H), and the weights of all layers, one after the other.
-
-        Returns:
-            the outputs of all layers, hy, and cy, None for cells without one.
-        """
-        outputs, hys, cys, saved, states = zip(*made)
-        ctx.cell, ctx.batch_first, ctx.layers, ctx.backward_at_once = cell, batch_first, len(made), backward
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(ragged, *outputs, *saved, *states, *tensors)
-        return *outputs, torch.cat(hys), torch.cat(cys) if TRAITS[cell]["states"] > 1 else None
-
-    @staticmethod
-    def backward(ctx, *grads):
-        """Compute the gradients of all arguments of forward.
-
-        Args:
-            ctx: as forward left it.
-            grads: of its results, None where there is none.
-
-        Returns:
-            a gradient for each argument, None where none is wanted.
-        """
-        cell, batch_first, layers, wanted = ctx.cell, ctx.batch_first, ctx.layers, ctx.needs_input_grad[5:]
-        if all(grad is None for grad in grads):
-            return (None,) * (5 + len(wanted))
-        ragged, *everything = ctx.saved_tensors
-        outputs, saved, states = (everything[i * layers : (i + 1) * layers] for i in range(3))
-        input, hx, cx, *weights = everything[3 * layers :]
-        *grad_outputs, grad_hy, grad_cy = grads
-        at_once = ctx.backward_at_once and all(grad is None for grad in grad_outputs[:-1])  # nobody else took what is between two layers
-        if at_once and not (_are_transformed(grads) or torch.is_grad_enabled() or _are_functorch_transforms_active()):
-            ctx.maybe_clear_saved_tensors()
-            del everything
-            last = (grad_outputs[-1], grad_hy, grad_cy if TRAITS[cell]["states"] > 1 else None)
-            return None, None, None, None, None, *backward_stacked(cell, ragged, batch_first, outputs, saved, states, input, hx, cx,
-                                                             by_direction(weights), last, wanted)  # fmt: skip
-        return None, None, None, None, None, *_gradients_by_layer(ctx, ragged, outputs, saved, states, input, hx, cx, weights, grads, wanted)
-
-
-def _gradients_by_layer(ctx, ragged, outputs, saved, states, input, hx, cx, weights, grads, wanted):
-    """The gradients of `StackedLayers`, layer after layer."""
-    *grad_outputs, grad_hy, grad_cy = grads
-    grad_states: list[list[Tensor | None]] = []
-    grad_weights: list[Tensor | None] = []
-    grad_input = None
-    for k in reversed(range(ctx.layers)):
-        h0, c0, grad_h, grad_c = (None if state is None else state[k : k + 1] for state in (hx, cx, grad_hy, grad_cy))
-        fed = outputs[k - 1] if k else input
-        tensors = [fed, h0, c0, None, None, *weights[5 * k : 5 * k + 5]]
-        batch_first = ctx.batch_first and k == 0
-        kept = SimpleNamespace(cell=ctx.cell, batch_first=batch_first, maybe_clear_saved_tensors=lambda: None,
-                               saved_tensors=[ragged, None, None, None, outputs[k], saved[k], states[k], *tensors])  # fmt: skip
-        both = [grad for grad in (grad_outputs[k], grad_input) if grad is not None]
-        own = _of_results(ctx.cell, sum(both[1:], both[0]) if both else None, grad_h, grad_c)
-        want = [wanted[0] or k > 0, wanted[1], wanted[2], False, False, *wanted[3 + 5 * k : 8 + 5 * k]]
-        grad_input, *found = _gradients(kept, own, want)
-        grad_states.insert(0, found[:2])
-        grad_weights[:0] = found[4:]
-    whole = []
-    for parts, state in zip(zip(*grad_states), (hx, cx)):
-        there = any(part is not None for part in parts)
-        whole.append(torch.cat([torch.zeros_like(state[:1]) if part is None else part for part in parts]) if there else None)
-    return [grad_input, *whole, *grad_weights]
-
-
 def _forward(cell, ragged, batch_first, masks, tensors, save):
     """`fusedrnn.layer.forward` of what `Layer.forward` takes."""
     input, hx, cx, *begun = tensors[:GIVEN]
@@ -310,7 +184,6 @@ def _gradients(ctx, grads, wanted):
 # Function.apply inspects the signature of forward at every call, which takes longer than a small layer does, for the sake of
 # default arguments and of transforms. Neither is present where this is called.
 _apply = super(torch.autograd.Function, Layer).apply
-_apply_stacked = super(torch.autograd.Function, StackedLayers).apply
 
 
 # torch.compile forgets, of an autograd.Function, to notice that what it saved was edited in place; of an operator it does not.

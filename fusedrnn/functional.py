@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, _VF
 
-from . import autograd, select
+from . import autograd, select, stacks
 from .normed import group_normed, normed_gates
 from .reference import INNER, NO_CARRY, NORMALISES, Carry, Weights, heads_of
 from .shared import signature_of
@@ -143,11 +143,11 @@ def stack(cell: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, params
     for k, weights in enumerate(layers):
         if k < first:  # it ran together with the one below
             continue
-        count, backward = autograd.layers_at_once(cell, output, layers[k:], ragged, batch_first and k == 0) if may_stack else (1, False)
+        count, backward = stacks.layers_at_once(cell, output, layers[k:], ragged, batch_first and k == 0) if may_stack else (1, False)
         if count > 1:
             first = k + count
             h0, c0 = (None if state is None else state[k:first] for state in (hx, cx))
-            for output, hy, cy in autograd.stacked(cell, output, h0, c0, layers[k:first], ragged, batch_first and k == 0, backward):
+            for output, hy, cy in stacks.stacked(cell, output, h0, c0, layers[k:first], ragged, batch_first and k == 0, backward):
                 hys.append(hy)
                 cys.append(cy)
             continue

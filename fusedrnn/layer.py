@@ -16,7 +16,7 @@ from torch.compiler import is_compiling
 from torch.nn.functional import linear
 
 from . import _C
-from .ops import SAVE_ALL, TRAITS, recurrence_backward, recurrence_forward, stack_backward, stack_forward
+from .ops import SAVE_ALL, TRAITS, recurrence_backward, recurrence_forward
 from .reference import heads_of, without_padding
 
 
@@ -42,27 +42,6 @@ def forward(cell, ragged, batch_first, carry, input, hx, cx, weights, save):
             weight_hr.append(w_hr)
     return recurrence_forward(cell, gates_x, weight_hh, bias_hh or None, weight_hr or None, hx, cx, ragged, *carry, save,
                               allows_tf32(input, ragged, batch_first))
-
-
-def forward_stacked(cell, ragged, batch_first, input, hx, cx, layers, save):
-    """Run several layers in one launch, each on the output of the one below.
-
-    Args:
-        cell, batch_first, input, save: as in `forward`.
-        ragged: batch_sizes, if the input is packed.
-        hx, cx: (L, B, H), or None for zeros.
-        layers: the weights of each, in one direction.
-
-    Returns:
-        for each layer output, hy, cy, saved and states, as in `forward`.
-    """
-    (w_ih, _, b_ih, b_hh, _), *above = layers
-    biased = b_hh is not None
-    results = stack_forward(
-        cell, _gates_of(input, w_ih, b_ih, 0, 1, batch_first), [weights[0] for weights in above], [weights[1] for weights in layers],
-        [weights[2] for weights in above] if biased else None, [weights[3] for weights in layers] if biased else None,
-        hx, cx, ragged, save, allows_tf32(input, ragged, batch_first))  # fmt: skip
-    return list(zip(*results))
 
 
 def _gates_of(input, w_ih, b_ih, direction, directions, batch_first):
@@ -274,28 +253,6 @@ def backward(kept, grads, wanted):
         _grad_input(grad_pre, weights, steps_first.shape, batch_first) if wanted[0] else None,
         *[grad if want else None for grad, want in zip([*grad_states, *grad_weights], wanted[1:])],
     ]
-
-
-def backward_stacked(cell, ragged, batch_first, output, saved, states, input, hx, cx, layers, grads, wanted):
-    """Compute the gradients of a run of `forward_stacked` in one launch.
-
-    Args:
-        cell, ragged, batch_first, input, hx, cx, layers: as there.
-        output, saved, states: what it left, of all layers.
-        grads: of the last output, and of all hy and cy, None for zeros.
-        wanted: for input, hx, cx and the five weights of each layer whether its gradient is asked for.
-
-    Returns:
-        a list of these gradients, None where not wanted.
-    """
-    steps_first = input.transpose(0, 1) if batch_first else input
-    each = by_direction(wanted[3:])
-    want_ih, want_hh, want_b_ih, want_b_hh, _ = [any(some) for some in zip(*each)]
-    grad_pre, *grad_states, grad_weights = stack_backward(
-        cell, steps_first, [weights[0] for weights in layers[1:]], [weights[1] for weights in layers], hx, cx, output, saved, states, ragged,
-        *grads, wanted[1], wanted[2], want_ih, want_hh, want_b_ih or want_b_hh, allows_tf32(input, ragged, batch_first))  # fmt: skip
-    grad_input = _grad_input(grad_pre, [layers[0]], steps_first.shape, batch_first) if wanted[0] else None
-    return [grad_input, *[grad if want else None for grad, want in zip([*grad_states, *grad_weights], wanted[1:])]]
 
 
 GIVEN = 5  # tensors before the weights, in the arguments of a layer: input, hx, cx, reset_hx, reset_cx

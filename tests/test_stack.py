@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import fusedrnn
 from conftest import CELLS, compare_all_equal, make_pair, states_for
-from fusedrnn import autograd, functional, layer, ops, select
+from fusedrnn import functional, layer, ops, select, stacks as in_one_launch
 from fusedrnn.testing import compare_modules, run_module
 from workshop import cuda_headers
 
@@ -47,9 +47,9 @@ def stacks(request, monkeypatch):
             monkeypatch.setenv("FUSEDRNN_KERNEL", "stack" if yes else "grid")
 
     found = Stacks()
-    forward, backward = layer.stack_forward, layer.stack_backward
-    monkeypatch.setattr(layer, "stack_forward", lambda *given: found.calls.append(len(given[3])) or forward(*given))
-    monkeypatch.setattr(layer, "stack_backward", lambda *given: found.backward.append(len(given[3])) or backward(*given))
+    forward, backward = in_one_launch.stack_forward, in_one_launch.stack_backward
+    monkeypatch.setattr(in_one_launch, "stack_forward", lambda *given: found.calls.append(len(given[3])) or forward(*given))
+    monkeypatch.setattr(in_one_launch, "stack_backward", lambda *given: found.backward.append(len(given[3])) or backward(*given))
     found.order(2)
     found.wanted()
     yield found
@@ -124,7 +124,7 @@ def test_over_more_steps_than_a_launch_lists(cell, stacks):
 @cells
 def test_tf32(cell, stacks, monkeypatch):
     """Rounded before they are multiplied, in the input's product too."""
-    for module in (layer, autograd):
+    for module in (layer, in_one_launch):
         monkeypatch.setattr(module, "allows_tf32", lambda *given: True)
     ours, stock = make_pair(cell, 6, 35, 3)
     input = torch.randn(8, 5, 6)

@@ -6,7 +6,7 @@
 //   context(device, allow_tf32)     of a call on its current stream
 #pragma once
 #include "engine.h"
-#include "../operators.h"
+#include "../stack_operators.h"
 
 namespace fusedrnn {
 
