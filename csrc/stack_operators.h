@@ -131,7 +131,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> stack_backward(
   Tensor grad_hx = allocate(like, need_grad_hx ? Sizes{layers, B, H} : Sizes{0});
   Tensor grad_cx = allocate(like, need_grad_cx ? Sizes{layers, B, H} : Sizes{0});
   const Needs needs{need_grad_hx, need_grad_cx, need_grad_weight_ih, need_grad_weight_hh, need_grad_bias, false};
-  std::deque<Engine> engines;
+  struct Engines : std::deque<Engine> {  // each holds its device while it is there, and gives back the one before: the last goes first
+    ~Engines() {
+      while (!this->empty()) this->pop_back();
+    }
+  } engines;
   Tensors grad_pre;
   std::deque<GradWeightsParams> of_weights;
   StackBackwardParams p{};

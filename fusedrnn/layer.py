@@ -268,8 +268,9 @@ def _backward_in_parts(cell, ragged, batch_first, carry, output, states, input, 
     in_one = len(weights) > 1 or is_compiling()
     each = steps if in_one else max(-(-steps // PARTS), -(-PART_ROWS // output.shape[1]))
     reset, zoneout, hidden_mask, reset_hx, reset_cx = carry
-    # The input's gradient multiplies weight_ih the other way round, in every part.
-    tensors = [tensor for w_ih, *group in weights for tensor in (w_ih.t().contiguous().t() if MKL_IS_SLOW else w_ih, *group)]
+    # The input's gradient multiplies weight_ih the other way round, in every part, as oneDNN is quicker to if it lies so.
+    turns = MKL_IS_SLOW and wanted[0] and input.is_cpu and input.dtype == torch.float32
+    tensors = [tensor for w_ih, *group in weights for tensor in (w_ih.t().contiguous().t() if turns else w_ih, *group)]
     tf32 = allows_tf32(input, ragged, batch_first)
     time = 1 if batch_first else 0
     grad_output, grad_h, grad_c, grad_states = grads

@@ -118,6 +118,12 @@ def chip(device: torch.device) -> dict[str, Any] | None:
     return {"multiprocessors": found.multi_processor_count, "shared_bytes": memory, "major": found.major}
 
 
+@cache
+def _kernels_of(dtype: str = "float32") -> dict[str, list[str]]:
+    """For each cell the kernels of csrc/cuda that there are in this format."""
+    return _C.cuda_kernels(dtype)
+
+
 def layers_at_once(device: torch.device, cell: str, dtype: torch.dtype, layers: int, **sizes: Any) -> tuple[int, bool]:
     """How many layers of a stack without anything between them go in one launch on CUDA.
 
@@ -132,7 +138,7 @@ def layers_at_once(device: torch.device, cell: str, dtype: torch.dtype, layers: 
         their number, 1 if each goes by itself; and whether they go in one launch backward, too.
     """
     wanted, found = cuda_kernel(), chip(device)
-    if layers < 2 or found is None or wanted not in ("", "stack") or cell not in _C.cuda_kernels():  # with heads or a choice it is not
+    if layers < 2 or found is None or wanted not in ("", "stack") or cell not in _kernels_of():  # with heads or a choice it is not
         return 1, False
     return _planned_stack(cell, str(dtype).removeprefix("torch."), layers=layers, wanted=wanted == "stack", **sizes, **found)
 
@@ -157,7 +163,7 @@ def reason_against_stack(device: torch.device, cell: str, dtype: torch.dtype, la
         return None
     if wanted not in ("", "stack"):
         return f"FUSEDRNN_KERNEL={wanted} asks for another"
-    if "grid" not in _C.cuda_kernels("float64").get(cell, []):  # which other cells have not
+    if "grid" not in _kernels_of("float64").get(cell, []):  # which other cells have not
         return "it is compiled for torch's own cells only, without heads"
     if found is None:
         return "there is no GPU to ask whether the weights fit"
@@ -188,7 +194,7 @@ def reasons_against_kernels(device: torch.device, cell: str, dtype: torch.dtype,
         that is the one.
     """
     name = str(dtype).removeprefix("torch.")
-    kernels = _C.cuda_kernels(name)[cell]
+    kernels = _kernels_of(name)[cell]
     if kernels == ["alone"]:  # whatever FUSEDRNN_KERNEL asks for
         reason = "the cell has no recurrent product: its units do not need each other, and all steps go in one launch"
         return {"alone": None} | dict.fromkeys(FUSED_CUDA_KERNELS, reason)
@@ -205,7 +211,7 @@ def reasons_against_kernels(device: torch.device, cell: str, dtype: torch.dtype,
         if kernel == chosen:
             reasons[kernel] = None
         elif kernel not in kernels:
-            reasons[kernel] = ("in float64 it is compiled for torch's own cells only" if kernel in _C.cuda_kernels()[cell] else
+            reasons[kernel] = ("in float64 it is compiled for torch's own cells only" if kernel in _kernels_of()[cell] else
                                "a step of this cell is two kernels: all of its first sums must be there before the second begins")
         elif wanted not in ("", "stack", kernel):
             reasons[kernel] = f"FUSEDRNN_KERNEL={wanted} asks for another"

@@ -30,12 +30,17 @@ def layers_at_once(cell: str, input: Tensor, layers: list[list[Weights]], ragged
     packed = input.dim() == 2
     if len(layers[0]) > 1 or layers[0][0][4] is not None or (ragged is not None and not packed):
         return 1, False
+    if not _needs_grad([input, *layers[0][0]]) and _needs_grad([tensor for (group,) in layers for tensor in group]):
+        return 1, False  # nothing of it is kept for backward, which ends above it
     if packed:
         steps, batch = len(ragged), int(ragged[0])  # type: ignore[arg-type,index]
     else:
         steps, batch = input.shape[1::-1] if batch_first else input.shape[:2]
+    sizes = {"T": steps, "B": batch, "H": layers[0][0][1].shape[1]}
+    if any(type(size) is not int for size in sizes.values()):  # of a graph for any size
+        return 1, False
     tf32 = input.dtype == torch.float32 and allows_tf32(input, ragged, batch_first)
-    return select.layers_at_once(input.device, cell, input.dtype, T=steps, B=batch, H=layers[0][0][1].shape[1], layers=len(layers), tf32=tf32)
+    return select.layers_at_once(input.device, cell, input.dtype, layers=len(layers), tf32=tf32, **sizes)
 
 
 def stacked(cell: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, layers: list[list[Weights]],
@@ -82,6 +87,7 @@ class StackedLayers(torch.autograd.Function):
         """
         outputs, hys, cys, saved, states = zip(*made)
         ctx.cell, ctx.batch_first, ctx.layers, ctx.backward_at_once = cell, batch_first, len(made), backward
+        ctx.tf32 = allows_tf32(tensors[0], ragged, batch_first)  # for which the plan of both passes was made
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(ragged, *outputs, *saved, *states, *tensors)
         return *outputs, torch.cat(hys), torch.cat(cys) if TRAITS[cell]["states"] > 1 else None
@@ -100,33 +106,34 @@ class StackedLayers(torch.autograd.Function):
         cell, batch_first, layers, wanted = ctx.cell, ctx.batch_first, ctx.layers, ctx.needs_input_grad[5:]
         if all(grad is None for grad in grads):
             return (None,) * (5 + len(wanted))
+        transformed = _are_transformed(grads) or torch.is_grad_enabled() or _are_functorch_transforms_active()
         ragged, *everything = ctx.saved_tensors
-        outputs, saved, states = (everything[i * layers : (i + 1) * layers] for i in range(3))
+        made = [list(everything[i * layers : (i + 1) * layers]) for i in range(3)]
         input, hx, cx, *weights = everything[3 * layers :]
-        *grad_outputs, grad_hy, grad_cy = grads
-        at_once = ctx.backward_at_once and all(grad is None for grad in grad_outputs[:-1])  # nobody else took what is between two layers
-        if at_once and not (_are_transformed(grads) or torch.is_grad_enabled() or _are_functorch_transforms_active()):
-            ctx.maybe_clear_saved_tensors()
-            del everything
-            last = (grad_outputs[-1], grad_hy, grad_cy if TRAITS[cell]["states"] > 1 else None)
-            return None, None, None, None, None, *backward_stacked(cell, ragged, batch_first, outputs, saved, states, input, hx, cx,
-                                                             by_direction(weights), last, wanted)  # fmt: skip
-        return None, None, None, None, None, *_gradients_by_layer(ctx, ragged, outputs, saved, states, input, hx, cx, weights, grads, wanted)
+        del everything
+        if not (transformed or is_compiling()):
+            ctx.maybe_clear_saved_tensors()  # so that what is let go of below is freed
+        at_once = ctx.backward_at_once and all(grad is None for grad in grads[: layers - 1])  # nobody else took what is between two layers
+        if at_once and not transformed:
+            last = (*grads[layers - 1 : layers + 1], grads[-1] if TRAITS[cell]["states"] > 1 else None)
+            found = backward_stacked(cell, ragged, batch_first, made, input, hx, cx, by_direction(weights), last, wanted, ctx.tf32)
+        else:
+            found = _gradients_by_layer(ctx, ragged, made, input, hx, cx, weights, grads, wanted)
+        return None, None, None, None, None, *found
 
 
-def _gradients_by_layer(ctx, ragged, outputs, saved, states, input, hx, cx, weights, grads, wanted):
-    """The gradients of `StackedLayers`, layer after layer."""
+def _gradients_by_layer(ctx, ragged, made, input, hx, cx, weights, grads, wanted):
+    """The gradients of `StackedLayers`, layer after layer, from the last one down; `made` is let go of on the way."""
     *grad_outputs, grad_hy, grad_cy = grads
     grad_states: list[list[Tensor | None]] = []
     grad_weights: list[Tensor | None] = []
     grad_input = None
     for k in reversed(range(ctx.layers)):
         h0, c0, grad_h, grad_c = (None if state is None else state[k : k + 1] for state in (hx, cx, grad_hy, grad_cy))
-        fed = outputs[k - 1] if k else input
-        tensors = [fed, h0, c0, None, None, *weights[5 * k : 5 * k + 5]]
-        batch_first = ctx.batch_first and k == 0
-        kept = SimpleNamespace(cell=ctx.cell, batch_first=batch_first, maybe_clear_saved_tensors=lambda: None,
-                               saved_tensors=[ragged, None, None, None, outputs[k], saved[k], states[k], *tensors])  # fmt: skip
+        fed = made[0][k - 1] if k else input
+        held = [ragged, None, None, None, *(each.pop() for each in made), fed, h0, c0, None, None, *weights[5 * k : 5 * k + 5]]
+        kept = SimpleNamespace(cell=ctx.cell, batch_first=ctx.batch_first and k == 0, saved_tensors=held, maybe_clear_saved_tensors=held.clear)
+        del fed
         both = [grad for grad in (grad_outputs[k], grad_input) if grad is not None]
         own = _of_results(ctx.cell, sum(both[1:], both[0]) if both else None, grad_h, grad_c)
         want = [wanted[0] or k > 0, wanted[1], wanted[2], False, False, *wanted[3 + 5 * k : 8 + 5 * k]]
@@ -164,23 +171,24 @@ def forward_stacked(cell, ragged, batch_first, input, hx, cx, layers, save):
     return list(zip(*results))
 
 
-def backward_stacked(cell, ragged, batch_first, output, saved, states, input, hx, cx, layers, grads, wanted):
+def backward_stacked(cell, ragged, batch_first, made, input, hx, cx, layers, grads, wanted, tf32):
     """Compute the gradients of a run of `forward_stacked` in one launch.
 
     Args:
         cell, ragged, batch_first, input, hx, cx, layers: as there.
-        output, saved, states: what it left, of all layers.
+        made: lists of output, saved and states, which it left, of all layers; emptied as soon as nobody needs them.
         grads: of the last output, and of all hy and cy, None for zeros.
         wanted: for input, hx, cx and the five weights of each layer whether its gradient is asked for.
+        tf32: what `fusedrnn.layer.allows_tf32` was when it ran.
 
     Returns:
         a list of these gradients, None where not wanted.
     """
     steps_first = input.transpose(0, 1) if batch_first else input
-    each = by_direction(wanted[3:])
-    want_ih, want_hh, want_b_ih, want_b_hh, _ = [any(some) for some in zip(*each)]
+    want_ih, want_hh, want_b_ih, want_b_hh, _ = [any(some) for some in zip(*by_direction(wanted[3:]))]
     grad_pre, *grad_states, grad_weights = stack_backward(
-        cell, steps_first, [weights[0] for weights in layers[1:]], [weights[1] for weights in layers], hx, cx, output, saved, states, ragged,
-        *grads, wanted[1], wanted[2], want_ih, want_hh, want_b_ih or want_b_hh, allows_tf32(input, ragged, batch_first))  # fmt: skip
+        cell, steps_first, [weights[0] for weights in layers[1:]], [weights[1] for weights in layers], hx, cx, *made, ragged, *grads,
+        wanted[1], wanted[2], want_ih, want_hh, want_b_ih or want_b_hh, tf32)  # fmt: skip
+    made.clear()
     grad_input = _grad_input(grad_pre, [layers[0]], steps_first.shape, batch_first) if wanted[0] else None
     return [grad_input, *[grad if want else None for grad, want in zip([*grad_states, *grad_weights], wanted[1:])]]

@@ -48,7 +48,8 @@ struct ForwardPass {
         sums_size(Cell::kNorms == 2 && kMade * unit_row > kSumRows * kWidest ? kMade * unit_row : kSumRows * kWidest),
         crew(arena, p.threads) {
     const int64_t rows = p.steps.row_count(), weight_bytes = Cell::kGates * units * depth * int64_t(sizeof(F));
-    const bool pays = p.steps.T > 1 ? rows > kFewRows : rows >= kLeastOfAStep && rows >= weight_bytes / kBytesOfARow;
+    const bool pays = p.steps.T > 1 ? rows > kFewRows
+                                    : (p.hx || p.reset_hx) && rows >= kLeastOfAStep && rows >= weight_bytes / kBytesOfARow;
     const bool packs = Cell::kMultiplies && pays;
     for (int64_t d = 0; d < p.D; ++d) {
       recurrent[d] = {static_cast<const S*>(p.weight_hh[d]), units, depth, p.H, nullptr};
