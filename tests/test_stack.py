@@ -8,6 +8,7 @@ import itertools
 import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fusedrnn
@@ -119,6 +120,30 @@ def test_over_more_steps_than_a_launch_lists(cell, stacks):
     assert stacks.calls == [3]
     for name, expected in found[False].items():
         torch.testing.assert_close(found[True][name], expected, rtol=1e-11, atol=1e-11, msg=name)
+
+
+def test_layers_below_the_first_that_is_trained_keep_nothing(stacks):
+    ours, _ = make_pair("lstm", 5, 19, 4)
+    for name, parameter in ours.named_parameters():
+        parameter.requires_grad_(not name.endswith(("_l0", "_l1")))
+    input, grads = torch.randn(6, 3, 5), {}
+    for yes in (True, False):
+        stacks.wanted(yes)
+        ours.zero_grad()
+        output, _ = ours(input)
+        output.sum().backward()
+        grads[yes] = {name: parameter.grad for name, parameter in ours.named_parameters() if parameter.grad is not None}
+    assert stacks.calls == stacks.backward == [2] and len(grads[True]) == 8
+    for name, expected in grads[False].items():
+        torch.testing.assert_close(grads[True][name], expected, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_a_graph_for_any_size_goes_layer_by_layer(stacks):
+    ours, _ = make_pair("lstm", 5, 19, 3)
+    input = torch.randn(6, 3, 5)
+    graph = make_fx(lambda x: ours(x)[0], tracing_mode="symbolic", _allow_non_fake_inputs=True)(input)
+    assert stacks.calls == []
+    torch.testing.assert_close(graph(input), ours(input)[0])
 
 
 @cells
