@@ -180,6 +180,15 @@ inline void refuse_stack(const LayerParams& p, int64_t layers, const ProductPlan
                                 std::to_string(layers) + " of " + std::to_string(p.H) + " units");
 }
 
+// Packs a weight of one layer.
+template <class A, int kGates>
+void pack_of_layer(const LayerParams& p, const void* from, typename A::Element* to, const WeightPlaces& at, const ProductPlan& plan,
+                   const Queue& queue) {
+  const void* const sources[kMaxDirections] = {from};
+  typename A::Element* const places[kMaxDirections] = {to};
+  pack<A, kGates>(p, sources, places, at, plan, queue);
+}
+
 // As ForwardPass, for several layers.
 template <class Cell, class A>
 struct StackPass {
@@ -225,9 +234,7 @@ struct StackPass {
   }
 
   void pack_weight(const void* from, Element* to) const {
-    const void* const sources[kMaxDirections] = {from};
-    Element* const places[kMaxDirections] = {to};
-    pack<A, Cell::kGates>(p, sources, places, by_rows(p.H, p.H, p.H), plan, queue);
+    pack_of_layer<A, Cell::kGates>(p, from, to, by_rows(p.H, p.H, p.H), plan, queue);
   }
 
   // The first states of a layer, in all buffers of its ring: in what is only there to fill blocks they are zeros at every step.

@@ -142,9 +142,7 @@ struct StackBackwardPass {
   }
 
   void pack_weight(const void* from, Element* to) const {
-    const void* const sources[kMaxDirections] = {from};
-    Element* const places[kMaxDirections] = {to};
-    pack<A, 1>(p, sources, places, by_columns(p.H, p.H, Cell::kGates, p.H), plan, queue);
+    pack_of_layer<A, 1>(p, from, to, by_columns(p.H, p.H, Cell::kGates, p.H), plan, queue);
   }
 
   // The gradients that a layer begins with, and zeros in all buffers of one of its rings.
