@@ -43,7 +43,7 @@ namespace fusedrnn {
 constexpr char kForwardSchema[] =
     "recurrence_forward(str cell, Tensor[] gates_x, Tensor[] weight_hh, Tensor[]? bias_hh, Tensor[]? weight_hr, Tensor? hx, "
     "Tensor? cx, Tensor? ragged, Tensor? reset, Tensor? zoneout, Tensor? hidden_mask, Tensor? reset_hx, Tensor? reset_cx, "
-    "int save, bool allow_tf32) -> "
+    "int save, bool allow_tf32, Tensor[]? weight_ih=None, Tensor[]? bias_ih=None) -> "
     "(Tensor output, Tensor hy, Tensor cy, Tensor saved, Tensor states)";
 constexpr char kBackwardSchema[] =
     "recurrence_backward(str cell, Tensor? input, Tensor[] weight_hh, Tensor[]? weight_hr, Tensor? hx, Tensor? cx, "
@@ -418,8 +418,10 @@ template <class Engine>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> recurrence_forward(
     std::string cell, Tensors gates_x, Tensors weight_hh, MaybeTensors maybe_bias_hh, MaybeTensors maybe_weight_hr,
     MaybeTensor hx, MaybeTensor cx, MaybeTensor ragged, MaybeTensor reset, MaybeTensor zoneout, MaybeTensor hidden_mask,
-    MaybeTensor reset_hx, MaybeTensor reset_cx, int64_t save, bool allow_tf32) {
+    MaybeTensor reset_hx, MaybeTensor reset_cx, int64_t save, bool allow_tf32, MaybeTensors maybe_weight_ih,
+    MaybeTensors maybe_bias_ih) {
   const Tensors bias_hh = maybe_bias_hh.value_or(Tensors{}), weight_hr = maybe_weight_hr.value_or(Tensors{});
+  const Tensors weight_ih = maybe_weight_ih.value_or(Tensors{}), bias_ih = maybe_bias_ih.value_or(Tensors{});
   Call call("fusedrnn::recurrence_forward", cell, weight_hh, weight_hr);
   const int64_t D = call.D, H = call.H, P = call.P, G = call.cell.gates;
   STD_TORCH_CHECK(int64_t(gates_x.size()) == D, call.op, ": gates_x must hold ", D, " tensors, got ", gates_x.size());
@@ -428,13 +430,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> recurrence_forward(
   STD_TORCH_CHECK(bias_hh.empty() || !call.cell.norms, call.op, ": bias_hh must hold none with the cell ", cell,
                   ", which normalises its products, got ", bias_hh.size());
   STD_TORCH_CHECK(save >= 0 && save <= 2, call.op, ": save must be 0, 1 or 2, got ", save);
+  const bool feeds = !weight_ih.empty();
+  for (const Tensors* each : {&weight_ih, &bias_ih})
+    STD_TORCH_CHECK(each->empty() || (feeds && int64_t(each->size()) == D), call.op, each == &bias_ih ? ": bias_ih" : ": weight_ih",
+                    " must hold ", D, " tensors or none, and bias_ih none without weight_ih, got ", each->size());
+  STD_TORCH_CHECK(!feeds || (call.first.is_cpu() && !call.cell.norms && !call.cell.late), call.op,
+                  ": weight_ih is for the CPU, and not for the cell ", cell, " if that normalises or has a late gate");
   call.set_steps("gates_x", gates_x[0], ragged, hx, Engine::kLengthsOnHost);
 
   ForwardParams p{};
   call.fill(p, weight_hh, weight_hr, hx, cx, {reset, zoneout, hidden_mask, reset_hx, reset_cx});
+  p.I = feeds ? gates_x[0].size(gates_x[0].dim() - 1) : G * H;
   for (int64_t d = 0; d < D; ++d) {
-    const Call::Rows rows = call.rows_of("gates_x", gates_x[d], G * H);
+    const Call::Rows rows = call.rows_of("gates_x", gates_x[d], p.I);
     p.gates_x[d] = rows.data;
+    p.weight_ih[d] = feeds ? call.data("weight_ih", weight_ih[d], {G * H, p.I}) : nullptr;
+    p.bias_ih[d] = bias_ih.empty() ? nullptr : call.data("bias_ih", bias_ih[d], {G * H});
     p.gates_x_step[d] = rows.step;
     p.gates_x_row[d] = rows.row;
     p.bias_hh[d] = bias_hh.empty() ? nullptr : call.data("bias_hh", bias_hh[d], {G * H});

@@ -91,9 +91,12 @@ struct LayerParams {
 enum class Save { kNothing, kStates, kAll };  // of what backward, or a caller, wants besides the results
 
 struct ForwardParams : LayerParams {
-  const void* gates_x[kMaxDirections];       // x W_ih^T + b_ih; (T, B, G*H), last dimension dense
+  const void* gates_x[kMaxDirections];       // x W_ih^T + b_ih (T, B, G*H), or with weight_ih x (T, B, I); last dimension dense
   int64_t gates_x_step[kMaxDirections];      // elements from step t to t+1 (padded)
   int64_t gates_x_row[kMaxDirections];       // elements from row b to b+1
+  int64_t I;                                 // features of x, with weight_ih
+  const void* weight_ih[kMaxDirections];     // (G*H, I), null: gates_x are gates; on a CPU alone
+  const void* bias_ih[kMaxDirections];       // (G*H), null: zeros
   const void* bias_hh[kMaxDirections];       // (G*H), null: zeros
   void* output;                              // (rows, D, P)
   void* hy;                                  // (D, B, P)

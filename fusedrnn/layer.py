@@ -33,15 +33,39 @@ def forward(cell, ragged, batch_first, carry, input, hx, cx, weights, save):
     """
     gates_x, weight_hh, bias_hh, weight_hr = [], [], [], []
     groups = by_direction(weights)
+    fused = _fuses_input(cell, input, weights[0])
     for d, (w_ih, w_hh, b_ih, b_hh, w_hr) in enumerate(groups):
         if b_hh is not None:
             bias_hh.append(b_hh)
-        gates_x.append(_gates_of(input, w_ih, b_ih, d, len(groups), batch_first))
+        if fused:
+            gates_x.append(input.transpose(0, 1) if batch_first else input)
+        else:
+            gates_x.append(_gates_of(input, w_ih, b_ih, d, len(groups), batch_first))
         weight_hh.append(w_hh)
         if w_hr is not None:
             weight_hr.append(w_hr)
-    return recurrence_forward(cell, gates_x, weight_hh, bias_hh or None, weight_hr or None, hx, cx, ragged, *carry, save,
-                              allows_tf32(input, ragged, batch_first))
+    if not fused:
+        return recurrence_forward(cell, gates_x, weight_hh, bias_hh or None, weight_hr or None, hx, cx, ragged, *carry, save,
+                                  allows_tf32(input, ragged, batch_first))
+    biases = None if groups[0][2] is None else [group[2] for group in groups]
+    return recurrence_forward(cell, gates_x, weight_hh, bias_hh or None, weight_hr or None, hx, cx, ragged, *carry, save, False,
+                              weight_ih=[group[0] for group in groups], bias_ih=biases)
+
+
+# The engine takes the input's product itself, a few steps at a time, where that is faster than a matrix library: see `_fuses_input`.
+FUSED_LEAST, FUSED_BYTES = 2_000_000, 4 << 20
+
+
+def _fuses_input(cell, input, weight):
+    """Whether the recurrence's operator is to multiply the input, too."""
+    if type(input) is not torch.Tensor or is_compiling():
+        return False
+    if input.numel() * len(weight) <= FUSED_LEAST or not MKL_IS_SLOW or not input.is_cpu or weight.nbytes > FUSED_BYTES:
+        return False
+    traits = TRAITS[cell]
+    if not len(weight) or traits["norms"] or traits["late"]:
+        return False
+    return not (_are_functorch_transforms_active() or _len_torch_dispatch_stack())
 
 
 def _gates_of(input, w_ih, b_ih, direction, directions, batch_first):

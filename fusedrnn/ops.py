@@ -29,8 +29,9 @@ class _Traits(dict[str, Any]):
 #: is asked for by its name, a colon, and what `fusedrnn.reference.Choice.of` makes of the choice; and so, by `with_heads`, are heads.
 TRAITS = _Traits(_C.cell_traits())
 
-#: (cell, gates_x, weight_hh, bias_hh, weight_hr, hx, cx, ragged, reset, zoneout, hidden_mask, reset_hx, reset_cx, save, allow_tf32)
-#: -> (output, hy, cy, saved, states). save: one of the following.
+#: (cell, gates_x, weight_hh, bias_hh, weight_hr, hx, cx, ragged, reset, zoneout, hidden_mask, reset_hx, reset_cx, save, allow_tf32,
+#: weight_ih=None, bias_ih=None) -> (output, hy, cy, saved, states). save: one of the following. With weight_ih, of each direction,
+#: gates_x is the input, once for each, and its product is taken with the rest: CPU only.
 recurrence_forward = torch.ops.fusedrnn.recurrence_forward.default
 
 SAVE_NOTHING, SAVE_STATES, SAVE_ALL = range(3)
@@ -75,7 +76,8 @@ def _inner(traits):
 
 
 @torch.library.register_fake("fusedrnn::recurrence_forward")
-def _(cell, gates_x, weight_hh, bias_hh, weight_hr, hx, cx, ragged, reset, zoneout, hidden_mask, reset_hx, reset_cx, save, allow_tf32):
+def _(cell, gates_x, weight_hh, bias_hh, weight_hr, hx, cx, ragged, reset, zoneout, hidden_mask, reset_hx, reset_cx, save, allow_tf32,
+      weight_ih=None, bias_ih=None):
     traits, directions, like = TRAITS[cell], len(weight_hh), weight_hh[0]
     hidden, width = _hidden(traits, like), like.shape[1] * heads_of(cell)
     rows, batch = gates_x[0].shape[:-1], _batch_size(gates_x[0], hx)
@@ -168,9 +170,9 @@ def _(packed, input, hx, cx, cell, num_layers, bidirectional, hidden_size, proj_
 
 
 @register_flop_formula(torch.ops.fusedrnn.recurrence_forward)
-def _(cell, gates_x, weight_hh, bias_hh, weight_hr, *args, out_shape=None, **kwargs):
+def _(cell, gates_x, weight_hh, bias_hh, weight_hr, *args, weight_ih=None, out_shape=None, **kwargs):
     rows = math.prod(gates_x[0][:-1])
-    return 2 * rows * sum(math.prod(shape) for shape in [*weight_hh, *(weight_hr or [])])
+    return 2 * rows * sum(math.prod(shape) for shape in [*weight_hh, *(weight_hr or []), *(weight_ih or [])])
 
 
 @register_flop_formula(torch.ops.fusedrnn.stack_forward)

@@ -25,28 +25,40 @@ struct ForwardPass {
   // few steps at batch 1. So does one of a single step, unless it has a row for each so many bytes of weights. Measured, of an LSTM:
   // panels are 1.2 to 2 times as fast from 16 rows on where H is up to 256, as fast from 48 on at 512, from 128 on at 1024.
   static constexpr int64_t kFewRows = 24, kLeastOfAStep = 16, kBytesOfARow = 64 << 10;
+  // The product of the input is taken for so many rows at once, of as many steps as have them: what comes of it stays in the second-level
+  // cache, and its weights are not read at every step. Not of cells whose input goes through more than a product.
+  static constexpr bool kCanFeed = !Cell::kNorms && !Cell::kLate;
+  static constexpr int64_t kFedRows = 64;
 
   const ForwardParams& p;
   const bool projected;
   const int64_t units, depth;  // of a strand
   const int64_t h_row, unit_row, kept_rows, sums_size;
+  const bool feeds;                // whether the input's product is taken here
+  const int64_t fed_steps, input_row;
   Crew crew;
   Recurrent recurrent[kMaxDirections];  // of the first head
+  Recurrent input[kMaxDirections];      // weight_ih (kGates*H, I), of the first head
   Second second[kMaxDirections];  // weight_hr, or weight_hh of a late gate, of the first head
   F* bias[kMaxDirections];       // (N, blocks, kWidth) bias_hh in the order of the sums
+  F* input_bias[kMaxDirections]; // and bias_ih
   F* h[2];                       // (strands, B, h_row) the hidden state before and after a step, by turns
   F* inner[slots(kInner)];       // (strands, B, unit_row)
   F* unmasked;                   // (strands, B, h_row) the hidden state, where h is multiplied by a mask
   F* between;                    // (strands, B, unit_row) what is multiplied second: state 0 before its projection, or the cell's middle
   F* kept;                       // (strands, blocks, kept_rows, kWidth) sums of a cell that keeps them, each team's rows side by side
   F* sums;                       // (threads, sums_size)
+  F* gates_x;                    // (strands, blocks, fed_steps * (B + threads), kWidth) as kept, what comes of the input in some steps
+  F* fed;                        // (threads, fed_steps * B, input_row) the input in these steps
+  int64_t* fed_at;               // (threads, fed_steps) where a step's rows begin among them, t % fed_steps
 
   ForwardPass(const ForwardParams& p, Arena& arena)
       : p(p), projected(can_project<Cell> && p.weight_hr[0]), units(p.units()), depth(p.depth()),
         h_row(padded_row<F>(depth, 2 * kLanes)), unit_row(padded_row<F>(units, 2 * kLanes)),
         kept_rows(kKeeps ? p.steps.B + p.threads : 0),
         sums_size(Cell::kNorms == 2 && kMade * unit_row > kSumRows * kWidest ? kMade * unit_row : kSumRows * kWidest),
-        crew(arena, p.threads) {
+        feeds(kCanFeed && p.weight_ih[0]), fed_steps(!feeds ? 0 : p.steps.B < kFedRows ? kFedRows / p.steps.B : 1),
+        input_row(feeds ? padded_row<F>(p.I, kLanes) : 0), crew(arena, p.threads) {
     const int64_t rows = p.steps.row_count(), weight_bytes = Cell::kGates * units * depth * int64_t(sizeof(F));
     const bool pays = p.steps.T > 1 ? rows > kFewRows
                                     : (p.hx || p.reset_hx) && rows >= kLeastOfAStep && rows >= weight_bytes / kBytesOfARow;
@@ -60,6 +72,9 @@ struct ForwardPass {
         second[d].panels = arena.take<F>(p.N * second[d].blocks() * second[d].block_size());
       }
       bias[d] = arena.take<F>(p.N * recurrent[d].blocks() * Recurrent::kWidth);
+      input[d] = {static_cast<const S*>(p.weight_ih[d]), units, p.I, p.H, nullptr};
+      if (feeds) input[d].panels = arena.take<F>(p.N * input[d].blocks() * input[d].block_size());
+      input_bias[d] = arena.take<F>(feeds ? p.N * recurrent[d].blocks() * Recurrent::kWidth : 0);
     }
     const int64_t state_rows = p.strands() * p.steps.B;
     h[0] = arena.take<F>(state_rows * h_row);
@@ -69,6 +84,9 @@ struct ForwardPass {
     between = arena.take<F>(projected || Cell::kLate ? state_rows * unit_row : 0);
     kept = arena.take<F>(p.strands() * recurrent[0].blocks() * kept_rows * Recurrent::kWidth);
     sums = arena.take<F>(p.threads * sums_size);
+    gates_x = arena.take<F>(p.strands() * recurrent[0].blocks() * fed_steps * (p.steps.B + p.threads) * Recurrent::kWidth);
+    fed = arena.take<F>(p.threads * fed_steps * p.steps.B * input_row);
+    fed_at = arena.take<int64_t>(p.threads * fed_steps);
   }
 
   Division divide_among(int threads) const {
@@ -82,7 +100,7 @@ struct ForwardPass {
              [this](TeamRows rows, int thread, int member, Barrier team, int place, Barrier strand) {
                prepare(rows, member, team.members, place, strand);
                strand.wait(place);
-               Member{*this, rows, sums + thread * sums_size, member, team}.run();
+               Member{*this, rows, thread, member, team}.run();
              });
   }
 
@@ -106,19 +124,20 @@ struct ForwardPass {
       }
       if (projected || Cell::kLate) load_row(between + row * unit_row, unit_row, static_cast<const S*>(nullptr), 0, units);
     }
-    const Recurrent weights = recurrent[d].head(head);
-    F* const biases = bias[d] + head * weights.blocks() * Recurrent::kWidth;
-    const Range blocks = share(weights.blocks(), strand.members, place);
-    for (int64_t block = blocks.begin; block < blocks.end; ++block) {
-      if (weights.panels) weights.pack(block);
-      for (int g = 0; g < kFirst; ++g)
-        for (int v = 0; v < kUnitVectors; ++v) {
-          const int64_t u = block * Recurrent::kUnits + v * kLanes;
-          store(biases + block * Recurrent::kWidth + (g * kUnitVectors + v) * kLanes,
-                p.bias_hh[d] ? load(static_cast<const S*>(p.bias_hh[d]) + g * p.H + first + u, lanes_left<F>(u, units))
-                             : V(F(0)));
-        }
-    }
+    auto lay_out = [&](const Recurrent& weights, F* biases, const void* bias) {
+      const Range blocks = share(weights.blocks(), strand.members, place);
+      for (int64_t block = blocks.begin; block < blocks.end; ++block) {
+        if (weights.panels) weights.pack(block);
+        for (int g = 0; g < kFirst; ++g)
+          for (int v = 0; v < kUnitVectors; ++v) {
+            const int64_t u = block * Recurrent::kUnits + v * kLanes;
+            store(biases + (head * weights.blocks() + block) * Recurrent::kWidth + (g * kUnitVectors + v) * kLanes,
+                  bias ? load(static_cast<const S*>(bias) + g * p.H + first + u, lanes_left<F>(u, units)) : V(F(0)));
+          }
+      }
+    };
+    lay_out(recurrent[d].head(head), bias[d], p.bias_hh[d]);
+    if (feeds) lay_out(input[d].head(head), input_bias[d], p.bias_ih[d]);
     if (second[d].panels) {
       const Range columns = share(second[d].blocks(), strand.members, place);
       for (int64_t block = columns.begin; block < columns.end; ++block) second[d].head(head).pack(block);
@@ -133,11 +152,12 @@ struct ForwardPass {
   struct Member {
     const ForwardPass& pass;
     const TeamRows rows;
-    F* const sums;
-    const int member;
+    const int thread, member;
     const Barrier barrier;
 
     const ForwardParams& p = pass.p;
+    F* const sums = pass.sums + thread * pass.sums_size;
+    int64_t* const fed_at = pass.fed_at + thread * pass.fed_steps;
     const int64_t d = rows.strand / p.N, head = rows.strand % p.N;
     const int64_t units = pass.units, first = head * units;  // first: unit 0 of the strand, in tensors
     const Recurrent recurrent = pass.recurrent[d].head(head);
@@ -157,6 +177,7 @@ struct ForwardPass {
         const F* h = pass.h[s & 1];
         F* h_new = pass.h[(s + 1) & 1];
         const bool back = s & 1;
+        if (kCanFeed && pass.feeds && s % pass.fed_steps == 0) feed(s);
         for_groups(blocks, count, back,
                    [&](const Range& group) { step(group, back, t, count, s > 0 || p.hx || p.reset_hx, h, h_new); });
         if constexpr (can_project<Cell> || Cell::kLate) {
@@ -221,6 +242,31 @@ struct ForwardPass {
       const int64_t place = rows.slice * blocks_of(p.steps.B, rows.slices) + r;
       return pass.kept + ((rows.strand * recurrent.blocks() + block) * pass.kept_rows + place) * Recurrent::kWidth;
     }
+    // Where what comes of the input has row r of the rows of fed_steps steps.
+    FUSEDRNN_INLINE F* gates_of(int64_t block, int64_t r) const {
+      const int64_t team_rows = pass.fed_steps * blocks_of(p.steps.B, rows.slices), all = pass.fed_steps * (p.steps.B + p.threads);
+      return pass.gates_x + ((rows.strand * recurrent.blocks() + block) * all + rows.slice * team_rows + r) * Recurrent::kWidth;
+    }
+
+    // The product of the input for the steps from s on, of this member's units. Nobody else reads it.
+    void feed(int64_t s) const {
+      F* const fed = pass.fed + thread * pass.fed_steps * p.steps.B * pass.input_row;
+      int64_t count = 0;
+      for (const int64_t end = s + pass.fed_steps; s < end && s < p.steps.T; ++s) {
+        const int64_t t = d ? p.steps.T - 1 - s : s, of_step = rows.count(p.steps.rows(t));
+        fed_at[t % pass.fed_steps] = count;
+        for (int64_t r = 0; r < of_step; ++r)
+          load_row(fed + count++ * pass.input_row, pass.input_row, static_cast<const S*>(p.gates_x[d]), gates_x_at(t, r), p.I);
+      }
+      const Recurrent weights = pass.input[d].head(head);
+      const F* const biases = pass.input_bias[d] + head * weights.blocks() * Recurrent::kWidth;
+      for (int64_t block = blocks.begin; block < blocks.end; ++block) {
+        for (int64_t m = 0; m < count; ++m)
+          for (int i = 0; i < Recurrent::kWidth; i += kLanes)
+            store(gates_of(block, m) + i, load(biases + block * Recurrent::kWidth + i));
+        weights.multiply(block, fed, pass.input_row, count, gates_of(block, 0));
+      }
+    }
 
     // What the cell of kLanes units from u on, n of them real, of kRows rows from r on at step t begins with. late_sums: those of a late
     // gate, null before there are any.
@@ -230,9 +276,14 @@ struct ForwardPass {
 #pragma GCC unroll 2
       for (int i = 0; i < kRows; ++i) {
         const int64_t state_row = this->state_row(r + i);
-        const S* gates_x = this->gates_x(t, r + i) + u;
+        auto take = [&](const auto* gates_x, int64_t gate) __attribute__((always_inline)) {
 #pragma GCC unroll 4
-        for (int g = 0; g < Cell::kGates; ++g) pre[Cell::x_pre(g)].row[i] = load(gates_x + g * p.H, n);
+          for (int g = 0; g < Cell::kGates; ++g) pre[Cell::x_pre(g)].row[i] = load(gates_x + g * gate, n);
+        };
+        if (kCanFeed && pass.feeds)
+          take(gates_of(u / Recurrent::kUnits, fed_at[t % pass.fed_steps] + r + i) + u % Recurrent::kUnits, Recurrent::kUnits);
+        else
+          take(static_cast<const S*>(p.gates_x[d]) + first + gates_x_at(t, r + i) + u, p.H);
 #pragma GCC unroll 4
         for (int g = 0; g < Cell::kGates; ++g) {
           if (g >= pass.kFirst && !late_sums) break;
@@ -364,8 +415,8 @@ struct ForwardPass {
       }
     }
 
-    const S* gates_x(int64_t t, int64_t r) const {
-      return static_cast<const S*>(p.gates_x[d]) + first + p.steps.position(t, rows.batch_row(r), p.gates_x_step[d], p.gates_x_row[d]);
+    int64_t gates_x_at(int64_t t, int64_t r) const {
+      return p.steps.position(t, rows.batch_row(r), p.gates_x_step[d], p.gates_x_row[d]);
     }
 
     void multiply_second(int64_t block, int64_t t, int64_t count, const F* h, F* h_new) const {
