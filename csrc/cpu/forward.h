@@ -201,8 +201,9 @@ struct ForwardPass {
     void step(const Range& group, bool back, int64_t t, int64_t count, bool multiplies, const F* h, F* h_new) const {
       constexpr int kWidth = Recurrent::kWidth;
       const int64_t h_stride = rows.slices * pass.h_row;
-      for (int64_t begin = 0; begin < count; begin += kSumRows) {
-        const int64_t chunk = count - begin < kSumRows ? count - begin : kSumRows;
+      const int64_t most = rows_of_visit(count);
+      for (int64_t begin = 0; begin < count; begin += most) {
+        const int64_t chunk = count - begin < most ? count - begin : most;
         auto sums_of = [&](int64_t block) __attribute__((always_inline)) {
           return pass.kKeeps ? kept(block, begin) : sums + (block - group.begin) * chunk * kWidth;
         };
@@ -421,8 +422,9 @@ struct ForwardPass {
 
     void multiply_second(int64_t block, int64_t t, int64_t count, const F* h, F* h_new) const {
       constexpr int kWidth = Second::kWidth;
-      for (int64_t begin = 0; begin < count; begin += kSumRows) {
-        const int64_t chunk = count - begin < kSumRows ? count - begin : kSumRows;
+      const int64_t most = rows_of_visit(count);
+      for (int64_t begin = 0; begin < count; begin += most) {
+        const int64_t chunk = count - begin < most ? count - begin : most;
         __builtin_memset(sums, 0, chunk * kWidth * sizeof(F));
         second.multiply(block, pass.between + state_row(begin) * pass.unit_row, rows.slices * pass.unit_row, chunk, sums);
         if constexpr (Cell::kLate) {
