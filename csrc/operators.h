@@ -397,6 +397,7 @@ struct Call {
 
 // An Engine is made for one call and has
 //   kLengthsOnHost: whether it wants the lengths of padded sequences on the CPU, or else where the sequences are
+//   kFeeds: whether it multiplies the input, too, if it is given weight_ih
 //   Engine(call, allow_tf32)
 //   forward(ForwardParams), backward(BackwardParams, needs)
 //   grad_weights(GradWeightsParams, needs, tensors): the gradients of the weights of all directions
@@ -431,11 +432,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> recurrence_forward(
                   ", which normalises its products, got ", bias_hh.size());
   STD_TORCH_CHECK(save >= 0 && save <= 2, call.op, ": save must be 0, 1 or 2, got ", save);
   const bool feeds = !weight_ih.empty();
-  for (const Tensors* each : {&weight_ih, &bias_ih})
-    STD_TORCH_CHECK(each->empty() || (feeds && int64_t(each->size()) == D), call.op, each == &bias_ih ? ": bias_ih" : ": weight_ih",
-                    " must hold ", D, " tensors or none, and bias_ih none without weight_ih, got ", each->size());
-  STD_TORCH_CHECK(!feeds || (call.first.is_cpu() && !call.cell.norms && !call.cell.late), call.op,
-                  ": weight_ih is for the CPU, and not for the cell ", cell, " if that normalises or has a late gate");
+  STD_TORCH_CHECK(!feeds || (Engine::kFeeds && !call.cell.norms && !call.cell.late), call.op,
+                  ": weight_ih is for the CPU, and for cells that neither normalise nor have a late gate, got the cell ", cell, " on ",
+                  Call::device_of(call.first));
+  STD_TORCH_CHECK(!feeds || int64_t(weight_ih.size()) == D, call.op, ": weight_ih must hold ", D, " tensors or none, got ",
+                  weight_ih.size());
+  STD_TORCH_CHECK(bias_ih.empty() || (feeds && int64_t(bias_ih.size()) == D), call.op, ": bias_ih must hold ", feeds ? D : 0,
+                  " tensors, as weight_ih does, or none, got ", bias_ih.size());
   call.set_steps("gates_x", gates_x[0], ragged, hx, Engine::kLengthsOnHost);
 
   ForwardParams p{};

@@ -18,7 +18,7 @@ namespace {
 
 class OnCpu {
  public:
-  static constexpr bool kLengthsOnHost = true;
+  static constexpr bool kLengthsOnHost = true, kFeeds = true;
   OnCpu(const Call& call, bool) : call_(call), engine_(cpu_engine(selected_isa())) {}
 
   void forward(const ForwardParams& p) const {

@@ -170,7 +170,8 @@ def _(packed, input, hx, cx, cell, num_layers, bidirectional, hidden_size, proj_
 
 
 @register_flop_formula(torch.ops.fusedrnn.recurrence_forward)
-def _(cell, gates_x, weight_hh, bias_hh, weight_hr, *args, weight_ih=None, out_shape=None, **kwargs):
+def _(cell, gates_x, weight_hh, bias_hh, weight_hr, hx, cx, ragged, reset, zoneout, hidden_mask, reset_hx, reset_cx, save, allow_tf32,
+      weight_ih=None, bias_ih=None, out_shape=None, **kwargs):
     rows = math.prod(gates_x[0][:-1])
     return 2 * rows * sum(math.prod(shape) for shape in [*weight_hh, *(weight_hr or []), *(weight_ih or [])])
 

@@ -123,6 +123,7 @@ def engine(request, monkeypatch):
         for name in ("recurrence_forward", "recurrence_backward"):
             override.impl(name, getattr(hosted, name).default, "CPU", allow_override=True)
         monkeypatch.setattr("fusedrnn.layer.SKIPS_PADDING", ())
+        monkeypatch.setattr("fusedrnn.layer.FED_MOST", 0)
         yield request.param
         override._destroy()
     else:

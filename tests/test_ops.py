@@ -108,7 +108,7 @@ def test_schemas():
     assert str(forward.default._schema) == (
         "fusedrnn::recurrence_forward(str cell, Tensor[] gates_x, Tensor[] weight_hh, Tensor[]? bias_hh, "
         "Tensor[]? weight_hr, Tensor? hx, Tensor? cx, Tensor? ragged, Tensor? reset, Tensor? zoneout, Tensor? hidden_mask, "
-        "Tensor? reset_hx, Tensor? reset_cx, int save, bool allow_tf32) -> "
+        "Tensor? reset_hx, Tensor? reset_cx, int save, bool allow_tf32, Tensor[]? weight_ih=None, Tensor[]? bias_ih=None) -> "
         "(Tensor output, Tensor hy, Tensor cy, Tensor saved, Tensor states)"
     )
     assert str(backward.default._schema) == (

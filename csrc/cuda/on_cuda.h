@@ -13,7 +13,7 @@ namespace fusedrnn {
 template <class Runtime>
 class OnCuda {
  public:
-  static constexpr bool kLengthsOnHost = false;
+  static constexpr bool kLengthsOnHost = false, kFeeds = false;
   OnCuda(const Call& call, bool allow_tf32)
       : call_(call), guard_(call.first.get_device_index()),
         context_(Runtime::context(call.first.get_device_index(), allow_tf32)) {

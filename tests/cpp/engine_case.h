@@ -24,6 +24,7 @@ struct Case {
   // alike; a mask of the hidden state; and gradients of the inner states of every step.
   bool reset = false, reset_hx = false, reset_cx = false, zoneout = false, alike = false, hidden_mask = false, grad_states = false;
   bool unit = true;                           // the units' own numbers, of a cell that has them
+  bool feeds = false;                         // whether forward is given the input and its weights in the place of gates_x
   fusedrnn::Choice choice;                    // of a cell that has one
   uint64_t seed = 0;
 };
@@ -47,7 +48,7 @@ inline Traits traits_of(int cell) {
 inline std::string text(const Case& c, size_t number) {
   char line[500];
   std::snprintf(line, sizeof line,
-                "case %zu: %s %s T%d B%d I%d H%d P%d D%d %s layout %d threads %d/%d%s%s%s%s%s%s%s%s%s%s%s%s%s%s%s%s%s%s%s%s%s%s choice %d,%d,%d,%g", number,
+                "case %zu: %s %s T%d B%d I%d H%d P%d D%d %s layout %d threads %d/%d%s%s%s%s%s%s%s%s%s%s%s%s%s%s%s%s%s%s%s%s%s%s%s choice %d,%d,%d,%g", number,
                 traits_of(c.cell).name, name_of(c.dtype), int(c.T), int(c.B), int(c.I), int(c.H), int(c.P), int(c.D),
                 c.packed ? "packed" : c.uneven ? "uneven" : "padded", c.layout, c.granted, c.threads, c.hx ? " hx" : "", c.cx ? " cx" : "", c.bias ? " bias" : "", c.save ? " save" : "",
                 c.grad_output ? " grad_output" : "", c.grad_hy ? " grad_hy" : "", c.grad_cy ? " grad_cy" : "",
@@ -55,7 +56,7 @@ inline std::string text(const Case& c, size_t number) {
                 c.need_grad_weight_ih ? " need_grad_weight_ih" : "", c.need_grad_weight_hh ? " need_grad_weight_hh" : "",
                 c.need_grad_bias ? " need_grad_bias" : "", c.need_grad_weight_hr ? " need_grad_weight_hr" : "", c.extreme ? " extreme" : "",
                 c.reset ? " reset" : "", c.reset_hx ? " reset_hx" : "", c.reset_cx ? " reset_cx" : "", c.zoneout ? " zoneout" : "", c.alike ? " alike" : "", c.hidden_mask ? " hidden_mask" : "",
-                c.grad_states ? " grad_states" : "", c.unit ? " unit" : "", int(c.choice.gate), int(c.choice.candidate),
+                c.grad_states ? " grad_states" : "", c.unit ? " unit" : "", c.feeds ? " feeds" : "", int(c.choice.gate), int(c.choice.candidate),
                 int(c.choice.output), c.choice.clip);
   return line;
 }
@@ -105,7 +106,11 @@ inline std::vector<Case> all_cases() {
   std::vector<Case> cases;
   auto add = [&](int cell, Dtype dtype, int64_t D, bool packed, int64_t B, int64_t H, bool project) {
     cases.push_back(random_case(cell, dtype, D, packed, B, H, project, cases.size()));
-    return &cases.back();
+    Case& c = cases.back();
+    const Traits traits = traits_of(cell);
+    c.feeds = Random{c.seed + 2000000}.below(3) == 0 && !traits.norms && !traits.late && !c.extreme;
+    if (c.feeds && c.seed % 2) c.T = 1 + int64_t(c.seed % (B > 5 ? 6 : 80));  // of few rows, many steps at once
+    return &c;
   };
   for (int cell = 0; traits_of(cell).gates > 0; ++cell)
     for (Dtype dtype : {Dtype::kFloat32, Dtype::kFloat64, Dtype::kBFloat16, Dtype::kFloat16}) {

@@ -36,7 +36,7 @@ struct Problem {
   std::vector<int64_t> batch_sizes, offsets, order, lengths;
   std::vector<uint8_t> reset;
   int64_t rows = 0;
-  std::array<Tensor, 2> weight_hh, weight_hr, unit, bias_hh, gates_x;
+  std::array<Tensor, 2> weight_hh, weight_hr, unit, bias_hh, gates_x, weight_ih, bias_ih;
   std::array<int64_t, 2> gates_x_step{}, gates_x_row{};
   Tensor input;
   int64_t input_step = 0, input_row = 0;
@@ -55,7 +55,9 @@ struct Problem {
       if (traits.unit && c.unit) unit[d] = random_tensor(traits.unit * H, 1);
       if (projected) weight_hr[d] = random_tensor(P * H, 1.5 / std::sqrt(double(H)));
       if (c.bias) bias_hh[d] = random_tensor(G * H, 1);
-      gates_x[d] = random_rows(G * H, c.layout + d, gates_x_step[d], gates_x_row[d]);
+      gates_x[d] = random_rows(c.feeds ? c.I : G * H, c.layout + d, gates_x_step[d], gates_x_row[d]);
+      if (c.feeds) weight_ih[d] = random_tensor(G * H * c.I, 1.5 / std::sqrt(double(c.I)));
+      if (c.feeds && c.bias) bias_ih[d] = random_tensor(G * H, 1);
     }
     if (c.hx) hx = random_tensor(D * B * P, 1);
     if (c.cx && inner) cx = random_tensor(inner * D * B * H, 1);
@@ -103,6 +105,7 @@ struct Problem {
       p.gates_x_step[d] = gates_x_step[d];
       p.gates_x_row[d] = gates_x_row[d];
       p.bias_hh[d] = pointer(bias_hh[d]);
+      p.weight_ih[d] = pointer(weight_ih[d]), p.bias_ih[d] = pointer(bias_ih[d]), p.I = c.I;
     }
     p.output = pointer(output), p.hy = pointer(hy), p.cy = pointer(cy);
     p.save = c.save ? fusedrnn::Save::kAll : fusedrnn::Save::kNothing, p.saved = pointer(saved), p.states = pointer(states);
@@ -202,7 +205,7 @@ struct Problem {
   }
 
   void check_inputs() const {
-    for (const auto* pair : {&weight_hh, &weight_hr, &unit, &bias_hh, &gates_x})
+    for (const auto* pair : {&weight_hh, &weight_hr, &unit, &bias_hh, &gates_x, &weight_ih, &bias_ih})
       for (const Tensor& tensor : *pair) CHECK(unchanged(tensor), "wrote to a weight, a bias or gates_x");
     for (const Tensor* tensor : {&input, &hx, &cx, &reset_hx, &reset_cx, &zoneout, &hidden_mask, &grad_output, &grad_hy, &grad_cy, &grad_states, &grad_pre,
                                  &grad_proj})

@@ -170,7 +170,11 @@ void reference_forward(const ForwardParams& p, const ForwardParams& multiplied) 
         };
         for (int64_t u = 0; u < H; ++u) {
           Unit<Cell>& unit = units[size_t(u)];
-          for (int g = 0; g < G; ++g) unit.pre[Cell::x_pre(g)] += gates_x[g * H + u];
+          for (int g = 0; g < G; ++g) {
+            double sum = p.bias_ih[d] ? in(p.bias_ih[d])[g * H + u] : 0;
+            for (int64_t k = 0; k < p.I && p.weight_ih[d]; ++k) sum += in(p.weight_ih[d])[(g * H + u) * p.I + k] * gates_x[k];
+            unit.pre[Cell::x_pre(g)] += p.weight_ih[d] ? sum : gates_x[g * H + u];
+          }
           unit.state[0] = projected ? 0 : h[u];
           for (int k = 0; k < kInner; ++k) unit.state[k + 1] = c[k * H + u];
         }
