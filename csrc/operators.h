@@ -432,18 +432,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> recurrence_forward(
                   ", which normalises its products, got ", bias_hh.size());
   STD_TORCH_CHECK(save >= 0 && save <= 2, call.op, ": save must be 0, 1 or 2, got ", save);
   const bool feeds = !weight_ih.empty();
-  STD_TORCH_CHECK(!feeds || (Engine::kFeeds && !call.cell.norms && !call.cell.late), call.op,
-                  ": weight_ih is for the CPU, and for cells that neither normalise nor have a late gate, got the cell ", cell, " on ",
+  STD_TORCH_CHECK(!feeds || Engine::kFeeds, call.op, ": weight_ih is for the CPU alone, got weight_hh on ",
                   Call::device_of(call.first));
+  STD_TORCH_CHECK(!feeds || (!call.cell.norms && !call.cell.late), call.op,
+                  ": weight_ih is for cells that neither normalise nor have a late gate, got the cell ", cell);
   STD_TORCH_CHECK(!feeds || int64_t(weight_ih.size()) == D, call.op, ": weight_ih must hold ", D, " tensors or none, got ",
                   weight_ih.size());
-  STD_TORCH_CHECK(bias_ih.empty() || (feeds && int64_t(bias_ih.size()) == D), call.op, ": bias_ih must hold ", feeds ? D : 0,
-                  " tensors, as weight_ih does, or none, got ", bias_ih.size());
+  STD_TORCH_CHECK(bias_ih.empty() || feeds, call.op, ": bias_ih needs weight_ih, got ", bias_ih.size(), " tensors without it");
+  STD_TORCH_CHECK(bias_ih.empty() || int64_t(bias_ih.size()) == D, call.op, ": bias_ih must hold ", D, " tensors or none, got ",
+                  bias_ih.size());
   call.set_steps("gates_x", gates_x[0], ragged, hx, Engine::kLengthsOnHost);
 
   ForwardParams p{};
   call.fill(p, weight_hh, weight_hr, hx, cx, {reset, zoneout, hidden_mask, reset_hx, reset_cx});
   p.I = feeds ? gates_x[0].size(gates_x[0].dim() - 1) : G * H;
+  STD_TORCH_CHECK(p.I > 0, call.op, ": gates_x must have features to be multiplied with weight_ih, got ", text(sizes_of(gates_x[0])));
   for (int64_t d = 0; d < D; ++d) {
     const Call::Rows rows = call.rows_of("gates_x", gates_x[d], p.I);
     p.gates_x[d] = rows.data;

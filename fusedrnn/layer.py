@@ -33,42 +33,53 @@ def forward(cell, ragged, batch_first, carry, input, hx, cx, weights, save):
     """
     gates_x, weight_hh, bias_hh, weight_hr = [], [], [], []
     groups = by_direction(weights)
-    feeds = _engine_multiplies(cell, input, weights[0])
+    fed = ()
+    if _engine_multiplies(cell, input, weights[0]):
+        gates_x = [input.transpose(0, 1) if batch_first else input] * len(groups)
+        fed = _input_weights(groups)
     for d, (w_ih, w_hh, b_ih, b_hh, w_hr) in enumerate(groups):
         if b_hh is not None:
             bias_hh.append(b_hh)
-        if not feeds:
+        if not fed:
             gates_x.append(_gates_of(input, w_ih, b_ih, d, len(groups), batch_first))
         weight_hh.append(w_hh)
         if w_hr is not None:
             weight_hr.append(w_hr)
-    if not feeds:
-        return recurrence_forward(cell, gates_x, weight_hh, bias_hh or None, weight_hr or None, hx, cx, ragged, *carry, save,
-                                  allows_tf32(input, ragged, batch_first))
-    weight_ih, bias_ih = [group[0] for group in groups], [group[2] for group in groups if group[2] is not None]
-    steps_first = input.transpose(0, 1) if batch_first else input
-    return recurrence_forward(cell, [steps_first] * len(groups), weight_hh, bias_hh or None, weight_hr or None, hx, cx, ragged, *carry, save,
-                              False, weight_ih, bias_ih or None)
+    return recurrence_forward(cell, gates_x, weight_hh, bias_hh or None, weight_hr or None, hx, cx, ragged, *carry, save,
+                              allows_tf32(input, ragged, batch_first), *fed)
 
 
-# Numbers of weight_ih up to which the engine reads it often enough: four times as many (I1024 H1024, T25 B32) took it 27 ms, oneDNN 16.
-FED_MOST = 1 << 20
+def _input_weights(groups):
+    """(weight_ih, bias_ih) of some directions, as the operator takes them."""
+    return [group[0] for group in groups], [group[2] for group in groups if group[2] is not None] or None
+
+
+# Where the engine multiplies the input. Inference is then 1.0 to 1.1 times as fast as after a product of oneDNN's or MKL's, and 1.3 to 1.9
+# times where there are tens of thousands of rows (two threads; AVX-512, and less of it with AVX2). It is not for
+#   little work, or so few rows that weight_ih is not worth being packed;
+#   a weight_ih of more numbers: of four times as many (I1024 H1024, T25 B32) it took 27 ms, oneDNN 16;
+#   an input much wider than the state, heads narrower than a block of units, or more than two threads for a block, which one of them owns.
+FED_LEAST, FED_ROWS, FED_MOST, FED_WIDEST, FED_UNITS = 2_000_000, 24, 1 << 20, 4, 16
 
 
 def _engine_multiplies(cell, input, weight_ih):
-    """Whether the recurrence's operator is to multiply the input, too, some steps at a time, so that what comes of it never leaves the
-    cache, and without its memory: inference is 1.0 to 1.1 times as fast as after oneDNN's product or MKL's, 1.3 to 1.9 times where there
-    are tens of thousands of rows. A processor that multiplies no float16 takes 5 to 10 times as long in ATen; in bfloat16 oneDNN is the
-    faster one.
+    """Whether the recurrence's operator is to multiply the input, too: what comes of it is then used where it is made, some steps at a
+    time, and takes no memory. In float16, where ATen has loops of its own that take 5 to 10 times as long, it always is; in bfloat16
+    never, which oneDNN is quick at.
     """
-    if type(input) is not torch.Tensor or is_compiling() or input.numel() * len(weight_ih) <= ONEDNN_LEAST:
+    if type(input) is not torch.Tensor or is_compiling() or input.numel() * len(weight_ih) <= FED_LEAST:
         return False
-    if not input.is_cpu or weight_ih.numel() > FED_MOST or _are_functorch_transforms_active() or _len_torch_dispatch_stack():
+    if not input.is_cpu or input.dtype == torch.bfloat16:
         return False
     traits = TRAITS[cell]
-    if traits["norms"] or traits["late"] or input.dtype == torch.bfloat16:
+    if traits["norms"] or traits["late"] or _are_functorch_transforms_active() or _len_torch_dispatch_stack():
         return False
-    return HALF_IS_SLOW if input.dtype == torch.float16 else _C.cpu_isa() != "baseline"
+    if input.dtype == torch.float16:
+        return HALF_IS_SLOW
+    hidden, width = len(weight_ih) // traits["gates"], input.shape[-1]
+    if input.numel() <= FED_ROWS * width or weight_ih.numel() > FED_MOST or width > FED_WIDEST * hidden:
+        return False
+    return hidden >= FED_UNITS * max(heads_of(cell), torch.get_num_threads() // 2) and _C.cpu_isa() != "baseline"
 
 
 def _gates_of(input, w_ih, b_ih, direction, directions, batch_first):
@@ -359,6 +370,7 @@ def _saved_again(cell, lengths, batch_first, carry, output, states, input, hx, c
     steps, batch = output.shape[:2]
     inner, rows = TRAITS[cell]["states"] - 1, steps * batch
     each = []
+    feeds = _engine_multiplies(cell, input, weights[0][0])
     for d, (w_ih, w_hh, b_ih, b_hh, w_hr) in enumerate(weights):
         def before(given, begun, after, *at):
             """The state that each step began with, from the one after it; given[at]: before the first, begun[at]: anew."""
@@ -387,9 +399,12 @@ def _saved_again(cell, lengths, batch_first, carry, output, states, input, hx, c
             c = before(cx, reset_cx, states[:, :, d, 0], d).reshape(1, rows, -1)
         elif inner:
             c = torch.stack([before(cx, reset_cx, states[:, :, d, k], k, d).reshape(1, rows, -1) for k in range(inner)])
-        gates = _gates_of(input, w_ih, b_ih, d, len(weights), batch_first).reshape(1, rows, -1)
-        saved = recurrence_forward(cell, [gates], [w_hh], None if b_hh is None else [b_hh], None if w_hr is None else [w_hr],
-                                   h.reshape(1, rows, -1), c, *[None] * 6, SAVE_ALL, tf32)[3]
+        if feeds:
+            gates, fed = (input.transpose(0, 1) if batch_first else input), _input_weights([weights[d]])
+        else:
+            gates, fed = _gates_of(input, w_ih, b_ih, d, len(weights), batch_first), ()
+        saved = recurrence_forward(cell, [gates.reshape(1, rows, -1)], [w_hh], None if b_hh is None else [b_hh],
+                                   None if w_hr is None else [w_hr], h.reshape(1, rows, -1), c, *[None] * 6, SAVE_ALL, tf32, *fed)[3]
         each.append(saved.view(steps, batch, 1, *saved.shape[3:]))
     return each[0] if len(each) == 1 else torch.cat(each, 2)
 
@@ -466,7 +481,7 @@ def _grad_input(grad_pre, weights, shape, batch_first):
         gates = w_ih.shape[0]
         grad_gates = grad_pre if gates == grad_pre.shape[1] else grad_pre[:, d * width : d * width + gates]
         part = by_onednn(grad_gates, w_ih.t())
-        if part is None and w_ih.is_cpu and w_ih.dtype == torch.float16:
+        if part is None and HALF_IS_SLOW and w_ih.is_cpu and w_ih.dtype == torch.float16:
             part = linear(grad_gates, w_ih.t().contiguous())  # a product of the weight as it lies takes ATen 16 times as long
         if d == 0:
             grad_input = torch.mm(grad_gates, w_ih, out=_large_empty(grad_gates, w_ih.shape[1])) if part is None else part

@@ -175,9 +175,8 @@ struct BackwardPass {
     template <class Each>
     FUSEDRNN_INLINE void visit(const Weights& weights, const Range& group, bool back, int64_t end, const F* a, int64_t a_stride,
                                int64_t a_row, int64_t multiplied, int64_t staying, int64_t visited, const Each& each) const {
-      const int64_t most = rows_of_visit(visited);
-      for (int64_t begin = 0; begin < visited; begin += most) {
-        const int64_t chunk = visited - begin < most ? visited - begin : most;
+      for (int64_t piece = 0, pieces = blocks_of(visited, kSumRows); piece < pieces; ++piece) {
+        const int64_t begin = share(visited, pieces, piece).begin, chunk = share(visited, pieces, piece).end - begin;
         const int64_t with = multiplied - begin < chunk ? multiplied - begin : chunk;
         const int64_t stay = staying - begin < chunk ? staying - begin : chunk;
         __builtin_memset(sums, 0, (group.end - group.begin) * chunk * kWidth * sizeof(F));

@@ -25,8 +25,9 @@ struct ForwardPass {
   // few steps at batch 1. So does one of a single step, unless it has a row for each so many bytes of weights. Measured, of an LSTM:
   // panels are 1.2 to 2 times as fast from 16 rows on where H is up to 256, as fast from 48 on at 512, from 128 on at 1024.
   static constexpr int64_t kFewRows = 24, kLeastOfAStep = 16, kBytesOfARow = 64 << 10;
-  // The product of the input is taken for so many rows at once, of as many steps as have them: what comes of it stays in the second-level
-  // cache, and its weights are not read at every step. Not of cells whose input goes through more than a product.
+  // The product of the input is taken for all rows of a step, or, of small batches, for about so many of several steps: what comes of it
+  // is still near when the cells want it, and its weights are not read at every step. Not of cells whose input goes through more
+  // than a product.
   static constexpr bool kCanFeed = !Cell::kNorms && !Cell::kLate;
   static constexpr int64_t kFedRows = 64;
 
@@ -34,31 +35,31 @@ struct ForwardPass {
   const bool projected;
   const int64_t units, depth;  // of a strand
   const int64_t h_row, unit_row, kept_rows, sums_size;
-  const bool feeds;                // whether the input's product is taken here
-  const int64_t fed_steps, input_row;
+  const bool feeds;              // whether the input's product is taken here
+  const int64_t fed_steps, fed_row, fed_rows;  // steps at a time; numbers of a row of the input; rows of a strand in these steps
   Crew crew;
   Recurrent recurrent[kMaxDirections];  // of the first head
-  Recurrent input[kMaxDirections];      // weight_ih (kGates*H, I), of the first head
+  Recurrent weight_ih[kMaxDirections];  // (kGates*H, I), of the first head
   Second second[kMaxDirections];  // weight_hr, or weight_hh of a late gate, of the first head
   F* bias[kMaxDirections];       // (N, blocks, kWidth) bias_hh in the order of the sums
-  F* input_bias[kMaxDirections]; // and bias_ih
+  F* bias_ih[kMaxDirections];    // likewise
   F* h[2];                       // (strands, B, h_row) the hidden state before and after a step, by turns
   F* inner[slots(kInner)];       // (strands, B, unit_row)
   F* unmasked;                   // (strands, B, h_row) the hidden state, where h is multiplied by a mask
   F* between;                    // (strands, B, unit_row) what is multiplied second: state 0 before its projection, or the cell's middle
   F* kept;                       // (strands, blocks, kept_rows, kWidth) sums of a cell that keeps them, each team's rows side by side
   F* sums;                       // (threads, sums_size)
-  F* gates_x;                    // (strands, blocks, fed_steps * (B + threads), kWidth) as kept, what comes of the input in some steps
-  F* fed;                        // (threads, fed_steps * B, input_row) the input in these steps
-  int64_t* fed_at;               // (threads, fed_steps) where a step's rows begin among them, t % fed_steps
+  F* fed_gates;                  // (strands, blocks, fed_rows, kWidth) as kept, what comes of the input in fed_steps steps
+  F* fed_input;                  // (threads, kFedRows, fed_row) rows that are multiplied now
+  int64_t* fed_at;               // (threads, fed_steps) where a step's rows begin among those of fed_steps
 
   ForwardPass(const ForwardParams& p, Arena& arena)
       : p(p), projected(can_project<Cell> && p.weight_hr[0]), units(p.units()), depth(p.depth()),
         h_row(padded_row<F>(depth, 2 * kLanes)), unit_row(padded_row<F>(units, 2 * kLanes)),
         kept_rows(kKeeps ? p.steps.B + p.threads : 0),
         sums_size(Cell::kNorms == 2 && kMade * unit_row > kSumRows * kWidest ? kMade * unit_row : kSumRows * kWidest),
-        feeds(kCanFeed && p.weight_ih[0]), fed_steps(!feeds ? 0 : p.steps.B < kFedRows ? kFedRows / p.steps.B : 1),
-        input_row(feeds ? padded_row<F>(p.I, kLanes) : 0), crew(arena, p.threads) {
+        feeds(kCanFeed && p.weight_ih[0]), fed_steps(feeds ? steps_to_feed(p.steps) : 0), fed_row(feeds ? padded_row<F>(p.I, kLanes) : 0),
+        fed_rows(fed_steps * (p.steps.B + (p.threads < p.steps.B ? p.threads : p.steps.B))), crew(arena, p.threads) {
     const int64_t rows = p.steps.row_count(), weight_bytes = Cell::kGates * units * depth * int64_t(sizeof(F));
     const bool pays = p.steps.T > 1 ? rows > kFewRows
                                     : (p.hx || p.reset_hx) && rows >= kLeastOfAStep && rows >= weight_bytes / kBytesOfARow;
@@ -72,9 +73,9 @@ struct ForwardPass {
         second[d].panels = arena.take<F>(p.N * second[d].blocks() * second[d].block_size());
       }
       bias[d] = arena.take<F>(p.N * recurrent[d].blocks() * Recurrent::kWidth);
-      input[d] = {static_cast<const S*>(p.weight_ih[d]), units, p.I, p.H, nullptr};
-      if (feeds) input[d].panels = arena.take<F>(p.N * input[d].blocks() * input[d].block_size());
-      input_bias[d] = arena.take<F>(feeds ? p.N * recurrent[d].blocks() * Recurrent::kWidth : 0);
+      weight_ih[d] = {static_cast<const S*>(p.weight_ih[d]), units, p.I, p.H, nullptr};
+      if (feeds) weight_ih[d].panels = arena.take<F>(p.N * weight_ih[d].blocks() * weight_ih[d].block_size());
+      bias_ih[d] = arena.take<F>(feeds ? p.N * recurrent[d].blocks() * Recurrent::kWidth : 0);
     }
     const int64_t state_rows = p.strands() * p.steps.B;
     h[0] = arena.take<F>(state_rows * h_row);
@@ -84,15 +85,22 @@ struct ForwardPass {
     between = arena.take<F>(projected || Cell::kLate ? state_rows * unit_row : 0);
     kept = arena.take<F>(p.strands() * recurrent[0].blocks() * kept_rows * Recurrent::kWidth);
     sums = arena.take<F>(p.threads * sums_size);
-    gates_x = arena.take<F>(p.strands() * recurrent[0].blocks() * fed_steps * (p.steps.B + p.threads) * Recurrent::kWidth);
-    fed = arena.take<F>(p.threads * fed_steps * p.steps.B * input_row);
-    fed_at = arena.take<int64_t>(p.threads * fed_steps);
+    const int useful = divide_among(p.threads).threads(), threads = useful < p.threads ? useful : p.threads;
+    fed_gates = arena.take<F>(p.strands() * recurrent[0].blocks() * fed_rows * Recurrent::kWidth);
+    fed_input = arena.take<F>(threads * kFedRows * fed_row);
+    fed_at = arena.take<int64_t>(threads * fed_steps);
+  }
+
+  static int64_t steps_to_feed(const Steps& steps) {
+    const int64_t most = steps.B < kFedRows ? kFedRows / steps.B : 1;
+    return most < steps.T ? most : steps.T;
   }
 
   Division divide_among(int threads) const {
     const int64_t products = Cell::kMultiplies ? depth * Cell::kGates * units + (projected ? p.P * p.H : 0) : kCellWork * p.H;
+    const int64_t of_input = feeds ? p.I * Cell::kGates * units : 0;
     return divide(threads, p.strands(), p.steps.B, recurrent[0].blocks(), products * int64_t(sizeof(F)),
-                  2 * p.steps.B * products);
+                  2 * p.steps.B * (products + of_input));
   }
 
   void run() const {
@@ -137,7 +145,7 @@ struct ForwardPass {
       }
     };
     lay_out(recurrent[d].head(head), bias[d], p.bias_hh[d]);
-    if (feeds) lay_out(input[d].head(head), input_bias[d], p.bias_ih[d]);
+    if (feeds) lay_out(weight_ih[d].head(head), bias_ih[d], p.bias_ih[d]);
     if (second[d].panels) {
       const Range columns = share(second[d].blocks(), strand.members, place);
       for (int64_t block = columns.begin; block < columns.end; ++block) second[d].head(head).pack(block);
@@ -158,6 +166,7 @@ struct ForwardPass {
     const ForwardParams& p = pass.p;
     F* const sums = pass.sums + thread * pass.sums_size;
     int64_t* const fed_at = pass.fed_at + thread * pass.fed_steps;
+    mutable int64_t fed_now = 0;  // of this step
     const int64_t d = rows.strand / p.N, head = rows.strand % p.N;
     const int64_t units = pass.units, first = head * units;  // first: unit 0 of the strand, in tensors
     const Recurrent recurrent = pass.recurrent[d].head(head);
@@ -177,7 +186,10 @@ struct ForwardPass {
         const F* h = pass.h[s & 1];
         F* h_new = pass.h[(s + 1) & 1];
         const bool back = s & 1;
-        if (kCanFeed && pass.feeds && s % pass.fed_steps == 0) feed(s);
+        if (kCanFeed && pass.feeds) {
+          if (s % pass.fed_steps == 0) feed(s);
+          fed_now = fed_at[s % pass.fed_steps];
+        }
         for_groups(blocks, count, back,
                    [&](const Range& group) { step(group, back, t, count, s > 0 || p.hx || p.reset_hx, h, h_new); });
         if constexpr (can_project<Cell> || Cell::kLate) {
@@ -201,9 +213,8 @@ struct ForwardPass {
     void step(const Range& group, bool back, int64_t t, int64_t count, bool multiplies, const F* h, F* h_new) const {
       constexpr int kWidth = Recurrent::kWidth;
       const int64_t h_stride = rows.slices * pass.h_row;
-      const int64_t most = rows_of_visit(count);
-      for (int64_t begin = 0; begin < count; begin += most) {
-        const int64_t chunk = count - begin < most ? count - begin : most;
+      for (int64_t piece = 0, pieces = blocks_of(count, kSumRows); piece < pieces; ++piece) {
+        const int64_t begin = share(count, pieces, piece).begin, chunk = share(count, pieces, piece).end - begin;
         auto sums_of = [&](int64_t block) __attribute__((always_inline)) {
           return pass.kKeeps ? kept(block, begin) : sums + (block - group.begin) * chunk * kWidth;
         };
@@ -243,29 +254,36 @@ struct ForwardPass {
       const int64_t place = rows.slice * blocks_of(p.steps.B, rows.slices) + r;
       return pass.kept + ((rows.strand * recurrent.blocks() + block) * pass.kept_rows + place) * Recurrent::kWidth;
     }
-    // Where what comes of the input has row r of the rows of fed_steps steps.
-    FUSEDRNN_INLINE F* gates_of(int64_t block, int64_t r) const {
-      const int64_t team_rows = pass.fed_steps * blocks_of(p.steps.B, rows.slices), all = pass.fed_steps * (p.steps.B + p.threads);
-      return pass.gates_x + ((rows.strand * recurrent.blocks() + block) * all + rows.slice * team_rows + r) * Recurrent::kWidth;
+    // Where what comes of the input has row r of the team's in fed_steps steps.
+    FUSEDRNN_INLINE F* fed_gates(int64_t block, int64_t r) const {
+      const int64_t place = rows.slice * pass.fed_steps * blocks_of(p.steps.B, rows.slices) + r;
+      return pass.fed_gates + ((rows.strand * recurrent.blocks() + block) * pass.fed_rows + place) * Recurrent::kWidth;
     }
 
-    // The product of the input for the steps from s on, of this member's units. Nobody else reads it.
+    // The product of the input for fed_steps steps from s on, of this member's units. Nobody else reads it.
     void feed(int64_t s) const {
-      F* const fed = pass.fed + thread * pass.fed_steps * p.steps.B * pass.input_row;
-      int64_t count = 0;
-      for (const int64_t end = s + pass.fed_steps; s < end && s < p.steps.T; ++s) {
-        const int64_t t = d ? p.steps.T - 1 - s : s, of_step = rows.count(p.steps.rows(t));
-        fed_at[t % pass.fed_steps] = count;
-        for (int64_t r = 0; r < of_step; ++r)
-          load_row(fed + count++ * pass.input_row, pass.input_row, static_cast<const S*>(p.gates_x[d]), gates_x_at(t, r), p.I);
-      }
-      const Recurrent weights = pass.input[d].head(head);
-      const F* const biases = pass.input_bias[d] + head * weights.blocks() * Recurrent::kWidth;
-      for (int64_t block = blocks.begin; block < blocks.end; ++block) {
-        for (int64_t m = 0; m < count; ++m)
-          for (int i = 0; i < Recurrent::kWidth; i += kLanes)
-            store(gates_of(block, m) + i, load(biases + block * Recurrent::kWidth + i));
-        weights.multiply(block, fed, pass.input_row, count, gates_of(block, 0));
+      const Recurrent weights = pass.weight_ih[d].head(head);
+      const F* const bias_ih = pass.bias_ih[d] + head * weights.blocks() * Recurrent::kWidth;
+      F* const input = pass.fed_input + thread * pass.kFedRows * pass.fed_row;
+      auto time = [&](int64_t i) { return d ? p.steps.T - 1 - s - i : s + i; };
+      auto rows_of = [&](int64_t i) { return rows.count(p.steps.rows(time(i))); };
+      const int64_t steps = pass.fed_steps < p.steps.T - s ? pass.fed_steps : p.steps.T - s;
+      int64_t all = 0, i = 0, r = 0;  // rows; step and row in it that come next
+      for (int64_t k = 0; k < steps; all += rows_of(k++)) fed_at[k] = all;
+      for (int64_t k = 0, pieces = blocks_of(all, pass.kFedRows); k < pieces; ++k) {
+        const Range piece = share(all, pieces, k);
+        const int64_t count = piece.end - piece.begin;
+        for (int64_t m = 0; m < count; ++m, ++r) {
+          while (r == rows_of(i)) ++i, r = 0;
+          load_row(input + m * pass.fed_row, pass.fed_row, static_cast<const S*>(p.gates_x[d]), gates_x_at(time(i), r), p.I);
+        }
+        for (int64_t block = blocks.begin; block < blocks.end; ++block) {
+          F* const gates = fed_gates(block, piece.begin);
+          for (int64_t m = 0; m < count; ++m)
+            for (int v = 0; v < Recurrent::kWidth; v += kLanes)
+              store(gates + m * Recurrent::kWidth + v, load(bias_ih + block * Recurrent::kWidth + v));
+          weights.multiply(block, input, pass.fed_row, count, gates);
+        }
       }
     }
 
@@ -277,12 +295,12 @@ struct ForwardPass {
 #pragma GCC unroll 2
       for (int i = 0; i < kRows; ++i) {
         const int64_t state_row = this->state_row(r + i);
-        auto take = [&](const auto* gates_x, int64_t gate) __attribute__((always_inline)) {
+        auto take = [&](const auto* gates, int64_t stride) __attribute__((always_inline)) {
 #pragma GCC unroll 4
-          for (int g = 0; g < Cell::kGates; ++g) pre[Cell::x_pre(g)].row[i] = load(gates_x + g * gate, n);
+          for (int g = 0; g < Cell::kGates; ++g) pre[Cell::x_pre(g)].row[i] = load(gates + g * stride, n);
         };
         if (kCanFeed && pass.feeds)
-          take(gates_of(u / Recurrent::kUnits, fed_at[t % pass.fed_steps] + r + i) + u % Recurrent::kUnits, Recurrent::kUnits);
+          take(fed_gates(u / Recurrent::kUnits, fed_now + r + i) + u % Recurrent::kUnits, Recurrent::kUnits);
         else
           take(static_cast<const S*>(p.gates_x[d]) + first + gates_x_at(t, r + i) + u, p.H);
 #pragma GCC unroll 4
@@ -416,15 +434,15 @@ struct ForwardPass {
       }
     }
 
+    // Where row r of step t begins in gates_x, which is the input where weight_ih is given.
     int64_t gates_x_at(int64_t t, int64_t r) const {
       return p.steps.position(t, rows.batch_row(r), p.gates_x_step[d], p.gates_x_row[d]);
     }
 
     void multiply_second(int64_t block, int64_t t, int64_t count, const F* h, F* h_new) const {
       constexpr int kWidth = Second::kWidth;
-      const int64_t most = rows_of_visit(count);
-      for (int64_t begin = 0; begin < count; begin += most) {
-        const int64_t chunk = count - begin < most ? count - begin : most;
+      for (int64_t piece = 0, pieces = blocks_of(count, kSumRows); piece < pieces; ++piece) {
+        const int64_t begin = share(count, pieces, piece).begin, chunk = share(count, pieces, piece).end - begin;
         __builtin_memset(sums, 0, chunk * kWidth * sizeof(F));
         second.multiply(block, pass.between + state_row(begin) * pass.unit_row, rows.slices * pass.unit_row, chunk, sums);
         if constexpr (Cell::kLate) {

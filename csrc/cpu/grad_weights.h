@@ -17,11 +17,12 @@ struct GradWeightsPass {
   // Rows in a part: those of two steps, within these limits. The error on 800 rows that are alike, in steps of 32, in units of the
   // last place: all at once 29, in parts of 64 11, torch.nn 5 (17 is allowed).
   static constexpr int64_t kLeastPart = 32, kMostPart = 64;
-  // A block of a gradient stays in the second-level cache until it is done, with what is packed for it: 288 + 72 + 64 KiB (AVX2). Where
-  // vectors are wider, packing takes more of the time, and there is less of it for large blocks, from which sums are read well ahead of
-  // their use: measured, of 512 units, 0.8 of the time with 2080 KiB instead of 288, for one thread and for two.
+  // A block of a gradient stays in the second-level cache until it is done, with what is packed for it: in float 288 + 72 + 64 KiB
+  // (AVX2). Where vectors are wider, packing takes more of the time, and of large blocks there is less of it, though their sums come from
+  // the cache behind: measured, of 512 units, 0.8 of the time with 2080 KiB of sums instead of 288, for one thread and for two.
   static constexpr bool kWide = FUSEDRNN_VECTOR_BYTES == 64;
   static constexpr int64_t kBlockTiles = (kWide ? 1040 : 288) / kTileRows, kBlockPanels = (kWide ? 512 : 256) / kPanelWidth;
+  static constexpr int64_t kLeastTiles = 288 / kTileRows;  // that a block is not made smaller than for the sake of more threads
   static constexpr int64_t kSumColumns = 16 * kLanes;  // of the gradients of biases, to a piece of work
 
   // The gradient (rows, columns) of one weight, or of each head of one. A piece of work is a block of it, some tiles high and some
@@ -90,6 +91,9 @@ struct GradWeightsPass {
   void divide(Product& product) {
     product.tile_blocks = blocks_of(product.tiles(), kBlockTiles);
     product.panel_blocks = blocks_of(product.panels(), kBlockPanels);
+    // Threads that take pieces in turn wait the less for the last one the more there are.
+    const int64_t wanted = blocks_of(4 * threads, product.panel_blocks), finest = blocks_of(product.tiles(), kLeastTiles);
+    if (threads > 2 && product.tile_blocks < wanted) product.tile_blocks = wanted < finest ? wanted : finest;
     if (product.pieces() < threads) product.tile_blocks = product.tiles() < threads ? product.tiles() : threads;
     pieces += product.pieces();
     const int64_t tiles = blocks_of(product.tiles(), product.tile_blocks);

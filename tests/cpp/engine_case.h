@@ -124,7 +124,7 @@ inline std::vector<Case> all_cases() {
         for (bool packed : {false, true})
           for (bool project : {false, true}) {
             if (project && !projects) continue;
-            for (auto [B, H] : {std::pair<int, int>{50, 130}, {35, 66}, {3, 263}, {101, 31}}) {
+            for (auto [B, H] : {std::pair<int, int>{50, 130}, {35, 66}, {3, 263}, {101, 31}, {32, 33}}) {
               Case* c = add(cell, dtype, D, packed, B, H, project);
               c->threads = c->granted = 2 + int(c->seed % 7);
               if (c->granted > 6) c->granted -= 2;
