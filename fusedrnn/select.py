@@ -149,6 +149,9 @@ def _planned_stack(cell: str, dtype: str, **sizes: Any) -> tuple[int, bool]:
     return layers, layers > 1 and backward["regime"] == "grid"
 
 
+ENDLESS = 1 << 20  # steps, more than any number that the planner wants for so many layers
+
+
 def reason_against_stack(device: torch.device, cell: str, dtype: torch.dtype, layers: int, **sizes: Any) -> str | None:
     """Why `layers_at_once` finds 1 for the layers of a stack.
 
@@ -174,7 +177,7 @@ def reason_against_stack(device: torch.device, cell: str, dtype: torch.dtype, la
             return "one block can hold all of weight_hh, and a layer by itself has nothing to exchange"
         if alone == "step":
             return "a layer by itself takes a launch a step"
-        if sizes["T"] < 8:
+        if layers_at_once(device, cell, dtype, layers, **sizes | {"T": ENDLESS})[0] > 1:
             return f"{sizes['T']} steps are over before the layers above have begun"
     return ("the weights of two layers, of the hidden state and the input, and the sums of a block's share of "
             f"{sizes['B']} sequences do not fit into this GPU, or a block would have more rows than a warp takes")
