@@ -124,7 +124,7 @@ inline std::vector<Case> all_cases() {
         for (bool packed : {false, true})
           for (bool project : {false, true}) {
             if (project && !projects) continue;
-            for (auto [B, H] : {std::pair<int, int>{50, 130}, {35, 66}, {3, 263}, {101, 31}, {32, 33}}) {
+            for (auto [B, H] : {std::pair<int, int>{50, 130}, {35, 66}, {3, 263}, {101, 31}}) {
               Case* c = add(cell, dtype, D, packed, B, H, project);
               c->threads = c->granted = 2 + int(c->seed % 7);
               if (c->granted > 6) c->granted -= 2;
@@ -132,6 +132,14 @@ inline std::vector<Case> all_cases() {
             }
           }
     }
+  // Several steps of the input at once, in several slices of the batch.
+  for (int cell = 0; traits_of(cell).gates > 0; ++cell)
+    for (int64_t D : {1, 2})
+      for (bool packed : {false, true}) {
+        Case* c = add(cell, Dtype::kFloat32, D, packed, 32, 33, false);
+        c->threads = c->granted = 2 + int(c->seed % 7);
+        c->T = 5;
+      }
   return cases;
 }
 
