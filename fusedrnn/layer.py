@@ -75,7 +75,7 @@ def _engine_multiplies(cell, input, weight_ih):
     if traits["norms"] or traits["late"] or _are_functorch_transforms_active() or _len_torch_dispatch_stack():
         return False
     if input.dtype == torch.float16:
-        return HALF_IS_SLOW
+        return _slow_in_aten(input)
     hidden, width = len(weight_ih) // traits["gates"], input.shape[-1]
     if input.numel() <= FED_ROWS * width or weight_ih.numel() > FED_MOST or width > FED_WIDEST * hidden:
         return False
@@ -140,6 +140,11 @@ def _half_is_slow() -> bool:
 
 
 HALF_IS_SLOW = _half_is_slow()
+
+
+def _slow_in_aten(tensor):
+    """Whether a tensor is of the format that ATen multiplies in loops of its own."""
+    return HALF_IS_SLOW and tensor.is_cpu and tensor.dtype == torch.float16
 
 
 def by_onednn(rows, weight, bias=None):
@@ -283,8 +288,7 @@ def backward(kept, grads, wanted):
     want_ih, want_hh, want_b_ih, want_b_hh, want_hr = want_weights
     by_mkl = output.is_cpu and output.dtype in (torch.float32, torch.float64)
     many_rows = ragged is None and masks == [None] * 3 and steps_first.shape[0] * steps_first.shape[1] > MANY_ROWS
-    half = output.is_cpu and output.dtype == torch.float16
-    many_rows = many_rows and not (by_mkl and MKL_IS_SLOW) and not (half and HALF_IS_SLOW)
+    many_rows = many_rows and not (by_mkl and MKL_IS_SLOW) and not _slow_in_aten(output)
     library_ih = many_rows and want_ih and min(weights[0][0].shape) > NARROW
     library_hh = many_rows and want_hh and min(weights[0][1].shape) > NARROW and not TRAITS[cell]["late"]  # which multiplies no h
     grad_pre, *grad_states, grad_weights = recurrence_backward(
@@ -481,7 +485,7 @@ def _grad_input(grad_pre, weights, shape, batch_first):
         gates = w_ih.shape[0]
         grad_gates = grad_pre if gates == grad_pre.shape[1] else grad_pre[:, d * width : d * width + gates]
         part = by_onednn(grad_gates, w_ih.t())
-        if part is None and HALF_IS_SLOW and w_ih.is_cpu and w_ih.dtype == torch.float16:
+        if part is None and _slow_in_aten(w_ih):
             part = linear(grad_gates, w_ih.t().contiguous())  # a product of the weight as it lies takes ATen 16 times as long
         if d == 0:
             grad_input = torch.mm(grad_gates, w_ih, out=_large_empty(grad_gates, w_ih.shape[1])) if part is None else part
