@@ -25,25 +25,32 @@ struct GradWeightsPass {
   static constexpr int64_t kLeastTiles = 288 / kTileRows;  // that a block is not made smaller than for the sake of more threads
   static constexpr int64_t kSumColumns = 16 * kLanes;  // of the gradients of biases, to a piece of work
 
-  // The gradient (rows, columns) of one weight, or of each head of one. A piece of work is a block of it, some tiles high and some
-  // panels wide.
-  struct Product {
+  // The gradient (rows, columns) of one weight, or of each head of one: what gradients of gates are multiplied with for it.
+  struct Side {
     enum Kind { kInput, kRecurrent, kLate, kProjection } kind;  // kLate: weight_hh of the last gate, if that is late
-    int64_t d, heads, units, rows, columns;  // units: of a head
+    int64_t columns;
     S* grad;
+    int64_t panels() const { return blocks_of(columns, kPanelWidth); }
+  };
+  // The sides for which the same gradients of gates are packed. A piece of work is a block, some tiles high and some panels wide; of two
+  // sides, all their panels wide.
+  struct Product {
+    int64_t d, heads, units, rows;  // units: of a head
+    Side sides[2];
+    int count;
     int64_t tile_blocks, panel_blocks;
 
-    // Whether the gradient is its own memory for sums: of the same format, and with a block's rows one behind the other. (Rows of a
+    // Whether a gradient is its own memory for sums: of the same format, and with a block's rows one behind the other. (Rows of a
     // block that lie far apart would share a few sets of the caches.)
-    bool in_place() const {
-      return heads == 1 && sizeof(F) == sizeof(S) && panel_blocks == 1 && columns % kPanelWidth == 0;
+    bool in_place(const Side& side) const {
+      return heads == 1 && sizeof(F) == sizeof(S) && panel_blocks == 1 && side.columns % kPanelWidth == 0;
     }
     int64_t tiles() const { return blocks_of(rows, kTileRows); }
-    int64_t panels() const { return blocks_of(columns, kPanelWidth); }
+    int64_t panels() const { return sides[0].panels() + (count > 1 ? sides[1].panels() : 0); }
     int64_t blocks() const { return tile_blocks * panel_blocks; }  // of a head
     int64_t pieces() const { return heads * blocks(); }
     Range block_tiles(int64_t block) const { return share(tiles(), tile_blocks, block / panel_blocks); }
-    Range block_panels(int64_t block) const { return share(panels(), panel_blocks, block % panel_blocks); }
+    Range block_panels(const Side& side, int64_t block) const { return share(side.panels(), panel_blocks, block % panel_blocks); }
   };
 
   const GradWeightsParams& p;
@@ -59,15 +66,15 @@ struct GradWeightsPass {
   GradWeightsPass(const GradWeightsParams& p, Arena& arena)
       : p(p), rows(p.steps.row_count()), part(part_of(p.steps.B, rows)) {
     for (int64_t d = 0; d < p.D; ++d) {
-      add(Product::kInput, d, 1, Cell::kGates * p.H, p.I, p.grad_weight_ih[d]);
-      if (Cell::kMultiplies) add(Product::kRecurrent, d, p.N, kFirst * p.units(), p.depth(), p.grad_weight_hh[d]);
+      add(Side::kInput, d, 1, Cell::kGates * p.H, p.I, p.grad_weight_ih[d]);
+      if (Cell::kMultiplies) add(Side::kRecurrent, d, p.N, kFirst * p.units(), p.depth(), p.grad_weight_hh[d]);
       if (Cell::kLate && p.grad_weight_hh[d])
-        add(Product::kLate, d, p.N, p.units(), p.depth(), static_cast<S*>(p.grad_weight_hh[d]) + kFirst * p.H * p.depth());
-      add(Product::kProjection, d, 1, p.P, p.H, p.grad_weight_hr[d]);
+        add(Side::kLate, d, p.N, p.units(), p.depth(), static_cast<S*>(p.grad_weight_hh[d]) + kFirst * p.H * p.depth());
+      add(Side::kProjection, d, 1, p.P, p.H, p.grad_weight_hr[d]);
     }
     constexpr int64_t kThreadProducts = 100000;  // a thread that sleeps takes about as long to wake
     int64_t row_products = 0;
-    for (int i = 0; i < product_count; ++i) row_products += products[i].heads * products[i].rows * products[i].columns;
+    for (int i = 0; i < product_count; ++i) row_products += products[i].heads * products[i].rows * products[i].panels() * kPanelWidth;
     const int64_t useful = 1 + rows * row_products / kThreadProducts;
     threads = int(useful < p.threads ? useful : p.threads);
     for (int i = 0; i < product_count; ++i) divide(products[i]);
@@ -84,8 +91,23 @@ struct GradWeightsPass {
     const int64_t part = 2 * batch < kLeastPart ? kLeastPart : 2 * batch > kMostPart ? kMostPart : 2 * batch;
     return part < rows ? part : rows;
   }
-  void add(typename Product::Kind kind, int64_t d, int64_t heads, int64_t height, int64_t width, void* grad) {
-    if (grad) products[product_count++] = {kind, d, heads, p.H / heads, height, width, static_cast<S*>(grad), 0, 0};
+  void add(typename Side::Kind kind, int64_t d, int64_t heads, int64_t height, int64_t width, void* grad) {
+    if (!grad) return;
+    const Side side{kind, width, static_cast<S*>(grad)};
+    if (product_count > 0 && kind == Side::kRecurrent && heads == 1 && same_gates()) {
+      Product& last = products[product_count - 1];
+      if (last.d == d && last.panels() + side.panels() <= kBlockPanels) {
+        last.sides[last.count++] = side;
+        return;
+      }
+    }
+    products[product_count++] = {d, heads, p.H / heads, height, {side, {}}, 1, 0, 0};
+  }
+  // Whether the input's halves of all gates have the gradients of the recurrent ones.
+  static constexpr bool same_gates() {
+    bool same = !Cell::kLate;
+    for (int g = 0; g < Cell::kGates; ++g) same = same && Cell::x_pre(g) == Cell::h_pre(g);
+    return same;
   }
   // Blocks that fit the cache, and enough of them for all threads.
   void divide(Product& product) {
@@ -100,7 +122,9 @@ struct GradWeightsPass {
     const int64_t panels = blocks_of(product.panels(), product.panel_blocks);
     most_tiles = most_tiles > tiles ? most_tiles : tiles;
     most_panels = most_panels > panels ? most_panels : panels;
-    const int64_t sums = product.in_place() ? panels : tiles * panels;
+    int64_t sums = 0;
+    for (int i = 0; i < product.count; ++i)
+      sums += (product.in_place(product.sides[i]) ? 1 : tiles) * blocks_of(product.sides[i].panels(), product.panel_blocks);
     most_sums = most_sums > sums ? most_sums : sums;
   }
   int64_t sum_blocks() const {
@@ -128,14 +152,23 @@ struct GradWeightsPass {
   struct Block {
     const GradWeightsPass& pass;
     F* const gates;  // (tiles, part, kTileRows) packed gradients of gates
-    F* const fed;    // (panels, part, kPanelWidth) packed rows that these were fed with
+    F* const fed;    // (panels, part, kPanelWidth) packed rows that these were fed with, of both sides
     F* const sums;   // (tiles * kTileRows, panels * kPanelWidth); in place: of the last tile alone, whose rows may not all be real
     F* const row;    // (tiles * kTileRows)
     const GradWeightsParams& p = pass.p;
     const int64_t part = pass.part;
     Product product{};
-    int64_t first = 0;                           // unit 0 of its head, in tensors
-    Range tiles{}, panels{}, height{}, width{};  // the block's, and as rows and columns of the weight
+    int64_t first = 0;                // unit 0 of its head, in tensors
+    Range tiles{}, height{};          // the block's, and as rows of the weight
+    struct Half {
+      Side side;
+      Range panels, width;            // the block's, and as columns of the weight
+      int64_t sums_row, whole_tiles;  // numbers from row to row; tiles that are added up in place
+      F *grad, *sums, *fed;
+      F* sums_of(int64_t tile) const {
+        return tile < whole_tiles ? grad + tile * kTileRows * sums_row : sums + (tile - whole_tiles) * kTileRows * sums_row;
+      }
+    } halves[2]{};
 
     Block(const GradWeightsPass& pass, Arena& arena)
         : pass(pass), gates(arena.take<F>(pass.most_tiles * pass.part * kTileRows)),
@@ -145,7 +178,7 @@ struct GradWeightsPass {
     // Some rows of the sequence.
     struct Part {
       int64_t depth = 0;
-      const S *gates[kMostPart], *fed[kMostPart], *masks[kMostPart];  // masks: of what was fed, null: none
+      const S *gates[kMostPart], *fed[2][kMostPart], *masks[kMostPart];  // fed: null: zeros; masks: of the recurrent half, null: none
     };
 
     void compute(const Product& of, int64_t piece) {
@@ -153,68 +186,91 @@ struct GradWeightsPass {
       product = of;
       first = piece / of.blocks() * of.units;
       tiles = product.block_tiles(block);
-      panels = product.block_panels(block);
       height = {tiles.begin * kTileRows, tiles.end * kTileRows < product.rows ? tiles.end * kTileRows : product.rows};
-      width = {panels.begin * kPanelWidth, panels.end * kPanelWidth < product.columns ? panels.end * kPanelWidth : product.columns};
-      const int64_t tile_count = tiles.end - tiles.begin, panel_count = panels.end - panels.begin;
-      const int64_t sums_row = panel_count * kPanelWidth;  // in place it is that of the gradient as well
-      const bool in_place = product.in_place(), cut = height.end < tiles.end * kTileRows;
-      F* const grad = reinterpret_cast<F*>(product.grad) + (in_place ? height.begin * product.columns : 0);
-      const int64_t whole_tiles = in_place ? tile_count - cut : 0;  // that are added up in place
-      __builtin_memset(grad, 0, whole_tiles * kTileRows * sums_row * sizeof(F));
-      __builtin_memset(sums, 0, (tile_count - whole_tiles) * kTileRows * sums_row * sizeof(F));
+      const int64_t tile_count = tiles.end - tiles.begin;
+      const bool cut = height.end < tiles.end * kTileRows;
+      F *to_sums = sums, *to_fed = fed;
+      int64_t visits = 0;
+      for (int i = 0; i < product.count; ++i) {
+        Half& half = halves[i];
+        half.side = product.sides[i];
+        half.panels = product.block_panels(half.side, block);
+        const int64_t panels = half.panels.end - half.panels.begin, end = half.panels.end * kPanelWidth;
+        half.width = {half.panels.begin * kPanelWidth, end < half.side.columns ? end : half.side.columns};
+        const bool in_place = product.in_place(half.side);
+        half.sums_row = panels * kPanelWidth;  // in place it is that of the gradient as well
+        half.whole_tiles = in_place ? tile_count - cut : 0;
+        half.grad = reinterpret_cast<F*>(half.side.grad) + (in_place ? height.begin * half.side.columns : 0);
+        half.sums = to_sums, half.fed = to_fed;
+        const int64_t others = (tile_count - half.whole_tiles) * kTileRows * half.sums_row;
+        __builtin_memset(half.grad, 0, half.whole_tiles * kTileRows * half.sums_row * sizeof(F));
+        __builtin_memset(half.sums, 0, others * sizeof(F));
+        to_sums += others, to_fed += panels * part * kPanelWidth, visits += panels * tile_count;
+      }
       int64_t t = 0, b = 0;
       for (Part now, coming = collect(t, b); coming.depth;) {
         now = coming;
-        for (int64_t k = 0; k < now.depth; ++k) pack_gates(now.gates[k], k), pack_fed(now.fed[k], now.masks[k], k);
+        for (int64_t k = 0; k < now.depth; ++k) {
+          pack_gates(now.gates[k], k);
+          for (int i = 0; i < product.count; ++i) pack_fed(halves[i], now.fed[i][k], now.masks[k], k);
+        }
         coming = collect(t, b);
         int64_t visit = 0, fetched = 0;
-        for (int64_t panel = 0; panel < panel_count; ++panel)
-          for (int64_t i = 0; i < tile_count; ++i) {
-            for (++visit; fetched < coming.depth * visit / (panel_count * tile_count); ++fetched) fetch(coming, fetched);
-            F* const to = i < whole_tiles ? grad + i * kTileRows * sums_row : sums + (i - whole_tiles) * kTileRows * sums_row;
-            tile<F, kTileRows, true>(gates + i * part * kTileRows, 0, fed + panel * part * kPanelWidth, now.depth,
-                                     to + panel * kPanelWidth, sums_row);
-          }
+        for (int i = 0; i < product.count; ++i)
+          for (int64_t panel = 0; panel < halves[i].panels.end - halves[i].panels.begin; ++panel)
+            for (int64_t k = 0; k < tile_count; ++k) {
+              for (++visit; fetched < coming.depth * visit / visits; ++fetched) fetch(coming, fetched);
+              F* const to = halves[i].sums_of(k) + panel * kPanelWidth;
+              tile<F, kTileRows, true>(gates + k * part * kTileRows, 0, halves[i].fed + panel * part * kPanelWidth, now.depth, to,
+                                       halves[i].sums_row);
+            }
       }
-      const int64_t summed = height.begin + whole_tiles * kTileRows;
+      for (int i = 0; i < product.count; ++i) store_sums(halves[i]);
+    }
+
+    // What was not added up in place.
+    void store_sums(const Half& half) const {
+      const int64_t summed = height.begin + half.whole_tiles * kTileRows;
       for (int64_t m = summed; m < height.end; ++m)
-        for (int64_t u = width.begin; u < width.end; u += kLanes)
-          store(product.grad + weight_row(m) * product.columns + u, load(sums + (m - summed) * sums_row + u - width.begin),
-                lanes_left<F>(u, width.end));
+        for (int64_t u = half.width.begin; u < half.width.end; u += kLanes)
+          store(half.side.grad + weight_row(m) * half.side.columns + u,
+                load(half.sums + (m - summed) * half.sums_row + u - half.width.begin), lanes_left<F>(u, half.width.end));
     }
 
     // Where row m of the product is in the weight, which has all heads' rows of a gate before those of the next.
     int64_t weight_row(int64_t m) const { return m / product.units * p.H + first + m % product.units; }
 
-    // The next part, from row b of step t on; moves (t, b) behind it. Empty at the end. Leaves out rows that were fed with zeros.
+    // The next part, from row b of step t on; moves (t, b) behind it. Empty at the end. Leaves out rows that were fed with zeros alone.
     Part collect(int64_t& t, int64_t& b) const {
       Part next;
       for (; t < p.steps.T; ++t, b = 0) {
-        for (; b < p.steps.rows(t) && next.depth < part; ++b)
-          if ((next.fed[next.depth] = fed_row(t, b))) {
-            next.masks[next.depth] = mask_row(b);
-            next.gates[next.depth++] = gates_row(t, b);
-          }
+        for (; b < p.steps.rows(t) && next.depth < part; ++b) {
+          bool any = false;
+          for (int i = 0; i < product.count; ++i)
+            any = (next.fed[i][next.depth] = fed_row(halves[i].side.kind, t, b)) || any;
+          if (!any) continue;
+          next.masks[next.depth] = mask_row(b);
+          next.gates[next.depth++] = gates_row(t, b);
+        }
         if (next.depth == part) break;
       }
       return next;
     }
     const S* gates_row(int64_t t, int64_t b) const {
       const int64_t row = p.steps.row(t, b) * p.D + product.d;
-      return product.kind == Product::kProjection ? static_cast<const S*>(p.grad_proj) + row * p.P
-                                                  : static_cast<const S*>(p.grad_pre) + row * kGrads<Cell> * p.H;
+      return product.sides[0].kind == Side::kProjection ? static_cast<const S*>(p.grad_proj) + row * p.P
+                                                        : static_cast<const S*>(p.grad_pre) + row * kGrads<Cell> * p.H;
     }
-    const S* fed_row(int64_t t, int64_t b) const {
+    const S* fed_row(typename Side::Kind kind, int64_t t, int64_t b) const {
       const int64_t d = product.d, row = p.steps.row(t, b);
-      if (product.kind == Product::kProjection)  // the last of the states stored: the unprojected one
+      if (kind == Side::kProjection)  // the last of the states stored: the unprojected one
         return static_cast<const S*>(p.states) + ((row * p.D + d + 1) * Cell::kStates - 1) * p.H;
-      if (product.kind == Product::kInput)
+      if (kind == Side::kInput)
         return static_cast<const S*>(p.input) + p.steps.position(t, b, p.input_step, p.input_row);
       const bool begins = p.steps.begins(t, b, d);
       if (begins && !p.reset_hx) return nullptr;
       if constexpr (Cell::kLate)
-        if (product.kind == Product::kLate)
+        if (kind == Side::kLate)
           return static_cast<const S*>(p.saved) + ((row * p.D + d) * Cell::kSaved + Cell::kMiddle) * p.H + first;
       const int64_t before = p.steps.row_before(t, b, d);
       if (before >= 0 && !begins) return static_cast<const S*>(p.output) + (before * p.D + d) * p.P + first;
@@ -223,7 +279,7 @@ struct GradWeightsPass {
     }
 
     const S* mask_row(int64_t b) const {
-      if (product.kind != Product::kRecurrent || !p.hidden_mask) return nullptr;
+      if (!p.hidden_mask) return nullptr;
       return static_cast<const S*>(p.hidden_mask) + p.steps.given_row(product.d, b) * p.P + first;
     }
 
@@ -233,9 +289,10 @@ struct GradWeightsPass {
       for (int64_t m = height.begin, n; m < height.end; m += n) {
         n = height.end - m;
         int64_t at = m;
-        if (product.kind != Product::kProjection) {
-          const int gate = int(m / product.units) + (product.kind == Product::kLate ? kFirst : 0);
-          at = (product.kind == Product::kInput ? Cell::x_pre(gate) : Cell::h_pre(gate)) * p.H + first + m % product.units;
+        const auto kind = product.sides[0].kind;
+        if (kind != Side::kProjection) {
+          const int gate = int(m / product.units) + (kind == Side::kLate ? kFirst : 0);
+          at = (kind == Side::kInput ? Cell::x_pre(gate) : Cell::h_pre(gate)) * p.H + first + m % product.units;
           const int64_t left = product.units - m % product.units;
           n = left < n ? left : n;
         }
@@ -246,7 +303,8 @@ struct GradWeightsPass {
     // Asks for a row before it is packed: rows lie too far apart for the processor to guess.
     void fetch(const Part& coming, int64_t k) const {
       for_runs([&](int64_t, int64_t at, int64_t n) { ask(coming.gates[k] + at, n); });
-      ask(coming.fed[k] + width.begin, width.end - width.begin);
+      for (int i = 0; i < product.count; ++i)
+        if (const S* fed = coming.fed[i][k]) ask(fed + halves[i].width.begin, halves[i].width.end - halves[i].width.begin);
     }
     static void ask(const S* from, int64_t n) {
       prefetch(reinterpret_cast<const char*>(from), reinterpret_cast<const char*>(from + n));
@@ -264,13 +322,14 @@ struct GradWeightsPass {
       for (int64_t i = 0; i < tiles.end - tiles.begin; ++i)
         __builtin_memcpy(gates + (i * part + k) * kTileRows, row + i * kTileRows, kTileRows * sizeof(F));
     }
-    void pack_fed(const S* from, const S* mask, int64_t k) const {
-      F* panel = fed + k * kPanelWidth;
-      for (int64_t u = width.begin; u < width.end; u += kPanelWidth, panel += part * kPanelWidth)
+    void pack_fed(const Half& half, const S* from, const S* mask, int64_t k) const {
+      F* panel = half.fed + k * kPanelWidth;
+      const int64_t end = half.width.end;
+      for (int64_t u = half.width.begin; u < end; u += kPanelWidth, panel += part * kPanelWidth)
         for (int v = 0; v < kPanelVectors; ++v) {
-          const int n = u + kPanelWidth <= width.end ? kLanes : lanes_left<F>(u + v * kLanes, width.end);
+          const int n = !from ? 0 : u + kPanelWidth <= end ? kLanes : lanes_left<F>(u + v * kLanes, end);
           V fed = n ? load(from + u + v * kLanes, n) : V(F(0));
-          if (mask && n) fed = fed * load(mask + u + v * kLanes, n);
+          if (mask && n && half.side.kind == Side::kRecurrent) fed = fed * load(mask + u + v * kLanes, n);
           store(panel + v * kLanes, fed);
         }
     }
