@@ -52,6 +52,14 @@ constexpr char kBackwardSchema[] =
     "bool need_grad_hx, bool need_grad_cx, bool need_grad_reset_hx, bool need_grad_reset_cx, bool need_grad_weight_ih, "
     "bool need_grad_weight_hh, bool need_grad_bias, bool need_grad_weight_hr, bool allow_tf32) -> "
     "(Tensor grad_pre, Tensor grad_hx, Tensor grad_cx, Tensor grad_reset_hx, Tensor grad_reset_cx, Tensor[] grad_weights)";
+// The same, but grad_pre lies where saved was, and what it gives as grad_pre is empty: of cells that save as many numbers as they have
+// gradients, and look at what they saved in the cell alone. No second tensor of that size is made, which takes longer than the cells do.
+inline std::string in_place_schema() {
+  std::string schema = kBackwardSchema;
+  schema.insert(schema.find('('), "_");
+  const std::string saved = "Tensor saved";
+  return schema.replace(schema.find(saved), saved.size(), "Tensor(a!) saved");
+}
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
@@ -157,7 +165,7 @@ struct Call {
   Tensor first;                  // gives dtype and device to all others
   int64_t D = 0, H = 0, P = 0, T = 0, B = 0, rows = 0;
   bool projected = false, packed = false, uneven = false;  // uneven: padded, with lengths that are on the CPU
-  bool zones_out = false;
+  bool zones_out = false, one_step = false, batched = true;  // one_step: as cells take it, and of one row where it is not batched
   Tensors held;
 
   Call(const char* op, const std::string& cell_name, const Tensors& weight_hh,
@@ -290,6 +298,16 @@ struct Call {
                     hx ? text(sizes_of(*hx)) : "");
   }
 
+  // The only step of a cell, (B, features), or (features) of one row.
+  void set_one_step(const char* name, const Tensor& input) {
+    STD_TORCH_CHECK(input.dim() == 1 || input.dim() == 2, op, ": ", name, " must be (B, features) or (features), got ", text(sizes_of(input)));
+    one_step = true;
+    batched = input.dim() == 2;
+    T = 1;
+    B = rows = batched ? input.size(0) : 1;
+    steps_ = {T, B, nullptr, nullptr};
+  }
+
   // What becomes of the states between steps.
   struct Carry {
     const MaybeTensor &reset, &zoneout, &hidden_mask, &reset_hx, &reset_cx;
@@ -322,12 +340,12 @@ struct Call {
       p.weight_hr[d] = projected ? others : nullptr;
       p.unit[d] = projected ? nullptr : cell.multiplies ? others : weights;
     }
-    p.hx = data("hx", hx, {D, B, P});
+    p.hx = data("hx", hx, state_sizes(P));
     STD_TORCH_CHECK((!cx && !carry.reset_cx) || cell.states > 1, op, cx ? ": cx is" : ": reset_cx is",
                     " for cells of more than one state, such as the lstm");
     p.cx = data("cx", cx, inner_sizes());
     STD_TORCH_CHECK(carry.reset || (!carry.reset_hx && !carry.reset_cx), op, ": reset_hx and reset_cx need reset");
-    p.reset_hx = data("reset_hx", carry.reset_hx, {D, B, P});
+    p.reset_hx = data("reset_hx", carry.reset_hx, state_sizes(P));
     p.reset_cx = data("reset_cx", carry.reset_cx, inner_sizes());
     STD_TORCH_CHECK(cell.multiplies || !carry.hidden_mask, op, ": no hidden_mask where the cell has no product");
     STD_TORCH_CHECK(!projected || (!carry.zoneout && !carry.hidden_mask), op, ": no zoneout and hidden_mask with projections");
@@ -343,7 +361,15 @@ struct Call {
   }
   Sizes weight_hh_sizes() const { return {(cell.multiplies ? cell.gates * H : cell.unit), P / cell.heads}; }
   Sizes weight_hr_sizes() const { return {cell.unit ? cell.unit : P, H}; }
-  Sizes inner_sizes() const { return cell.states == 2 ? Sizes{D, B, H} : Sizes{cell.states - 1, D, B, H}; }
+  Sizes state_sizes(int64_t width) const {
+    if (one_step) return batched ? Sizes{B, width} : Sizes{width};
+    return {D, B, width};
+  }
+  Sizes inner_sizes() const {
+    Sizes sizes = state_sizes(H);
+    if (cell.states > 2) sizes.insert(sizes.begin(), cell.states - 1);
+    return sizes;
+  }
 
   Sizes sequence_sizes(const Sizes& last) const {
     Sizes sizes = packed ? Sizes{rows} : Sizes{T, B};
@@ -477,7 +503,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> recurrence_forward(
   return {output, hy, cy, saved, states};
 }
 
-template <class Engine>
+template <class Engine, bool kInPlace = false>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensors> recurrence_backward(
     std::string cell, MaybeTensor input, Tensors weight_hh, MaybeTensors maybe_weight_hr, MaybeTensor hx,
     MaybeTensor cx, Tensor output, Tensor saved, Tensor states, MaybeTensor ragged, MaybeTensor reset, MaybeTensor zoneout,
@@ -486,7 +512,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensors> recurrence_backward(
     bool need_grad_reset_cx, bool need_grad_weight_ih, bool need_grad_weight_hh, bool need_grad_bias, bool need_grad_weight_hr,
     bool allow_tf32) {
   const Tensors weight_hr = maybe_weight_hr.value_or(Tensors{});
-  Call call("fusedrnn::recurrence_backward", cell, weight_hh, weight_hr);
+  Call call(kInPlace ? "fusedrnn::recurrence_backward_" : "fusedrnn::recurrence_backward", cell, weight_hh, weight_hr);
   const int64_t D = call.D, H = call.H, P = call.P;
   call.set_steps("output", output, ragged, hx, Engine::kLengthsOnHost);
   STD_TORCH_CHECK(call.cell.states > 1 || (!grad_cy && !need_grad_cx && !grad_states), call.op,
@@ -511,12 +537,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensors> recurrence_backward(
   }
   w.output = call.data("output", output, call.sequence_sizes({D * P}));
   w.states = call.data("states", states, call.sequence_sizes({D, call.stored(), H}));
+  STD_TORCH_CHECK(!kInPlace || (call.cell.saved == call.cell.grads() && !call.cell.norms && !call.cell.late), call.op,
+                  ": cell must save what its gradients may take the place of, got ", cell);
+  STD_TORCH_CHECK(!kInPlace || saved.is_contiguous(), call.op, ": saved must be contiguous, to be written to");
   if (call.cell.late) w.saved = call.data("saved", saved, call.sequence_sizes({D, call.cell.saved, H}));
 
   const Tensor& like = call.first;
   const Needs needs{need_grad_hx, need_grad_cx, need_grad_weight_ih, need_grad_weight_hh, need_grad_bias, need_grad_weight_hr};
   Engine engine(call, allow_tf32);
-  Tensor grad_pre = allocate(like, call.sequence_sizes({D, call.cell.grads(), H}));
+  Tensor grad_pre = kInPlace ? saved : allocate(like, call.sequence_sizes({D, call.cell.grads(), H}));
   Tensor grad_hx = allocate(like, need_grad_hx ? Sizes{D, call.B, P} : Sizes{0});
   Tensor grad_cx = allocate(like, need_grad_cx ? call.inner_sizes() : Sizes{0});
   Tensor grad_reset_hx = allocate(like, need_grad_reset_hx ? Sizes{D, call.B, P} : Sizes{0});
@@ -551,7 +580,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensors> recurrence_backward(
   }
 
   w.grad_pre = grad_pre.data_ptr();
-  return {grad_pre, grad_hx, grad_cx, grad_reset_hx, grad_reset_cx,
+  return {kInPlace ? allocate(like, {0}) : grad_pre, grad_hx, grad_cx, grad_reset_hx, grad_reset_cx,
           engine.grad_weights(w, needs, {input, grad_proj, saved, states, grad_pre})};
 }
 

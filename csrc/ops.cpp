@@ -69,6 +69,7 @@ struct NoStack : OnCpu {
 STABLE_TORCH_LIBRARY(fusedrnn, m) {
   m.def(fusedrnn::kForwardSchema);
   m.def(fusedrnn::kBackwardSchema);
+  m.def(fusedrnn::in_place_schema().c_str());
   m.def(fusedrnn::kStackSchema);
   m.def(fusedrnn::kStackBackwardSchema);
 }
@@ -76,6 +77,7 @@ STABLE_TORCH_LIBRARY(fusedrnn, m) {
 STABLE_TORCH_LIBRARY_IMPL(fusedrnn, CPU, m) {
   m.impl("recurrence_forward", TORCH_BOX(&fusedrnn::recurrence_forward<fusedrnn::OnCpu>));
   m.impl("recurrence_backward", TORCH_BOX(&fusedrnn::recurrence_backward<fusedrnn::OnCpu>));
+  m.impl("recurrence_backward_", TORCH_BOX((&fusedrnn::recurrence_backward<fusedrnn::OnCpu, true>)));
   m.impl("stack_forward", TORCH_BOX(&fusedrnn::stack_forward<fusedrnn::NoStack>));
   m.impl("stack_backward", TORCH_BOX(&fusedrnn::stack_backward<fusedrnn::NoStack>));
 }

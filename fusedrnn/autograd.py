@@ -6,6 +6,7 @@ into the engine's batch. Second derivatives and forward mode run through `fusedr
 
 from collections.abc import Sequence
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,8 +19,8 @@ from torch.nn.functional import linear
 from . import onnx, reference, select
 from .layer import FIRST_TENSOR, FIRST_WEIGHT, GIVEN, backward, by_direction, forward, with_gaps
 from .layer import input_product as plain_product
-from .layer import sum_of_rows
-from .ops import SAVE_ALL, SAVE_NOTHING, SAVE_STATES, TRAITS
+from .layer import is_for_one_step, sum_of_rows
+from .ops import SAVE_ALL, SAVE_NOTHING, SAVE_STATES, TRAITS, cell_forward
 from .reference import NO_CARRY, Carry, Weights
 
 
@@ -85,6 +86,24 @@ def layer(cell: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, weight
         save = SAVE_STATES if return_states else SAVE_NOTHING
         output, hy, cy, _, states = forward(cell, ragged, batch_first, carry, input, hx, cx, tensors[GIVEN:], save)
     return output, hy, cy if inner else None, states[..., :inner, :] if return_states and inner else None
+
+
+def one_step(cell: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, weights: Sequence[Any]) -> Any:
+    """The step of a cell in one operator, where nobody wants a derivative.
+
+    Args:
+        cell: as in `layer`.
+        input, hx, cx: (B, I), (B, H) and (B, H), or (I), (H) and (H), plain tensors in no context that changes what a call means.
+        weights: weight_ih and weight_hh, or with bias_ih and bias_hh.
+
+    Returns:
+        hy, or for the lstm (hy, cy); None where the step is for `layer`.
+    """
+    if not input.is_cpu or is_compiling() or _needs_grad([input, hx, cx, *weights]) or not is_for_one_step(input, weights[0], weights[1]):
+        return None
+    w_ih, w_hh, *biases = weights
+    hy, cy = cell_forward(cell, input, hx, cx, w_ih, w_hh, *(biases or (None, None)))
+    return hy if TRAITS[cell]["states"] == 1 else (hy, cy)
 
 
 def _saved_for_backward(cell, recompute):

@@ -12,9 +12,9 @@ from torch.fx import Proxy
 from torch.nn.modules.rnn import RNNCellBase
 from torch.types import Device
 
-from . import functional, select, shared
+from . import autograd, functional, select, shared
+from .layer import view_of_its_own
 
-view_of_its_own = torch.ops.aten._unsafe_view.default
 NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 NONLINEAR = {"tanh": "rnn_tanh", "relu": "rnn_relu"}
 
@@ -30,8 +30,8 @@ class FusedCell(RNNCellBase):
         weights = self._weights_by_name()
         cell: Any = self._cell()
 
-        run = functional.stack
-        if not select.is_ordinary(input, states, weights):
+        run, ordinary = functional.stack, select.is_ordinary(input, states, weights)
+        if not ordinary:
             if isinstance(input, Proxy) or isinstance(h, Proxy):
                 return shared.record_as_leaf(self, input, hx)
             reason = select.MISFIT if cell is None else select.reason_for_fallback(input, states, weights)
@@ -42,6 +42,9 @@ class FusedCell(RNNCellBase):
                 run = partial(functional.stack_cast, dtype)
         if not self._fits(input, h, c):
             return shared.run_stock(self, input, hx, select.MISFIT)
+        step = autograd.one_step(cell, input, h, c, weights) if ordinary else None
+        if step is not None:
+            return step
 
         # (B, features) or (features,) to (T, B, features) and back; T is 1, and so is D.
         size = (*input.shape[:-1], self.hidden_size)

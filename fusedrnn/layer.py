@@ -6,6 +6,7 @@ ATen's, over all rows of the sequence at once, or the first is the engine's; all
 """
 
 from functools import lru_cache
+from sys import getrefcount
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,8 +17,11 @@ from torch.compiler import is_compiling
 from torch.nn.functional import linear
 
 from . import _C
-from .ops import SAVE_ALL, TRAITS, recurrence_backward, recurrence_forward
+from .ops import OVERWRITE, SAVE_ALL, TRAITS, recurrence_backward, recurrence_backward_, recurrence_forward
 from .reference import heads_of, without_padding
+
+
+view_of_its_own = torch.ops.aten._unsafe_view.default  # without a tensor behind it that it is a view of
 
 
 def forward(cell, ragged, batch_first, carry, input, hx, cx, weights, save):
@@ -80,6 +84,25 @@ def _engine_multiplies(cell, input, weight_ih):
     if input.numel() <= FED_ROWS * width or weight_ih.numel() > FED_MOST or width > FED_WIDEST * hidden:
         return False
     return hidden >= FED_UNITS * max(heads_of(cell), torch.get_num_threads() // 2) and _C.cpu_isa() != "baseline"
+
+
+def is_for_one_step(input, weight_ih, weight_hh):
+    """Whether one step of a cell on a CPU is faster in the operator for that, which multiplies the input itself.
+
+    Args:
+        input, weight_ih, weight_hh: plain tensors of a cell.
+
+    Returns:
+        True for few rows: a call then takes 0.4 to 0.6 of the time; and for more, until a library's product is the faster.
+    """
+    rows = input.numel() // input.shape[-1]
+    quick_library = input.dtype == torch.bfloat16 or input.dtype == torch.float16 and not HALF_IS_SLOW
+    if quick_library or _C.cpu_isa() == "baseline":
+        return rows * weight_hh.shape[-1] <= STEP_SMALL
+    return rows <= FED_ROWS or weight_ih.numel() <= FED_MOST
+
+
+STEP_SMALL = 4096  # numbers of a state
 
 
 def _gates_of(input, w_ih, b_ih, direction, directions, batch_first):
@@ -291,10 +314,14 @@ def backward(kept, grads, wanted):
     many_rows = many_rows and not (by_mkl and MKL_IS_SLOW) and not _slow_in_aten(output)
     library_ih = many_rows and want_ih and min(weights[0][0].shape) > NARROW
     library_hh = many_rows and want_hh and min(weights[0][1].shape) > NARROW and not TRAITS[cell]["late"]  # which multiplies no h
-    grad_pre, *grad_states, grad_weights = recurrence_backward(
+    in_place = saved.device.type in OVERWRITING and cell.partition(":")[0] in OVERWRITE and _owners(saved) == ALONE
+    run = recurrence_backward_ if in_place else recurrence_backward
+    grad_pre, *grad_states, grad_weights = run(
         cell, steps_first, weight_hh, weight_hr, hx, cx, output, saved, states, ragged, *carry, *grads, *wanted[1:GIVEN],
         want_ih and not library_ih, want_hh and not library_hh, want_b_ih or want_b_hh, want_hr, tf32,
     )
+    if in_place:
+        grad_pre = saved
     del saved, states  # the largest tensors, and more are to be made
     for d in range(len(weights)):
         if library_ih and want_each[5 * d]:
@@ -306,6 +333,28 @@ def backward(kept, grads, wanted):
         *[grad if want else None for grad, want in zip([*grad_states, *grad_weights], wanted[1:])],
     ]
 
+
+# Where gradients of gates may take the place of what was saved, if nobody else has that.
+OVERWRITING = ("cpu",)
+
+
+def _owners(tensor):
+    """How many references there are to a tensor of the caller's: in Python, outside of it, and to its memory."""
+    if type(tensor) is not Tensor or not COUNTS_OWNERS or is_compiling() or _are_functorch_transforms_active():
+        return None
+    count: Any = Tensor._use_count  # type: ignore[attr-defined]
+    return getrefcount(tensor), count(tensor), torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
+
+
+COUNTS_OWNERS = hasattr(Tensor, "_use_count") and hasattr(torch._C, "_storage_Use_Count")
+
+
+def _owners_of_one():
+    one = torch.empty(1)
+    return _owners(one)
+
+
+ALONE = _owners_of_one()  # of a tensor that one variable holds
 
 GIVEN = 5  # tensors before the weights, in the arguments of a layer: input, hx, cx, reset_hx, reset_cx
 # Where what `Layer.keep` of fusedrnn/autograd.py saved has them, and the weights.
@@ -357,8 +406,9 @@ def _backward_in_parts(cell, ragged, batch_first, carry, output, states, input, 
     ]
 
 
-# A part is an eighth of the steps, or so many rows: fewer would be a loss, as each part lays out the weights again.
-PARTS, PART_ROWS = 8, 128
+# A part is a sixteenth of the steps, or so many rows: fewer would be a loss, as each part lays out the weights again. Eighths take an LSTM's
+# training step no less time (T1024 B32 H128), and a quarter more memory.
+PARTS, PART_ROWS = 16, 256
 
 
 def _inner(states, count):
@@ -409,7 +459,7 @@ def _saved_again(cell, lengths, batch_first, carry, output, states, input, hx, c
             gates, fed = _gates_of(input, w_ih, b_ih, d, len(weights), batch_first), ()
         saved = recurrence_forward(cell, [gates.reshape(1, rows, -1)], [w_hh], None if b_hh is None else [b_hh],
                                    None if w_hr is None else [w_hr], h.reshape(1, rows, -1), c, *[None] * 6, SAVE_ALL, tf32, *fed)[3]
-        each.append(saved.view(steps, batch, 1, *saved.shape[3:]))
+        each.append(view_of_its_own(saved, (steps, batch, 1, *saved.shape[3:])))
     return each[0] if len(each) == 1 else torch.cat(each, 2)
 
 

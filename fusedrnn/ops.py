@@ -28,6 +28,9 @@ class _Traits(dict[str, Any]):
 #: chooses, multiplies, and the maps x_pre and h_pre from gate to pre-activation; csrc/cells/cell.h says what these are. A cell that chooses
 #: is asked for by its name, a colon, and what `fusedrnn.reference.Choice.of` makes of the choice; and so, by `with_heads`, are heads.
 TRAITS = _Traits(_C.cell_traits())
+#: Those whose gradients of gates may take the place of what they saved.
+OVERWRITE = frozenset(name for name, cell in TRAITS.items()
+                      if 0 < cell["saved"] == cell["pre"] + cell["unit"] and not cell["norms"] and not cell["late"])
 
 #: (cell, gates_x, weight_hh, bias_hh, weight_hr, hx, cx, ragged, reset, zoneout, hidden_mask, reset_hx, reset_cx, save, allow_tf32,
 #: weight_ih=None, bias_ih=None) -> (output, hy, cy, saved, states). save: one of the following. With weight_ih, of each direction,
@@ -43,6 +46,9 @@ SAVE_NOTHING, SAVE_STATES, SAVE_ALL = range(3)
 #: weight_ih, weight_hh, bias_ih, bias_hh and weight_hr. What is not needed is empty.
 recurrence_backward = torch.ops.fusedrnn.recurrence_backward.default
 
+#: The same, but grad_pre takes the place of saved, and is empty in the result; for the cells in OVERWRITE. CPU only.
+recurrence_backward_ = torch.ops.fusedrnn.recurrence_backward_.default
+
 #: (cell, gates_x, weight_ih, weight_hh, bias_ih, bias_hh, hx, cx, batch_sizes, save, allow_tf32)
 #: -> (output, hy, cy, saved, states), each a list: of several layers, one upon the other, what recurrence_forward gives for each. CUDA only.
 #: gates_x is of the first layer; weight_ih and bias_ih are of the others; hx and cx (L, B, H).
@@ -53,6 +59,10 @@ stack_forward = torch.ops.fusedrnn.stack_forward.default
 #: -> (grad_pre, grad_hx, grad_cx, grad_weights): its gradients, from output, saved and states of all layers, and the gradients of the last
 #: output and of all last states (L, B, H). grad_pre is the first layer's; grad_weights has five a layer, as recurrence_backward. CUDA only.
 stack_backward = torch.ops.fusedrnn.stack_backward.default
+
+#: (cell, input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh) -> (hy, cy): one step, of input (B, I) and states (B, H), or (I) and (H).
+#: CPU only, without derivatives.
+cell_forward = torch.ops.fusedrnn.cell_forward.default
 
 #: (packed, input, hx, cx, cell, num_layers, bidirectional, hidden_size, proj_size, batch_first, one_step)
 #: -> (output, hy, cy): a stack of layers, or with one_step a cell, on weights that `fusedrnn.freeze` has packed. CPU only,
@@ -129,7 +139,7 @@ def _(cell, input, weight_ih, weight_hh, hx, cx, output, saved, states, batch_si
 
 
 @torch.library.register_fake("fusedrnn::recurrence_backward")
-def _(cell, input, weight_hh, weight_hr, hx, cx, output, saved, states, ragged, reset, zoneout, hidden_mask, reset_hx, reset_cx,
+def _fake_backward(cell, input, weight_hh, weight_hr, hx, cx, output, saved, states, ragged, reset, zoneout, hidden_mask, reset_hx, reset_cx,
       grad_output, grad_hy, grad_cy, grad_states, need_grad_hx, need_grad_cx, need_grad_reset_hx, need_grad_reset_cx,
       need_grad_weight_ih, need_grad_weight_hh, need_grad_bias, need_grad_weight_hr, allow_tf32):
     traits, directions, like = TRAITS[cell], len(weight_hh), weight_hh[0]
@@ -157,6 +167,20 @@ def _(cell, input, weight_hh, weight_hr, hx, cx, output, saved, states, ragged, 
     )
 
 
+@torch.library.register_fake("fusedrnn::recurrence_backward_")
+def _(*args):
+    grad_pre, *others = _fake_backward(*args)
+    return grad_pre.new_empty(0), *others
+
+
+@torch.library.register_fake("fusedrnn::cell_forward")
+def _(cell, input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh):
+    traits, rows = TRAITS[cell], input.shape[:-1]
+    hidden = weight_hh.shape[0] // traits["gates"]
+    inner = (*_inner(traits), *rows, hidden) if traits["states"] > 1 else (0,)
+    return weight_hh.new_empty(*rows, hidden), weight_hh.new_empty(*inner)
+
+
 @torch.library.register_fake("fusedrnn::frozen_forward")
 def _(packed, input, hx, cx, cell, num_layers, bidirectional, hidden_size, proj_size, batch_first, one_step):
     directions, width = 2 if bidirectional else 1, proj_size or hidden_size
@@ -176,6 +200,11 @@ def _(cell, gates_x, weight_hh, bias_hh, weight_hr, hx, cx, ragged, reset, zoneo
     return 2 * rows * sum(math.prod(shape) for shape in [*weight_hh, *(weight_hr or []), *(weight_ih or [])])
 
 
+@register_flop_formula(torch.ops.fusedrnn.cell_forward)
+def _(cell, input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, out_shape=None, **kwargs):
+    return 2 * math.prod(input[:-1]) * (math.prod(weight_ih) + math.prod(weight_hh))
+
+
 @register_flop_formula(torch.ops.fusedrnn.stack_forward)
 def _(cell, gates_x, weight_ih, weight_hh, *args, out_shape=None, **kwargs):
     return 2 * math.prod(gates_x[:-1]) * sum(math.prod(shape) for shape in [*weight_ih, *weight_hh])
@@ -190,7 +219,7 @@ def _(cell, input, weight_ih, weight_hh, hx, cx, output, saved, states, batch_si
     return 2 * (fed * rows + own * (rows * (1 + need_grad_weight_hh) - first) + inputs)
 
 
-@register_flop_formula(torch.ops.fusedrnn.recurrence_backward)
+@register_flop_formula([torch.ops.fusedrnn.recurrence_backward, torch.ops.fusedrnn.recurrence_backward_])
 def _(cell, input, weight_hh, weight_hr, hx, cx, output, saved, states, ragged, reset, zoneout, hidden_mask, reset_hx, reset_cx,
       grad_output, grad_hy, grad_cy, grad_states, need_grad_hx, need_grad_cx, need_grad_reset_hx, need_grad_reset_cx,
       need_grad_weight_ih, need_grad_weight_hh, need_grad_bias, need_grad_weight_hr, *args, out_shape=None, **kwargs):

@@ -511,12 +511,12 @@ def test_named_outputs_are_not_confused():
     assert set(named_outputs(fusedrnn.LSTM(3, 4)(torch.randn(2, 2, 3)))) == {"output", "hy", "cy"}
 
 
-@pytest.mark.parametrize("cell, less", [("lstm", 3.5), ("gru", 3.0)])
+@pytest.mark.parametrize("cell, less", [("lstm", 1.5), ("gru", 5.0)])
 def test_a_training_step_takes_less_memory(cell, less):
-    """At its peak about as many numbers a row less as the gates are."""
+    """At its peak, by so many numbers a row and unit."""
     from benchmarks.memory import allocator_peak
 
-    T, B, H = 128, 16, 64
+    T, B, H = 512, 16, 64
     peaks = {}
     for save in ("all", "states"):
         ours = getattr(fusedrnn, cell.upper())(H, H, save=save)

@@ -34,6 +34,7 @@ def stacks(request, monkeypatch):
     for name in ("recurrence_forward", "recurrence_backward", "stack_forward", "stack_backward"):
         override.impl(name, getattr(hosted, name).default, "CPU", allow_override=True)
     monkeypatch.setattr("fusedrnn.layer.SKIPS_PADDING", ())
+    monkeypatch.setattr("fusedrnn.layer.OVERWRITING", ())
     monkeypatch.setattr(select, "STACKING", frozenset({"cpu"}))
     monkeypatch.setattr(select, "chip", lambda device: CHIP)
 

@@ -60,10 +60,12 @@ struct ForwardPass {
         sums_size(Cell::kNorms == 2 && kMade * unit_row > kSumRows * kWidest ? kMade * unit_row : kSumRows * kWidest),
         feeds(kCanFeed && p.weight_ih[0]), fed_steps(feeds ? steps_to_feed(p.steps) : 0), fed_row(feeds ? padded_row<F>(p.I, kLanes) : 0),
         fed_rows(fed_steps * (p.steps.B + (p.threads < p.steps.B ? p.threads : p.steps.B))), crew(arena, p.threads) {
-    const int64_t rows = p.steps.row_count(), weight_bytes = Cell::kGates * units * depth * int64_t(sizeof(F));
-    const bool pays = p.steps.T > 1 ? rows > kFewRows
-                                    : (p.hx || p.reset_hx) && rows >= kLeastOfAStep && rows >= weight_bytes / kBytesOfARow;
-    const bool packs = Cell::kMultiplies && pays;
+    const int64_t rows = p.steps.row_count();
+    auto pays = [&](int64_t numbers) {  // to pack so many
+      return p.steps.T > 1 ? rows > kFewRows : rows >= kLeastOfAStep && rows >= numbers * int64_t(sizeof(F)) / kBytesOfARow;
+    };
+    const bool packs = Cell::kMultiplies && (p.steps.T > 1 || p.hx || p.reset_hx) && pays(Cell::kGates * units * depth);
+    const bool packs_input = feeds && pays(Cell::kGates * units * p.I);
     for (int64_t d = 0; d < p.D; ++d) {
       recurrent[d] = {static_cast<const S*>(p.weight_hh[d]), units, depth, p.H, nullptr};
       second[d] = {static_cast<const S*>(p.weight_hr[d]), projected ? p.P : 0, p.H, p.P, nullptr};
@@ -74,7 +76,7 @@ struct ForwardPass {
       }
       bias[d] = arena.take<F>(p.N * recurrent[d].blocks() * Recurrent::kWidth);
       weight_ih[d] = {static_cast<const S*>(p.weight_ih[d]), units, p.I, p.H, nullptr};
-      if (feeds) weight_ih[d].panels = arena.take<F>(p.N * weight_ih[d].blocks() * weight_ih[d].block_size());
+      if (packs_input) weight_ih[d].panels = arena.take<F>(p.N * weight_ih[d].blocks() * weight_ih[d].block_size());
       bias_ih[d] = arena.take<F>(feeds ? p.N * recurrent[d].blocks() * Recurrent::kWidth : 0);
     }
     const int64_t state_rows = p.strands() * p.steps.B;
