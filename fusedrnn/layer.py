@@ -71,7 +71,7 @@ def _engine_multiplies(cell, input, weight_ih):
     time, and takes no memory. In float16, where ATen has loops of its own that take 5 to 10 times as long, it always is; in bfloat16
     never, which oneDNN is quick at.
     """
-    if type(input) is not torch.Tensor or is_compiling() or input.numel() * len(weight_ih) <= FED_LEAST:
+    if type(input) is not torch.Tensor or is_compiling() or input.numel() * weight_ih.shape[0] <= FED_LEAST:
         return False
     if not input.is_cpu or input.dtype == torch.bfloat16:
         return False
@@ -107,7 +107,7 @@ STEP_SMALL = 4096  # numbers of a state
 
 def _gates_of(input, w_ih, b_ih, direction, directions, batch_first):
     """The input's half of a direction's gates, steps first; without a weight_ih the input has those of all directions."""
-    gates = input_product(input, w_ih, b_ih) if len(w_ih) else input.chunk(directions, -1)[direction]
+    gates = input_product(input, w_ih, b_ih) if w_ih.shape[0] else input.chunk(directions, -1)[direction]
     return gates.transpose(0, 1) if batch_first else gates
 
 
@@ -123,7 +123,7 @@ def input_product(input, weight, bias=None):
     # Before anything that costs a small call time; and a graph that is compiled for any size must not ask for the size.
     if type(input) is not torch.Tensor or is_compiling():
         return linear(input, weight, bias)
-    work = input.numel() * len(weight)
+    work = input.numel() * weight.shape[0]  # len() of a tensor is torch's in Python, and takes three times as long
     if work <= ONEDNN_LEAST and work <= LARGE * input.shape[-1]:
         return linear(input, weight, bias)
     rows = input.reshape(-1, input.shape[-1])
@@ -181,7 +181,7 @@ def by_onednn(rows, weight, bias=None):
     Returns:
         rows weight^T + bias, (N, M); None where oneDNN is no gain, or where they are not plain tensors of float32 on a CPU.
     """
-    if not MKL_IS_SLOW or type(rows) is not torch.Tensor or is_compiling() or rows.numel() * len(weight) <= ONEDNN_LEAST:
+    if not MKL_IS_SLOW or type(rows) is not torch.Tensor or is_compiling() or rows.numel() * weight.shape[0] <= ONEDNN_LEAST:
         return None
     if rows.dtype != torch.float32 or not rows.is_cpu or not torch.backends.mkldnn.enabled:
         return None
@@ -221,7 +221,7 @@ def _large_empty(rows, columns):
     """Memory for a product of `rows` and so many columns, on large pages; None if it is small, or no plain memory of a CPU."""
     if type(rows) is not torch.Tensor or is_compiling():  # a fake one
         return None
-    if len(rows) * columns < LARGE or not rows.is_cpu or _are_functorch_transforms_active():
+    if rows.shape[0] * columns < LARGE or not rows.is_cpu or _are_functorch_transforms_active():
         return None
     out = rows.new_empty(len(rows), columns)
     _C.want_large_pages(out.data_ptr(), out.nbytes)
@@ -304,7 +304,7 @@ def backward(kept, grads, wanted):
         return _backward_in_parts(cell, ragged, batch_first, carry, output, states, input, hx, cx, weights, grads, wanted)
     steps_first = input.transpose(0, 1) if batch_first else input
     tf32 = allows_tf32(input, ragged, batch_first)
-    if ragged is not None and input.dim() == 3 and len(weights[0][0]) and input.device.type not in SKIPS_PADDING:
+    if ragged is not None and input.dim() == 3 and weights[0][0].shape[0] and input.device.type not in SKIPS_PADDING:
         steps_first = without_padding(steps_first, ragged, False)
     want_each = wanted[GIVEN:]
     want_weights = want_each if len(weights) == 1 else [any(both) for both in zip(*by_direction(want_each))]
@@ -524,7 +524,7 @@ def _runs(cell):
 
 def _grad_input(grad_pre, weights, shape, batch_first):
     """Every direction's gradients of the gates' input halves, which come first of the pre-activations, times its weight_ih."""
-    if len(weights[0][0]) == 0:  # the input is the gates
+    if weights[0][0].shape[0] == 0:  # the input is the gates
         each = shape[-1] // (len(weights) * grad_pre.shape[-1])
         gates = grad_pre[..., :each, :].flatten(-3)
         return gates.transpose(0, 1) if batch_first else gates
