@@ -38,7 +38,7 @@ def forward(cell, ragged, batch_first, carry, input, hx, cx, weights, save):
     gates_x, weight_hh, bias_hh, weight_hr = [], [], [], []
     groups = by_direction(weights)
     fed = ()
-    if _engine_multiplies(cell, input, weights[0]):
+    if _engine_multiplies(cell, input, weights[0], batch_first):
         gates_x = [input.transpose(0, 1) if batch_first else input] * len(groups)
         fed = _input_weights(groups)
     for d, (w_ih, w_hh, b_ih, b_hh, w_hr) in enumerate(groups):
@@ -66,39 +66,44 @@ def _input_weights(groups):
 FED_LEAST, FED_ROWS, FED_MOST, FED_WIDEST, FED_UNITS = 2_000_000, 24, 1 << 20, 4, 16
 
 
-def _engine_multiplies(cell, input, weight_ih):
+def _engine_multiplies(cell, input, weight_ih, batch_first):
     """Whether the recurrence's operator is to multiply the input, too: what comes of it is then used where it is made, some steps at a
     time, and takes no memory. In float16, where ATen has loops of its own that take 5 to 10 times as long, it always is; in bfloat16
-    never, which oneDNN is quick at.
+    never, which oneDNN is quick at. Of a single step it depends on the rows.
     """
-    if type(input) is not torch.Tensor or is_compiling() or input.numel() * weight_ih.shape[0] <= FED_LEAST:
+    if type(input) is not torch.Tensor or is_compiling() or not input.is_cpu:
         return False
-    if not input.is_cpu or input.dtype == torch.bfloat16:
+    one_step = input.dim() == 3 and input.shape[1 if batch_first else 0] == 1 and input.numel() > 0 < weight_ih.shape[0]
+    if not one_step and input.numel() * weight_ih.shape[0] <= FED_LEAST:
         return False
     traits = TRAITS[cell]
     if traits["norms"] or traits["late"] or _are_functorch_transforms_active() or _len_torch_dispatch_stack():
         return False
-    if input.dtype == torch.float16:
+    hidden, width = weight_ih.shape[0] // traits["gates"], input.shape[-1]
+    if one_step:
+        return is_for_one_step(input, weight_ih, hidden)
+    if input.dtype in (torch.float16, torch.bfloat16):
         return _slow_in_aten(input)
-    hidden, width = len(weight_ih) // traits["gates"], input.shape[-1]
     if input.numel() <= FED_ROWS * width or weight_ih.numel() > FED_MOST or width > FED_WIDEST * hidden:
         return False
     return hidden >= FED_UNITS * max(heads_of(cell), torch.get_num_threads() // 2) and _C.cpu_isa() != "baseline"
 
 
-def is_for_one_step(input, weight_ih, weight_hh):
-    """Whether one step of a cell on a CPU is faster in the operator for that, which multiplies the input itself.
+def is_for_one_step(input, weight_ih, hidden):
+    """Whether one step on a CPU is faster where the engine multiplies the input, too.
 
     Args:
-        input, weight_ih, weight_hh: plain tensors of a cell.
+        input: a plain tensor of rows.
+        weight_ih: theirs.
+        hidden: H.
 
     Returns:
-        True for few rows: a call then takes 0.4 to 0.6 of the time; and for more, until a library's product is the faster.
+        True for few rows, where a call of a cell then takes 0.4 to 0.6 of the time; and for more, until a library's product is the faster.
     """
     rows = input.numel() // input.shape[-1]
     quick_library = input.dtype == torch.bfloat16 or input.dtype == torch.float16 and not HALF_IS_SLOW
     if quick_library or _C.cpu_isa() == "baseline":
-        return rows * weight_hh.shape[-1] <= STEP_SMALL
+        return rows * hidden <= STEP_SMALL
     return rows <= FED_ROWS or weight_ih.numel() <= FED_MOST
 
 
@@ -424,7 +429,8 @@ def _saved_again(cell, lengths, batch_first, carry, output, states, input, hx, c
     steps, batch = output.shape[:2]
     inner, rows = TRAITS[cell]["states"] - 1, steps * batch
     each = []
-    feeds = _engine_multiplies(cell, input, weights[0][0])
+    # Else a library's product takes three quarters of the time: all rows at once are too many to be fed from a cache.
+    feeds = _slow_in_aten(input) and _engine_multiplies(cell, input, weights[0][0], batch_first)
     for d, (w_ih, w_hh, b_ih, b_hh, w_hr) in enumerate(weights):
         def before(given, begun, after, *at):
             """The state that each step began with, from the one after it; given[at]: before the first, begun[at]: anew."""

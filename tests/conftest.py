@@ -124,7 +124,8 @@ def engine(request, monkeypatch):
             override.impl(name, getattr(hosted, name).default, "CPU", allow_override=True)
         monkeypatch.setattr("fusedrnn.layer.SKIPS_PADDING", ())
         monkeypatch.setattr("fusedrnn.layer.OVERWRITING", ())
-        monkeypatch.setattr("fusedrnn.autograd.is_for_one_step", lambda *given: False)
+        for module in ("layer", "autograd"):
+            monkeypatch.setattr(f"fusedrnn.{module}.is_for_one_step", lambda *given: False)
         monkeypatch.setattr("fusedrnn.layer.FED_LEAST", 1 << 60)  # these kernels are given gates, in every format
         yield request.param
         override._destroy()
