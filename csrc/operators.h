@@ -300,7 +300,8 @@ struct Call {
 
   // The only step of a cell, (B, features), or (features) of one row.
   void set_one_step(const char* name, const Tensor& input) {
-    STD_TORCH_CHECK(input.dim() == 1 || input.dim() == 2, op, ": ", name, " must be (B, features) or (features), got ", text(sizes_of(input)));
+    STD_TORCH_CHECK(input.dim() == 1 || input.dim() == 2, op, ": ", name, " must be (B, features) or (features), got ",
+                    text(sizes_of(input)));
     one_step = true;
     batched = input.dim() == 2;
     T = 1;

@@ -99,9 +99,11 @@ def one_step(cell: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, wei
     Returns:
         hy, or for the lstm (hy, cy); None where the step is for `layer`.
     """
-    if not input.is_cpu or is_compiling() or _needs_grad([input, hx, cx, *weights]) or not is_for_one_step(input, weights[0], weights[1].shape[-1]):
-        return None
     w_ih, w_hh, *biases = weights
+    if not input.is_cpu or is_compiling() or _needs_grad([input, hx, cx, *weights]):
+        return None
+    if not is_for_one_step(input, w_ih, w_hh.shape[-1]):
+        return None
     hy, cy = cell_forward(cell, input, hx, cx, w_ih, w_hh, *(biases or (None, None)))
     return hy if TRAITS[cell]["states"] == 1 else (hy, cy)
 

@@ -98,7 +98,8 @@ def is_for_one_step(input, weight_ih, hidden):
         hidden: H.
 
     Returns:
-        True for few rows, where a call of a cell then takes 0.4 to 0.6 of the time; and for more, until a library's product is the faster.
+        True for few rows, where a call of a cell then takes 0.4 to 0.6 of the time; and for more, until a library's product is
+        the faster.
     """
     rows = input.numel() // input.shape[-1]
     quick_library = input.dtype == torch.bfloat16 or input.dtype == torch.float16 and not HALF_IS_SLOW
@@ -344,7 +345,7 @@ OVERWRITING = ("cpu",)
 
 
 def _owners(tensor):
-    """How many references there are to a tensor of the caller's: in Python, outside of it, and to its memory."""
+    """How many references there are to a tensor of the caller's, in Python, outside of it, and to its memory; None: unknown."""
     if type(tensor) is not Tensor or not COUNTS_OWNERS or is_compiling() or _are_functorch_transforms_active():
         return None
     count: Any = Tensor._use_count  # type: ignore[attr-defined]
@@ -359,7 +360,7 @@ def _owners_of_one():
     return _owners(one)
 
 
-ALONE = _owners_of_one()  # of a tensor that one variable holds
+ALONE = _owners_of_one() or "unknown"  # of a tensor that one variable holds
 
 GIVEN = 5  # tensors before the weights, in the arguments of a layer: input, hx, cx, reset_hx, reset_cx
 # Where what `Layer.keep` of fusedrnn/autograd.py saved has them, and the weights.
@@ -411,8 +412,8 @@ def _backward_in_parts(cell, ragged, batch_first, carry, output, states, input, 
     ]
 
 
-# A part is a sixteenth of the steps, or so many rows: fewer would be a loss, as each part lays out the weights again. Eighths take an LSTM's
-# training step no less time (T1024 B32 H128), and a quarter more memory.
+# A part is a sixteenth of the steps, or so many rows: fewer would be a loss, as each part lays out the weights again. Eighths take an
+# LSTM's training step no less time (T1024 B32 H128), and a quarter more memory.
 PARTS, PART_ROWS = 16, 256
 
 

@@ -60,8 +60,8 @@ stack_forward = torch.ops.fusedrnn.stack_forward.default
 #: output and of all last states (L, B, H). grad_pre is the first layer's; grad_weights has five a layer, as recurrence_backward. CUDA only.
 stack_backward = torch.ops.fusedrnn.stack_backward.default
 
-#: (cell, input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh) -> (hy, cy): one step, of input (B, I) and states (B, H), or (I) and (H).
-#: CPU only, without derivatives.
+#: (cell, input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh) -> (hy, cy): one step, of input (B, I) and states (B, H), or
+#: (I) and (H). CPU only, without derivatives.
 cell_forward = torch.ops.fusedrnn.cell_forward.default
 
 #: (packed, input, hx, cx, cell, num_layers, bidirectional, hidden_size, proj_size, batch_first, one_step)
@@ -139,9 +139,9 @@ def _(cell, input, weight_ih, weight_hh, hx, cx, output, saved, states, batch_si
 
 
 @torch.library.register_fake("fusedrnn::recurrence_backward")
-def _fake_backward(cell, input, weight_hh, weight_hr, hx, cx, output, saved, states, ragged, reset, zoneout, hidden_mask, reset_hx, reset_cx,
-      grad_output, grad_hy, grad_cy, grad_states, need_grad_hx, need_grad_cx, need_grad_reset_hx, need_grad_reset_cx,
-      need_grad_weight_ih, need_grad_weight_hh, need_grad_bias, need_grad_weight_hr, allow_tf32):
+def _fake_backward(cell, input, weight_hh, weight_hr, hx, cx, output, saved, states, ragged, reset, zoneout, hidden_mask, reset_hx,
+                   reset_cx, grad_output, grad_hy, grad_cy, grad_states, need_grad_hx, need_grad_cx, need_grad_reset_hx,
+                   need_grad_reset_cx, need_grad_weight_ih, need_grad_weight_hh, need_grad_bias, need_grad_weight_hr, allow_tf32):
     traits, directions, like = TRAITS[cell], len(weight_hh), weight_hh[0]
     hidden, width = _hidden(traits, like), like.shape[1] * heads_of(cell)
     gates = traits["gates"] * hidden
