@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _are_functorch_transforms_active
+from torch._C import _are_functorch_transforms_active, _len_torch_dispatch_stack
 from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling, is_exporting
@@ -100,7 +100,7 @@ def one_step(cell: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, wei
         hy, or for the lstm (hy, cy); None where the step is for `layer`.
     """
     w_ih, w_hh, *biases = weights
-    if not input.is_cpu or is_compiling() or _needs_grad([input, hx, cx, *weights]):
+    if not input.is_cpu or is_compiling() or _needs_grad([input, hx, cx, *weights]) or _len_torch_dispatch_stack():
         return None
     if not is_for_one_step(input, w_ih, w_hh.shape[-1]):
         return None

@@ -68,8 +68,8 @@ FED_LEAST, FED_ROWS, FED_MOST, FED_WIDEST, FED_UNITS = 2_000_000, 24, 1 << 20, 4
 
 def _engine_multiplies(cell, input, weight_ih, batch_first):
     """Whether the recurrence's operator is to multiply the input, too: what comes of it is then used where it is made, some steps at a
-    time, and takes no memory. In float16, where ATen has loops of its own that take 5 to 10 times as long, it always is; in bfloat16
-    never, which oneDNN is quick at. Of a single step it depends on the rows.
+    time, and takes no memory. In float16, where ATen has loops of its own that take 5 to 10 times as long, it always is; in bfloat16,
+    which oneDNN is quick at, never, but for single steps of a few rows.
     """
     if type(input) is not torch.Tensor or is_compiling() or not input.is_cpu:
         return False
@@ -101,9 +101,10 @@ def is_for_one_step(input, weight_ih, hidden):
         True for few rows, where a call of a cell then takes 0.4 to 0.6 of the time; and for more, until a library's product is
         the faster.
     """
+    if _slow_in_aten(input):
+        return True
     rows = input.numel() // input.shape[-1]
-    quick_library = input.dtype == torch.bfloat16 or input.dtype == torch.float16 and not HALF_IS_SLOW
-    if quick_library or _C.cpu_isa() == "baseline":
+    if input.dtype in (torch.float16, torch.bfloat16) or _C.cpu_isa() == "baseline":
         return rows * hidden <= STEP_SMALL
     return rows <= FED_ROWS or weight_ih.numel() <= FED_MOST
 
@@ -345,11 +346,16 @@ OVERWRITING = ("cpu",)
 
 
 def _owners(tensor):
-    """How many references there are to a tensor of the caller's, in Python, outside of it, and to its memory; None: unknown."""
+    """How many references there are to a tensor of the caller's, in Python, outside of it, and to its memory; None if nobody can tell,
+    or if others may look at the memory (numpy, a file, another process) or at the operators that are called.
+    """
     if type(tensor) is not Tensor or not COUNTS_OWNERS or is_compiling() or _are_functorch_transforms_active():
         return None
+    memory = tensor.untyped_storage()
+    if not memory.resizable() or memory.is_shared() or not tensor.is_contiguous() or _len_torch_dispatch_stack():
+        return None
     count: Any = Tensor._use_count  # type: ignore[attr-defined]
-    return getrefcount(tensor), count(tensor), torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
+    return getrefcount(tensor), count(tensor), torch._C._storage_Use_Count(memory._cdata)
 
 
 COUNTS_OWNERS = hasattr(Tensor, "_use_count") and hasattr(torch._C, "_storage_Use_Count")
@@ -373,7 +379,7 @@ def _backward_in_parts(cell, ragged, batch_first, carry, output, states, input, 
     """
     steps = output.shape[0]
     in_one = len(weights) > 1 or is_compiling()
-    each = steps if in_one else max(-(-steps // PARTS), -(-PART_ROWS // output.shape[1]))
+    each = steps if in_one else max(-(-steps // PARTS), -(-PART_ROWS // max(1, output.shape[1])))
     reset, zoneout, hidden_mask, reset_hx, reset_cx = carry
     # The input's gradient multiplies weight_ih the other way round, in every part, as oneDNN is quicker to if it lies so.
     turns = MKL_IS_SLOW and wanted[0] and input.is_cpu and input.dtype == torch.float32
@@ -428,10 +434,14 @@ def _saved_again(cell, lengths, batch_first, carry, output, states, input, hx, c
     """What the cells of some steps saved, from the states: all rows of all steps are the rows of one step."""
     reset, _, hidden_mask, reset_hx, reset_cx = carry
     steps, batch = output.shape[:2]
-    inner, rows = TRAITS[cell]["states"] - 1, steps * batch
+    inner = TRAITS[cell]["states"] - 1
     each = []
-    # Else a library's product takes three quarters of the time: all rows at once are too many to be fed from a cache.
-    feeds = _slow_in_aten(input) and _engine_multiplies(cell, input, weights[0][0], batch_first)
+
+    def as_one_step(tensor):
+        return tensor.reshape(1, steps * batch, tensor.shape[-1])
+
+    # Of several steps a library's product takes three quarters of the time: all rows at once are too many to be fed from a cache.
+    feeds = (steps == 1 or _slow_in_aten(input)) and _engine_multiplies(cell, input, weights[0][0], batch_first)
     for d, (w_ih, w_hh, b_ih, b_hh, w_hr) in enumerate(weights):
         def before(given, begun, after, *at):
             """The state that each step began with, from the one after it; given[at]: before the first, begun[at]: anew."""
@@ -457,15 +467,15 @@ def _saved_again(cell, lengths, batch_first, carry, output, states, input, hx, c
             h = h * hidden_mask[d]
         c = None
         if inner == 1:
-            c = before(cx, reset_cx, states[:, :, d, 0], d).reshape(1, rows, -1)
+            c = as_one_step(before(cx, reset_cx, states[:, :, d, 0], d))
         elif inner:
-            c = torch.stack([before(cx, reset_cx, states[:, :, d, k], k, d).reshape(1, rows, -1) for k in range(inner)])
+            c = torch.stack([as_one_step(before(cx, reset_cx, states[:, :, d, k], k, d)) for k in range(inner)])
         if feeds:
             gates, fed = (input.transpose(0, 1) if batch_first else input), _input_weights([weights[d]])
         else:
             gates, fed = _gates_of(input, w_ih, b_ih, d, len(weights), batch_first), ()
-        saved = recurrence_forward(cell, [gates.reshape(1, rows, -1)], [w_hh], None if b_hh is None else [b_hh],
-                                   None if w_hr is None else [w_hr], h.reshape(1, rows, -1), c, *[None] * 6, SAVE_ALL, tf32, *fed)[3]
+        saved = recurrence_forward(cell, [as_one_step(gates)], [w_hh], None if b_hh is None else [b_hh],
+                                   None if w_hr is None else [w_hr], as_one_step(h), c, *[None] * 6, SAVE_ALL, tf32, *fed)[3]
         each.append(view_of_its_own(saved, (steps, batch, 1, *saved.shape[3:])))
     return each[0] if len(each) == 1 else torch.cat(each, 2)
 

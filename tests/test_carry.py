@@ -511,6 +511,12 @@ def test_named_outputs_are_not_confused():
     assert set(named_outputs(fusedrnn.LSTM(3, 4)(torch.randn(2, 2, 3)))) == {"output", "hy", "cy"}
 
 
+def test_no_rows_at_all():
+    ours = fusedrnn.LSTM(3, 4, save="states")
+    ours(torch.randn(5, 0, 3, requires_grad=True))[0].sum().backward()
+    assert not ours.weight_hh_l0.grad.any()
+
+
 @pytest.mark.parametrize("cell, less", [("lstm", 1.5), ("gru", 5.0)])
 def test_a_training_step_takes_less_memory(cell, less):
     """At its peak, by so many numbers a row and unit."""

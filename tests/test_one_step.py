@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fusedrnn
 from conftest import CELLS
-from fusedrnn import autograd, reference
+from fusedrnn import autograd, layer, reference
 from fusedrnn.ops import TRAITS
 from test_ops import GATES
 
@@ -200,6 +200,8 @@ def test_not_for_who_looks_on(kind, calls):
         torch.testing.assert_close(torch.vmap(lambda x: flat(cell(x))[0])(torch.ones(4, 9)), want)
         with torch.autocast("cpu"):
             cell(torch.ones(4, 9))
+        with FlopCounterMode(display=False):
+            cell(torch.ones(4, 9))
         with FakeTensorMode(allow_non_fake_inputs=True):
             assert flat(cell(torch.ones(4, 9)))[0].shape == (4, 21)
         assert flat(cell.to("meta")(torch.ones(4, 9, device="meta")))[0].shape == (4, 21)
@@ -217,6 +219,9 @@ def test_not_where_it_is_no_gain(kind, calls, monkeypatch):
     with torch.no_grad():
         assert taken(300, 64, 64) and taken(20, wide, wide) and not taken(30, wide, wide)
         assert taken(16, 64, 256, torch.bfloat16) and not taken(17, 64, 256, torch.bfloat16)
+        for slow in (True, False):
+            monkeypatch.setattr("fusedrnn.layer.HALF_IS_SLOW", slow)
+            assert taken(16, 64, 256, torch.float16) and taken(17, 64, 256, torch.float16) == slow
         monkeypatch.setenv("FUSEDRNN_CPU_ISA", "baseline")
         assert taken(16, 64, 256) and not taken(17, 64, 256)
 
@@ -233,6 +238,29 @@ def test_is_as_accurate_as_torch(kind):
             states = [cell(input.to(cell.weight_hh.dtype), state) for cell, state in zip((ours, stock, exact), states)]
     got, torchs, want = (torch.cat(flat(state)).double() for state in states)
     assert (got - want).abs().max() <= 2 * (torchs - want).abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind, rows, taken", [("LSTM", 1, True), ("GRU", 16, True), ("RNN", 16, True), ("LayerNormLSTM", 1, False)])
+def test_layers_of_one_step(kind, rows, taken, dtype, monkeypatch):
+    """The recurrence's operator takes the input; what comes of it is what a library's product gives, in training too."""
+    fed, real = [], layer.recurrence_forward
+    monkeypatch.setattr(layer, "recurrence_forward", lambda *given: fed.append(len(given) > 15) or real(*given))
+    for options in ({}, dict(bidirectional=True, batch_first=True), dict(save="states")):
+        module = getattr(fusedrnn, kind)(9, 40, dtype=dtype, **options)
+        input = torch.randn((rows, 1, 9) if options.get("batch_first") else (1, rows, 9), dtype=dtype, requires_grad=True)
+        found = []
+        for wanted in (True, False):
+            fed.clear()
+            if not wanted:
+                monkeypatch.setattr(layer, "is_for_one_step", lambda *given: False)
+            output = module(input)[0]
+            found.append((output, *torch.autograd.grad(output.float().sum(), [input, *module.parameters()])))
+            assert fed and all(fed) == any(fed) == (taken and wanted)
+        monkeypatch.undo()
+        monkeypatch.setattr(layer, "recurrence_forward", lambda *given: fed.append(len(given) > 15) or real(*given))
+        for one, other in zip(*found):
+            torch.testing.assert_close(one, other, rtol=8 * torch.finfo(dtype).eps, atol=8 * torch.finfo(dtype).eps)
 
 
 def test_traits_have_all_cells_of_torch():
