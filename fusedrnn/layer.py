@@ -321,7 +321,8 @@ def backward(kept, grads, wanted):
     many_rows = many_rows and not (by_mkl and MKL_IS_SLOW) and not _slow_in_aten(output)
     library_ih = many_rows and want_ih and min(weights[0][0].shape) > NARROW
     library_hh = many_rows and want_hh and min(weights[0][1].shape) > NARROW and not TRAITS[cell]["late"]  # which multiplies no h
-    in_place = saved.device.type in OVERWRITING and cell.partition(":")[0] in OVERWRITE and _owners(saved) == ALONE
+    # In this frame and not in another: where torch.compile has taken over calls, an argument of a function has one reference more.
+    in_place = not is_compiling() and getrefcount(saved) == REFERENCES and _may_overwrite(cell, saved)
     run = recurrence_backward_ if in_place else recurrence_backward
     grad_pre, *grad_states, grad_weights = run(
         cell, steps_first, weight_hh, weight_hr, hx, cx, output, saved, states, ragged, *carry, *grads, *wanted[1:GIVEN],
@@ -345,28 +346,31 @@ def backward(kept, grads, wanted):
 OVERWRITING = ("cpu",)
 
 
-def _owners(tensor):
-    """How many references there are to a tensor of the caller's, in Python, outside of it, and to its memory; None if nobody can tell,
-    or if others may look at the memory (numpy, a file, another process) or at the operators that are called.
-    """
-    if type(tensor) is not Tensor or not COUNTS_OWNERS or is_compiling() or _are_functorch_transforms_active():
-        return None
-    memory = tensor.untyped_storage()
-    if not memory.resizable() or memory.is_shared() or not tensor.is_contiguous() or _len_torch_dispatch_stack():
-        return None
+def _may_overwrite(cell, saved):
+    """Whether what a cell saved, which one variable in Python holds, is nobody's else, and such that gradients can take its place."""
+    if type(saved) is not Tensor or saved.device.type not in OVERWRITING or cell.partition(":")[0] not in OVERWRITE:
+        return False
+    if not COUNTS_OWNERS or _are_functorch_transforms_active() or _len_torch_dispatch_stack():
+        return False
+    memory = saved.untyped_storage()  # numpy may know it, a file, another process
+    if not memory.resizable() or memory.is_shared() or not saved.is_contiguous():
+        return False
+    return _owners(saved, memory) == ALONE
+
+
+def _owners(tensor, memory):
+    """How many references there are to a tensor outside of Python, and to its memory."""
     count: Any = Tensor._use_count  # type: ignore[attr-defined]
-    return getrefcount(tensor), count(tensor), torch._C._storage_Use_Count(memory._cdata)
+    return count(tensor), torch._C._storage_Use_Count(memory._cdata)
+
+
+def _of_one_variable():
+    one = torch.empty(1)
+    return getrefcount(one), _owners(one, one.untyped_storage()) if COUNTS_OWNERS else None
 
 
 COUNTS_OWNERS = hasattr(Tensor, "_use_count") and hasattr(torch._C, "_storage_Use_Count")
-
-
-def _owners_of_one():
-    one = torch.empty(1)
-    return _owners(one)
-
-
-ALONE = _owners_of_one() or "unknown"  # of a tensor that one variable holds
+REFERENCES, ALONE = _of_one_variable()
 
 GIVEN = 5  # tensors before the weights, in the arguments of a layer: input, hx, cx, reset_hx, reset_cx
 # Where what `Layer.keep` of fusedrnn/autograd.py saved has them, and the weights.
