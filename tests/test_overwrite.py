@@ -161,9 +161,18 @@ def test_where_owners_cannot_be_counted(calls, monkeypatch):
 
 @cells
 def test_after_a_compilation(cell, calls):
-    """torch.compile changes how Python calls functions, for as long as the process runs."""
-    torch.compile(lambda x: x + 1, backend="eager")(torch.ones(3))
-    gradients(*make(cell.upper()))
+    """One whose backward pass failed leaves Python calling functions in another way, for as long as the process runs."""
+
+    def edited(input):
+        output = module(input * 1)[0]
+        output.mul_(2)
+        return output.sum()
+
+    module, input = make(cell.upper())
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.compile(edited, backend="aot_eager")(input).backward()
+    calls.clear()
+    gradients(module, input)
     assert calls == [True]
 
 
