@@ -77,7 +77,7 @@ def _engine_multiplies(cell, input, weight_ih, batch_first):
     if not one_step and input.numel() * weight_ih.shape[0] <= FED_LEAST:
         return False
     traits = TRAITS[cell]
-    if traits["norms"] or traits["late"] or _are_functorch_transforms_active() or _len_torch_dispatch_stack():
+    if traits["norms"] or traits["late"] or _is_watched():
         return False
     hidden, width = weight_ih.shape[0] // traits["gates"], input.shape[-1]
     if one_step:
@@ -87,6 +87,11 @@ def _engine_multiplies(cell, input, weight_ih, batch_first):
     if input.numel() <= FED_ROWS * width or weight_ih.numel() > FED_MOST or width > FED_WIDEST * hidden:
         return False
     return hidden >= FED_UNITS * max(heads_of(cell), torch.get_num_threads() // 2) and _C.cpu_isa() != "baseline"
+
+
+def _is_watched():
+    """Whether a transform or a dispatch mode is to see the operators that a call makes, or to take their place."""
+    return _are_functorch_transforms_active() or _len_torch_dispatch_stack() > 0
 
 
 def is_for_one_step(input, weight_ih, hidden):
@@ -192,7 +197,7 @@ def by_onednn(rows, weight, bias=None):
         return None
     if rows.dtype != torch.float32 or not rows.is_cpu or not torch.backends.mkldnn.enabled:
         return None
-    if _are_functorch_transforms_active() or _len_torch_dispatch_stack() or len(rows) <= LONG and not weight.is_contiguous():
+    if _is_watched() or len(rows) <= LONG and not weight.is_contiguous():
         return None
     return torch.ops.mkldnn._linear_pointwise(rows, weight.contiguous(), bias, "none", [], "")
 
@@ -350,7 +355,7 @@ def _may_overwrite(cell, saved):
     """Whether what a cell saved, which one variable in Python holds, is nobody's else, and such that gradients can take its place."""
     if type(saved) is not Tensor or saved.device.type not in OVERWRITING or cell.partition(":")[0] not in OVERWRITE:
         return False
-    if not COUNTS_OWNERS or _are_functorch_transforms_active() or _len_torch_dispatch_stack():
+    if not COUNTS_OWNERS or _is_watched():
         return False
     memory = saved.untyped_storage()  # numpy may know it, a file, another process
     if not memory.resizable() or memory.is_shared() or not saved.is_contiguous():
