@@ -2,7 +2,7 @@
 
 Both hold torch.nn's parameters under torch.nn's names and are called like torch.nn's layers, so that the gate, the clock and
 the meters need not tell them apart. Masks come from torch's generator, of float32 and in one order: after one seed both
-sides draw the same ones, and the gate compares what is timed. RATES are those of the papers that fusedrnn.RNN names.
+sides draw the same ones where the gate compares them (`gate.judge`). RATES are those of the papers that fusedrnn.RNN names.
 """
 
 from __future__ import annotations

@@ -9,7 +9,8 @@
 // to whole lines and blocks is zero.
 //
 // The word: bfloat16 has the first input in the lower half. int8 has the first two in bytes 0 and 2, the next two in bytes 1
-// and 3, so that both pairs are numbers of 16 bits after one or two shifts.
+// and 3, each plus 128: processors multiply bytes without a sign by bytes with one, and both pairs are numbers of 16 bits after
+// one instruction.
 #pragma once
 #include <cstdint>
 
@@ -22,7 +23,7 @@ enum class FrozenFormat : int32_t { kFloat32, kBFloat16, kInt8 };
 constexpr int kFrozenUnits = 16;
 constexpr int64_t kLineBytes = 64;
 constexpr char kFrozenMagic[8] = {'f', 'u', 's', 'e', 'd', 'r', 'n', 'n'};
-constexpr int32_t kFrozenVersion = 1;
+constexpr int32_t kFrozenVersion = 2;
 
 struct FrozenHeader {
   char magic[8];

@@ -17,10 +17,10 @@ from torch.compiler import is_compiling, is_exporting
 from torch.nn.functional import linear
 
 from . import onnx, reference, select
-from .layer import FIRST_TENSOR, FIRST_WEIGHT, GIVEN, backward, by_direction, forward, with_gaps
+from .layer import FIRST_TENSOR, FIRST_WEIGHT, GIVEN, MANY_ROWS, backward, by_direction, forward, input_gradient, with_gaps
 from .layer import input_product as plain_product
 from .layer import is_for_one_step, sum_of_rows
-from .ops import SAVE_ALL, SAVE_NOTHING, SAVE_STATES, TRAITS, cell_forward
+from .ops import SAVE_ALL, SAVE_NOTHING, SAVE_STATES, TRAITS, cell_backward, cell_forward
 from .reference import NO_CARRY, Carry, Weights
 
 
@@ -89,7 +89,7 @@ def layer(cell: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, weight
 
 
 def one_step(cell: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, weights: Sequence[Any]) -> Any:
-    """The step of a cell in one operator, where nobody wants a derivative.
+    """The step of a cell in one operator, and its derivatives in another.
 
     Args:
         cell: as in `layer`.
@@ -100,11 +100,13 @@ def one_step(cell: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, wei
         hy, or for the lstm (hy, cy); None where the step is for `layer`.
     """
     w_ih, w_hh, *biases = weights
-    if not input.is_cpu or is_compiling() or _needs_grad([input, hx, cx, *weights]) or _len_torch_dispatch_stack():
+    if not input.is_cpu or is_compiling() or _len_torch_dispatch_stack() or not is_for_one_step(input, w_ih, w_hh.shape[-1]):
         return None
-    if not is_for_one_step(input, w_ih, w_hh.shape[-1]):
-        return None
-    hy, cy = cell_forward(cell, input, hx, cx, w_ih, w_hh, *(biases or (None, None)))
+    tensors = (input, hx, cx, w_ih, w_hh, *(biases or (None, None)))
+    if _needs_grad(tensors):
+        # Of more rows the gradients of weights may be a library's.
+        return _apply_step(cell, *tensors) if input.numel() <= MANY_ROWS * input.shape[-1] else None
+    hy, cy, _ = cell_forward(cell, *tensors)
     return hy if TRAITS[cell]["states"] == 1 else (hy, cy)
 
 
@@ -205,6 +207,76 @@ def _gradients(ctx, grads, wanted):
 # Function.apply inspects the signature of forward at every call, which takes longer than a small layer does, for the sake of
 # default arguments and of transforms. Neither is present where this is called.
 _apply = super(torch.autograd.Function, Layer).apply
+
+
+class Step(torch.autograd.Function):
+    """The one step of a cell for autograd where no transform is present."""
+
+    @staticmethod
+    def forward(ctx, cell, *tensors):
+        """Take the step and keep what backward needs.
+
+        Args:
+            ctx: autograd's.
+            cell: as in `layer`.
+            tensors: input, hx, cx, weight_ih, weight_hh, bias_ih and bias_hh, as `cell_forward` takes them.
+
+        Returns:
+            hy, or for the lstm (hy, cy).
+        """
+        hy, cy, saved = cell_forward(cell, *tensors, True)
+        ctx.cell = cell
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(hy, cy, saved, *tensors)
+        return hy if TRAITS[cell]["states"] == 1 else (hy, cy)
+
+    @staticmethod
+    def backward(ctx, grad_hy, grad_cy=None):
+        """Compute the gradients of all arguments of forward.
+
+        Args:
+            ctx: as forward left it.
+            grad_hy, grad_cy: of its results, None where there is none.
+
+        Returns:
+            a gradient for each argument, None where none is wanted.
+        """
+        _, *wanted = ctx.needs_input_grad
+        if grad_hy is None and grad_cy is None:
+            return (None,) * (1 + len(wanted))
+        if torch.is_grad_enabled() or _are_functorch_transforms_active() or _are_transformed((grad_hy, grad_cy)):
+            return None, *_gradients_of_step(ctx, grad_hy, grad_cy, wanted)
+        hy, cy, saved, input, hx, cx, w_ih, w_hh, _, _ = ctx.saved_tensors
+        want_input, want_hx, want_cx, want_ih, want_hh, want_b_ih, want_b_hh = wanted
+        grad_pre, *grads = cell_backward(ctx.cell, input, hx, cx, w_hh, hy, cy, saved, grad_hy, grad_cy, want_hx, want_cx, want_ih, want_hh,
+                                         want_b_ih or want_b_hh)
+        grad_input = None
+        if want_input:
+            gates = w_ih.shape[0]
+            grad_input = input_gradient(grad_pre if gates == grad_pre.shape[1] else grad_pre[:, :gates], w_ih)
+            grad_input = grad_input if input.dim() > 1 else grad_input.squeeze(0)
+        return None, grad_input, *[grad if want else None for grad, want in zip(grads, wanted[1:])]
+
+
+_apply_step = super(torch.autograd.Function, Step).apply
+
+
+def _gradients_of_step(ctx, grad_hy, grad_cy, wanted):
+    """The gradients of `Step` in a form that can be differentiated and transformed: as those of a sequence of one step."""
+    hy, cy, saved, *tensors = ctx.saved_tensors
+
+    def as_sequence(rows):
+        return None if rows is None else rows.reshape(1, -1, rows.shape[-1])
+
+    output = as_sequence(hy)
+    states = cy.unsqueeze(-2) if TRAITS[ctx.cell]["states"] > 1 else hy.new_empty(*hy.shape[:-1], 0, hy.shape[-1])
+    made = [each.reshape(1, output.shape[1], 1, *each.shape[-2:]) for each in (saved, states)]
+    held = [*[None] * 4, output, *made, *map(as_sequence, tensors[:3]), None, None, *tensors[3:], None]
+    kept = SimpleNamespace(cell=ctx.cell, batch_first=False, saved_tensors=held, maybe_clear_saved_tensors=lambda: None)
+    grads = _of_results(ctx.cell, None, as_sequence(grad_hy), as_sequence(grad_cy))
+    found = _gradients(kept, grads, [*wanted[:3], False, False, *wanted[3:], False])
+    own = [*found[:3], *found[GIVEN : GIVEN + 4]]
+    return [None if grad is None else grad.reshape(tensor.shape) for grad, tensor in zip(own, tensors)]
 
 
 # torch.compile forgets, of an autograd.Function, to notice that what it saved was edited in place; of an operator it does not.

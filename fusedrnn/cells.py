@@ -1,6 +1,6 @@
 """RNNCell, LSTMCell and GRUCell: one step of torch.nn's cells, as a sequence of length one on the fused engine.
 
-Like the layers (modules.py), they leave to the stock class's `forward` every call that the engine does not take.
+Like the layers (base.py), they leave to the stock class's `forward` every call that the engine does not take.
 """
 
 from functools import partial

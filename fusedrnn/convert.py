@@ -8,6 +8,7 @@ from torch.ao.quantization.quantization_mappings import DEFAULT_DYNAMIC_QUANT_MO
 from torch.nn.utils.parametrize import is_parametrized
 
 from . import cells, modules, shared
+from .base import FusedLayer
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -47,7 +48,7 @@ def convert(model: Model, to: Literal["fused", "torch"] = "fused") -> Model:
     classes = FUSED_OF_STOCK if to == "fused" else STOCK_OF_FUSED
     for module in model.modules():
         kind = type(module)
-        if to == "torch" and isinstance(module, modules.FusedLayer):
+        if to == "torch" and isinstance(module, FusedLayer):
             extras, name = ", ".join(module.extras()), module._who.removeprefix("fusedrnn.")
             if module.stock is shared.Unstocked:
                 raise ValueError(f"fusedrnn.convert: torch.nn has no {name}, and this is one: {module}")

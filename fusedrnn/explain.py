@@ -7,11 +7,11 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from . import _C, select
+from .base import FusedLayer, Pair
 from .cells import FusedCell
 from .convert import FUSED_OF_STOCK
 from .freeze import Frozen
 from .layer import allows_tf32
-from .modules import FusedLayer, Pair
 from .shared import Unstocked
 
 INSTRUCTION_SETS = ("avx512", "avx2", "baseline")

@@ -15,13 +15,13 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.rnn import PackedSequence
 
 from . import _C
+from .base import CELL_OF_MODE, FusedLayer
 from .cells import NAMES, NONLINEAR
 from .convert import FUSED_OF_STOCK, STOCK_OF_FUSED
-from .modules import CELL_OF_MODE, FusedLayer
 from .ops import TRAITS, frozen_forward
 from .shared import Unstocked, split_pair
 
-VERSION = 1
+VERSION = 2
 #: Format of the weights: its number in the header, the inputs that share a line, and the order in which a line has them.
 FORMATS = {torch.float32: (0, [0]), torch.bfloat16: (1, [0, 1]), torch.int8: (2, [0, 2, 1, 3])}
 UNITS, HEADER = 16, 128
@@ -283,13 +283,13 @@ def _by_block(values: Tensor) -> Tensor:
 
 def _panel(weight: Tensor, gates: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """A weight (gates * rows, depth) as scales, none but for int8, and lines: each (blocks, bytes)."""
-    order = FORMATS[dtype][1]
+    order, stored = FORMATS[dtype][1], torch.uint8 if dtype == torch.int8 else dtype
     weight = weight.detach().float()
     scales = weight.new_empty(0, 1)
     if dtype == torch.int8:
         scales = weight.abs().amax(1, keepdim=True) / 127
-        weight = (weight / scales.where(scales > 0, 1)).round()
-    lines = weight.to(dtype).view(gates, -1, weight.shape[1])
+        weight = (weight / scales.where(scales > 0, 1)).round() + 128
+    lines = weight.to(stored).view(gates, -1, weight.shape[1])
     lines = pad(lines, (0, -lines.shape[2] % len(order), 0, -lines.shape[1] % UNITS))
     blocks, groups = lines.shape[1] // UNITS, lines.shape[2] // len(order)
     lines = lines.view(gates, blocks, UNITS, groups, len(order)).permute(1, 3, 0, 2, 4)[..., order]

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, _VF
 
-from . import autograd, select, stacks
+from . import autograd, masks, select, stacks
 from .normed import group_normed, normed_gates
 from .reference import INNER, NO_CARRY, NORMALISES, Carry, Weights, heads_of
 from .shared import signature_of
@@ -88,11 +88,13 @@ class Options(NamedTuple):
         if any(self.zoneout):
             steps = input.shape[:1] if packed else input.shape[1::-1] if batch_first else input.shape[:2]
             of_all = (*steps, directions) if train else (directions,)
-            fill = torch.Tensor.bernoulli_ if train else torch.Tensor.fill_
-            zoneout = torch.stack([fill(input.new_empty(*of_all, hidden), rate) for rate in self.zoneout], -2)
+            zoneout = input.new_empty(*of_all, len(self.zoneout), hidden)
+            for k, rate in enumerate(self.zoneout):
+                of_state = zoneout.select(-2, k)
+                masks.draw(of_state, rate) if train else of_state.fill_(rate)
         if self.recurrent_dropout and train:
             batch = int(ragged[0]) if packed else input.shape[0 if batch_first else 1]  # type: ignore[index]
-            hidden_mask = torch.dropout(input.new_ones(directions, batch, hidden), self.recurrent_dropout, True)
+            hidden_mask = masks.dropout(input.new_ones(directions, batch, hidden), self.recurrent_dropout)
         if self.reset is None and zoneout is None and hidden_mask is None:
             return NO_CARRY  # by which `fusedrnn.autograd.layer` knows that there is nothing
         return Carry(self.reset, zoneout, hidden_mask)
@@ -159,7 +161,7 @@ def stack(cell: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, params
         if options.reset_hx is not None:
             carry = carry._replace(reset_hx=each_reset_hx[k], reset_cx=each_reset_cx[k])
         if options.weight_dropout and train:
-            weights = [(group[0], torch.dropout(group[1], options.weight_dropout, True), *group[2:]) for group in weights]
+            weights = [(group[0], masks.dropout(group[1], options.weight_dropout), *group[2:]) for group in weights]
         if gains is not None:
             output, weights = normed_gates(output, weights, gains[k], ragged, steps_second)
         output, hy, cy, inner = autograd.layer(cell, output, each_hx[k], each_cx[k], weights, ragged, steps_second, carry,

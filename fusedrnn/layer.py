@@ -77,7 +77,7 @@ def _engine_multiplies(cell, input, weight_ih, batch_first):
     if not one_step and input.numel() * weight_ih.shape[0] <= FED_LEAST:
         return False
     traits = TRAITS[cell]
-    if traits["norms"] or traits["late"] or _is_watched():
+    if traits["norms"] or traits["late"] or is_watched():
         return False
     hidden, width = weight_ih.shape[0] // traits["gates"], input.shape[-1]
     if one_step:
@@ -89,8 +89,12 @@ def _engine_multiplies(cell, input, weight_ih, batch_first):
     return hidden >= FED_UNITS * max(heads_of(cell), torch.get_num_threads() // 2) and _C.cpu_isa() != "baseline"
 
 
-def _is_watched():
-    """Whether a transform or a dispatch mode is to see the operators that a call makes, or to take their place."""
+def is_watched() -> bool:
+    """Whether a transform or a dispatch mode is to see the operators that a call makes, or to take their place.
+
+    Returns:
+        True if so.
+    """
     return _are_functorch_transforms_active() or _len_torch_dispatch_stack() > 0
 
 
@@ -197,7 +201,7 @@ def by_onednn(rows, weight, bias=None):
         return None
     if rows.dtype != torch.float32 or not rows.is_cpu or not torch.backends.mkldnn.enabled:
         return None
-    if _is_watched() or len(rows) <= LONG and not weight.is_contiguous():
+    if is_watched() or len(rows) <= LONG and not weight.is_contiguous():
         return None
     return torch.ops.mkldnn._linear_pointwise(rows, weight.contiguous(), bias, "none", [], "")
 
@@ -349,13 +353,16 @@ def backward(kept, grads, wanted):
 
 # Where gradients of gates may take the place of what was saved, if nobody else has that.
 OVERWRITING = ("cpu",)
+OVERWRITE_LEAST = 1 << 14  # numbers: of fewer a second tensor costs no more than these questions
 
 
 def _may_overwrite(cell, saved):
     """Whether what a cell saved, which one variable in Python holds, is nobody's else, and such that gradients can take its place."""
-    if type(saved) is not Tensor or saved.device.type not in OVERWRITING or cell.partition(":")[0] not in OVERWRITE:
+    if type(saved) is not Tensor or saved.numel() < OVERWRITE_LEAST or saved.device.type not in OVERWRITING:
         return False
-    if not COUNTS_OWNERS or _is_watched():
+    if cell.partition(":")[0] not in OVERWRITE:
+        return False
+    if not COUNTS_OWNERS or is_watched():
         return False
     memory = saved.untyped_storage()  # numpy may know it, a file, another process
     if not memory.resizable() or memory.is_shared() or not saved.is_contiguous():
@@ -548,6 +555,28 @@ def _runs(cell):
     return runs
 
 
+def input_gradient(grad_gates, weight_ih):
+    """Compute the gradient of rows of the input, without derivatives.
+
+    Args:
+        grad_gates: (N, G*H).
+        weight_ih: (G*H, I).
+
+    Returns:
+        grad_gates weight_ih, (N, I).
+    """
+    part = _quicker_gradient(grad_gates, weight_ih)
+    return torch.mm(grad_gates, weight_ih, out=_large_empty(grad_gates, weight_ih.shape[1])) if part is None else part
+
+
+def _quicker_gradient(grad_gates, weight_ih):
+    """`input_gradient`, where torch.mm is not the quickest way to it; else None."""
+    part = by_onednn(grad_gates, weight_ih.t())
+    if part is None and _slow_in_aten(weight_ih):
+        part = linear(grad_gates, weight_ih.t().contiguous())  # a product of the weight as it lies takes ATen 16 times as long
+    return part
+
+
 def _grad_input(grad_pre, weights, shape, batch_first):
     """Every direction's gradients of the gates' input halves, which come first of the pre-activations, times its weight_ih."""
     if weights[0][0].shape[0] == 0:  # the input is the gates
@@ -560,12 +589,11 @@ def _grad_input(grad_pre, weights, shape, batch_first):
     for d, (w_ih, *_) in enumerate(weights):
         gates = w_ih.shape[0]
         grad_gates = grad_pre if gates == grad_pre.shape[1] else grad_pre[:, d * width : d * width + gates]
-        part = by_onednn(grad_gates, w_ih.t())
-        if part is None and _slow_in_aten(w_ih):
-            part = linear(grad_gates, w_ih.t().contiguous())  # a product of the weight as it lies takes ATen 16 times as long
         if d == 0:
-            grad_input = torch.mm(grad_gates, w_ih, out=_large_empty(grad_gates, w_ih.shape[1])) if part is None else part
-        elif part is None:
+            grad_input = input_gradient(grad_gates, w_ih)
+            continue
+        part = _quicker_gradient(grad_gates, w_ih)
+        if part is None:
             torch.addmm(grad_input, grad_gates, w_ih, out=grad_input)  # and not addmm_, which a FlopCounterMode does not see
         else:
             grad_input.add_(part)

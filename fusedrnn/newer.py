@@ -1,6 +1,6 @@
 """IndRNN, SLSTM, LayerNormLSTM and LayerNormGRU: recurrent layers that torch.nn has not, called as its layers are.
 
-What they share with the others is `fusedrnn.modules.FusedLayer`, and so torch.nn.RNNBase: names of parameters, dropout
+What they share with the others is `fusedrnn.base.FusedLayer`, and so torch.nn.RNNBase: names of parameters, dropout
 between layers, directions, state_dict. Where the others leave a call to torch's kernels these refuse it.
 """
 
@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.types import Device
 
 from . import shared
-from .modules import EVERY_LAYER, EveryState, FusedLayer, OfOneState, OfTwoStates, Sequence, ValueFunction, set_forget_bias
+from .base import EveryState, FusedLayer, OfOneState, OfTwoStates, Sequence
+from .modules import EVERY_LAYER, ValueFunction, set_forget_bias
 from .reference import VALUE_FUNCTIONS, Choice
 
 Four = tuple[Tensor, Tensor, Tensor, Tensor]

@@ -84,7 +84,7 @@ def export(model: nn.Module, args: tuple[Any, ...], f: Any = None, **options: An
     >>> [node.op_type for node in program.model_proto.graph.node if node.op_type == "GRU"]
     ['GRU']
     """
-    from .modules import FusedLayer  # which imports this
+    from .base import FusedLayer  # which imports this
     from .shared import Unstocked
 
     for name, module in model.named_modules():

@@ -60,9 +60,14 @@ stack_forward = torch.ops.fusedrnn.stack_forward.default
 #: output and of all last states (L, B, H). grad_pre is the first layer's; grad_weights has five a layer, as recurrence_backward. CUDA only.
 stack_backward = torch.ops.fusedrnn.stack_backward.default
 
-#: (cell, input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh) -> (hy, cy): one step, of input (B, I) and states (B, H), or
-#: (I) and (H). CPU only, without derivatives.
+#: (cell, input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, save=False) -> (hy, cy, saved): one step, of input (B, I) and states (B, H), or
+#: (I) and (H). saved is for cell_backward, empty if not wanted. CPU only.
 cell_forward = torch.ops.fusedrnn.cell_forward.default
+
+#: (cell, input, hx, cx, weight_hh, hy, cy, saved, grad_hy, grad_cy, need_grad_hx, need_grad_cx, need_grad_weight_ih, need_grad_weight_hh,
+#: need_grad_bias) -> (grad_pre, grad_hx, grad_cx, grad_weight_ih, grad_weight_hh, grad_bias_ih, grad_bias_hh): its gradients, but for
+#: that of the input, which the first G*H columns of grad_pre make with weight_ih. What is not needed is empty. CPU only.
+cell_backward = torch.ops.fusedrnn.cell_backward.default
 
 #: (packed, input, hx, cx, cell, num_layers, bidirectional, hidden_size, proj_size, batch_first, one_step)
 #: -> (output, hy, cy): a stack of layers, or with one_step a cell, on weights that `fusedrnn.freeze` has packed. CPU only,
@@ -174,11 +179,20 @@ def _(*args):
 
 
 @torch.library.register_fake("fusedrnn::cell_forward")
-def _(cell, input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh):
-    traits, rows = TRAITS[cell], input.shape[:-1]
-    hidden = weight_hh.shape[0] // traits["gates"]
-    inner = (*_inner(traits), *rows, hidden) if traits["states"] > 1 else (0,)
-    return weight_hh.new_empty(*rows, hidden), weight_hh.new_empty(*inner)
+def _(cell, input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, save=False):
+    traits, rows, hidden = TRAITS[cell], input.shape[:-1], weight_hh.shape[1]
+    shapes = (*rows, hidden), (*rows, hidden) if traits["states"] > 1 else (0,), (*rows, traits["saved"], hidden) if save else (0,)
+    return tuple(weight_hh.new_empty(*shape) for shape in shapes)
+
+
+@torch.library.register_fake("fusedrnn::cell_backward")
+def _(cell, input, hx, cx, weight_hh, hy, cy, saved, grad_hy, grad_cy, need_grad_hx, need_grad_cx, need_grad_weight_ih, need_grad_weight_hh,
+      need_grad_bias):
+    gates, hidden = weight_hh.shape
+    grads = ((need_grad_hx, hy.shape), (need_grad_cx, hy.shape), (need_grad_weight_ih, (gates, input.shape[-1])),
+             (need_grad_weight_hh, weight_hh.shape), (need_grad_bias, (gates,)), (need_grad_bias, (gates,)))
+    grad_pre = hy.new_empty(hy.shape[0] if hy.dim() > 1 else 1, TRAITS[cell]["pre"] * hidden)
+    return grad_pre, *[hy.new_empty(*shape) if need else hy.new_empty(0) for need, shape in grads]
 
 
 @torch.library.register_fake("fusedrnn::frozen_forward")
@@ -201,8 +215,15 @@ def _(cell, gates_x, weight_hh, bias_hh, weight_hr, hx, cx, ragged, reset, zoneo
 
 
 @register_flop_formula(torch.ops.fusedrnn.cell_forward)
-def _(cell, input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, out_shape=None, **kwargs):
+def _(cell, input, hx, cx, weight_ih, weight_hh, *args, out_shape=None, **kwargs):
     return 2 * math.prod(input[:-1]) * (math.prod(weight_ih) + math.prod(weight_hh))
+
+
+@register_flop_formula(torch.ops.fusedrnn.cell_backward)
+def _(cell, input, hx, cx, weight_hh, hy, cy, saved, grad_hy, grad_cy, need_grad_hx, need_grad_cx, need_grad_weight_ih, need_grad_weight_hh,
+      *args, out_shape=None, **kwargs):
+    units = input[-1] * need_grad_weight_ih + hy[-1] * (need_grad_hx + need_grad_weight_hh)
+    return 2 * math.prod(hy[:-1]) * weight_hh[0] * units
 
 
 @register_flop_formula(torch.ops.fusedrnn.stack_forward)

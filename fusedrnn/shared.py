@@ -21,7 +21,7 @@ from . import select
 
 if TYPE_CHECKING:
     from .cells import FusedCell
-    from .modules import FusedLayer
+    from .base import FusedLayer
 
 P = ParamSpec("P")
 R = TypeVar("R")

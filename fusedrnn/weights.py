@@ -20,6 +20,7 @@ import torch
 from torch import Size, Tensor
 
 from . import modules, options
+from .base import FusedLayer
 from .functional import group_weights
 from .onnx import FUNCTIONS, NODES, PEEPHOLES
 from .reference import GATE_FUNCTIONS, VALUE_FUNCTIONS, Weights
@@ -42,7 +43,7 @@ _HARD_SIGMOID = FUNCTIONS["hard_sigmoid_of_fifths"][1]  # alpha and beta by defa
 _RESETS_BEFORE = "resets the state before its product, and torch's GRU after it"
 
 
-def build(cell: str, state: Mapping[str, Tensor], form: Mapping[str, Any] | None = None, **options: Any) -> modules.FusedLayer:
+def build(cell: str, state: Mapping[str, Tensor], form: Mapping[str, Any] | None = None, **options: Any) -> FusedLayer:
     """A layer of these weights: sizes and dtype follow from them, and whether there are peepholes.
 
     Args:
@@ -508,7 +509,7 @@ def _matrices_first(names: Mapping[str, Any]) -> list[str]:
 # ---- what they share
 
 
-def _module(cell: str, **options: Any) -> modules.FusedLayer:
+def _module(cell: str, **options: Any) -> FusedLayer:
     kind, _ = NODES[cell]
     extra = {"nonlinearity": cell.removeprefix("rnn_")} if kind == "RNN" else {}
     return getattr(modules, kind)(**extra, **options)

@@ -34,7 +34,7 @@ def workloads(case):
 
 @every_case
 def test_both_sides_do_the_same(case):
-    """With the masks that are timed: those of one seed are the same."""
+    """With masks of one seed, which are the same."""
     ours, stock = workloads(case)
     verdict = gate.judge(ours, stock)
     assert verdict.passed, verdict.worst

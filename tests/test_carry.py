@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import fusedrnn
 from conftest import CELLS, compare_all_equal, make_pair, states_for
-from fusedrnn import autograd, reference
+from fusedrnn import autograd, masks, reference
 from fusedrnn.reference import Carry
 from fusedrnn.testing import named_outputs
 from test_lengths import gradients, leaves_of
@@ -356,6 +356,40 @@ def test_masks_are_the_generators_and_are_off_in_eval(cell, option):
     ours.train()
     ours.zoneout = ours.recurrent_dropout = ours.weight_dropout = 0.0
     assert torch.equal(ours(input)[0], make_pair_like(ours)(input)[0])  # off: the plain kernel
+
+
+def test_masks():
+    """Ones with this probability, independent of their neighbours, in any memory and format; the generator's, and quickly drawn."""
+    for shape, dtype, rate in itertools.product([(1024,), (101, 7, 3), (1000, 1000)], [torch.float32, torch.float64, torch.bfloat16],
+                                                [0.0, 1e-3, 0.25, 0.5, 0.9]):
+        mask = masks.draw(torch.full(shape, float("nan"), dtype=dtype), rate).double()
+        assert mask.shape == shape and ((mask == 0) | (mask == 1)).all()
+        allowed = 6 * (rate * (1 - rate) / mask.numel()) ** 0.5
+        assert abs(mask.mean() - rate) <= allowed
+        flat = mask.flatten()
+        for apart in (1, 2, 3, 4):  # of the bits of one number of the generator's, and of the next
+            assert abs((flat[apart:] * flat[:-apart]).mean() - rate**2) <= 2 * allowed
+    within = torch.full((40, 3, 64), -1.0)
+    masks.draw(within[:, 1], 0.5)
+    assert (within[:, [0, 2]] == -1).all() and 0.4 < within[:, 1].mean() < 0.6
+    some = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        some.append(masks.draw(torch.empty(4000), 0.5))
+    assert torch.equal(some[0], some[1]) and not torch.equal(some[0], some[2])
+
+
+def test_dropout_of_weights():
+    weight = torch.randn(64, 64, requires_grad=True)
+    for size, least in ((64, masks.LEAST), (8, masks.LEAST)):  # where bits are drawn, and where not
+        assert (weight[:size, :size].numel() >= least) == (size == 64)
+        leaf = weight[:size, :size].detach().requires_grad_()
+        dropped = masks.dropout(leaf, 0.25)
+        gone = dropped == 0
+        close(dropped[~gone], (leaf / 0.75)[~gone])
+        assert size == 8 or abs(gone.double().mean() - 0.25) < 0.05
+        (grad,) = torch.autograd.grad(dropped.sum(), leaf)
+        assert torch.equal(grad == 0, gone)
 
 
 def make_pair_like(module):

@@ -96,7 +96,7 @@ def check(module, dtype, input, hx=None):
         like = truth[name].float()
         row = compare_tensors(name, got[name], like, truth[name], error)
         may_pair = "FUSEDRNN_CPU_ISA" not in os.environ
-        more = {torch.int8: 2e-4, torch.bfloat16: 2e-2 * may_pair, torch.float32: 0}[dtype]
+        more = {torch.int8: 3e-4, torch.bfloat16: 2e-2 * may_pair, torch.float32: 0}[dtype]
         allowed = row.allowed + more * max(row.scale, 1.0)
         assert row.ours <= allowed, (str(row), allowed)
 
@@ -388,11 +388,11 @@ def test_calls_that_are_refused(dtype):
 def test_damaged_weights_are_refused():
     frozen = fusedrnn.freeze(nn.GRU(3, 5), torch.int8)
     whole, newer = frozen.packed.clone(), frozen.packed.clone()
-    newer[8:12] = torch.tensor(list(struct.pack("<i", 2)))
+    newer[8:12] = torch.tensor(list(struct.pack("<i", 3)))
     for damage, words in (
         (whole[:100], "must begin with a header of 128 bytes, got 100"),
         (whole[:-1], r"packed must have \d+ bytes, got \d+"),
-        (newer, "version 1, got 2; freeze"),
+        (newer, "version 2, got 3; freeze"),
         (torch.zeros_like(whole), "packed must come from fusedrnn.freeze"),
         (fusedrnn.freeze(nn.RNN(3, 5)).packed, r"packed must hold 1 layers of gru.*got 1 of rnn_tanh"),
         (fusedrnn.freeze(nn.GRU(3, 6)).packed, r"hidden_size 5.*got 1 of gru, 1, 6"),

@@ -1,4 +1,6 @@
-"""The operator for one step of a cell without derivatives, and when the cells call it."""
+"""The operators for one step of a cell, forward and backward, and when the cells call them."""
+
+import itertools
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from fusedrnn import autograd, layer, reference
 from fusedrnn.ops import TRAITS
 from test_ops import GATES
 
-cell_forward = torch.ops.fusedrnn.cell_forward
+cell_forward, cell_backward = torch.ops.fusedrnn.cell_forward, torch.ops.fusedrnn.cell_backward
 cells = pytest.mark.parametrize("cell", CELLS)
 kinds = pytest.mark.parametrize("kind", ["RNNCell", "LSTMCell", "GRUCell"])
 
@@ -38,7 +40,8 @@ def expected(cell, input, hx, cx, *weights):
 
 
 def check(given):
-    want, (hy, cy) = expected(*given.values()), cell_forward(*given.values())
+    want, (hy, cy, saved) = expected(*given.values()), cell_forward(*given.values())
+    assert saved.shape == (0,)
     got = [hy, cy] if given["cell"] == "lstm" else [hy]
     assert given["cell"] == "lstm" or cy.shape == (0,)
     assert len(got) == len(want)
@@ -89,7 +92,7 @@ def test_strided():
 
 ERRORS = [
     ("cell", "foo", "cell must be one of"),
-    ("cell", "lstm_norm", "cell must multiply its state first of all, and not normalise it, got lstm_norm"),
+    ("cell", "lstm_norm", "cell must multiply its state first of all, not normalise it, and have no more than two, got lstm_norm"),
     ("cell", "indrnn", "weight_hh must be"),
     ("input", torch.zeros(2, 6, 11), r"input must be \(B, features\) or \(features\), got \(2, 6, 11\)"),
     ("input", torch.zeros(6, 12), r"weight_ih must be \(148, 12\), got \(148, 11\)"),
@@ -124,9 +127,131 @@ def test_opcheck(cell):
 
 
 def test_flops():
+    given = arguments("lstm", 3, I=5, H=7)
     with FlopCounterMode(display=False) as counter:
-        cell_forward(*arguments("lstm", 3, I=5, H=7).values())
+        cell_forward(*given.values())
     assert counter.get_total_flops() == 2 * 3 * 4 * 7 * (5 + 7)
+    for hx, ih, hh in itertools.product((True, False), repeat=3):
+        made = backward_arguments(given, need_hx=hx, need_ih=ih, need_hh=hh)
+        with FlopCounterMode(display=False) as counter:
+            cell_backward(*made)
+        assert counter.get_total_flops() == 2 * 3 * 4 * 7 * (7 * hx + 5 * ih + 7 * hh)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Backward
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def backward_arguments(given, grad_hy=True, grad_cy=True, need_hx=True, need_cx=True, need_ih=True, need_hh=True, need_bias=True):
+    """Those of cell_backward after a call of cell_forward, with gradients at random."""
+    hy, cy, saved = cell_forward(*given.values(), save=True)
+    inner = cy.numel() > 0 or given["cell"] == "lstm"
+    grads = [torch.randn_like(state) if there else None for state, there in ((hy, grad_hy), (cy, grad_cy and inner))]
+    return [given["cell"], given["input"], given["hx"], given["cx"], given["weight_hh"], hy, cy, saved, *grads, need_hx, need_cx and inner,
+            need_ih, need_hh, need_bias]
+
+
+def expected_gradients(given, grad_hy, grad_cy):
+    """Of hx, cx, weight_ih, weight_hh and the biases, by autograd through the loop in plain torch, in float64; and of the input."""
+    names = ("hx", "cx", "weight_ih", "weight_hh", "bias_ih", "bias_hh", "input")
+    double = {name: t.double().requires_grad_() if torch.is_tensor(t) else t for name, t in given.items()}
+    results = expected(*double.values())
+    chosen = [(y, g.double()) for y, g in zip(results, (grad_hy, grad_cy)) if g is not None]
+    there = [name for name in names if double[name] is not None]
+    grads = torch.autograd.grad([y for y, _ in chosen], [double[name] for name in there], [g for _, g in chosen], allow_unused=True)
+    return dict(zip(there, grads))
+
+
+def check_gradients(given, **options):
+    arguments = backward_arguments(given, **options)
+    grad_hy, grad_cy, *needs = arguments[8:]
+    grad_pre, *got = cell_backward(*arguments)
+    want = expected_gradients(given, grad_hy, grad_cy)
+    gates = grad_pre[:, : given["weight_ih"].shape[0]].double()
+    assert len(gates) == (1 if given["input"].dim() == 1 else len(given["input"]))
+    got = dict(zip(("hx", "cx", "weight_ih", "weight_hh", "bias_ih", "bias_hh"), got))
+    got["input"] = (gates @ given["weight_ih"].double()).view(given["input"].shape)
+    need = dict(zip(("hx", "cx", "weight_ih", "weight_hh", "bias_ih"), needs))
+    need |= {"bias_hh": need["bias_ih"], "input": True}
+    eps = torch.finfo(grad_pre.dtype).eps
+    for name, one in got.items():
+        if not need[name]:
+            assert one.shape == (0,)
+        elif name in want:
+            other = torch.zeros_like(given[name], dtype=torch.float64) if want[name] is None else want[name]
+            assert one.shape == other.shape
+            if other.numel():
+                allowed = (4 if eps > 1e-4 else 64) * eps * other.abs().max().clamp(min=1)
+                assert (one.double() - other).abs().max() <= allowed, name
+
+
+@pytest.mark.parametrize("rows", [(), (1,), (2,), (15,), (33,), (150,), (0,)], ids=str)
+@cells
+def test_gradients_are_those_of_the_reference(isa, cell, rows):
+    for options in ({}, dict(states=False), dict(bias=False), dict(H=1, I=1), dict(H=64, I=64), dict(H=16, I=70)):
+        check_gradients(arguments(cell, *rows, **options))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+@cells
+def test_gradients_in_other_formats(isa, cell, dtype):
+    for rows in ((), (5,), (40,)):
+        check_gradients(arguments(cell, *rows, dtype=dtype))
+
+
+@cells
+def test_any_of_the_gradients(cell):
+    names = ("grad_hy", "grad_cy", "need_hx", "need_cx", "need_ih", "need_hh", "need_bias")
+    for chosen in itertools.product((True, False), repeat=len(names)):
+        if any(chosen[:2]) and (cell == "lstm" or chosen[0]):
+            check_gradients(arguments(cell, 3), **dict(zip(names, chosen)))
+
+
+def test_strided_gradients():
+    given = backward_arguments(arguments("lstm", 6))
+    want = cell_backward(*given)
+    for place, tensor in enumerate(given):
+        if torch.is_tensor(tensor) and tensor.dim() > 1:
+            strided = torch.cat([tensor, torch.full_like(tensor, float("nan"))], -1)[..., : tensor.shape[-1]]
+            for one, other in zip(cell_backward(*given[:place], strided, *given[place + 1 :]), want):
+                assert torch.equal(one, other)
+
+
+@cells
+def test_opcheck_of_backward(cell):
+    for rows in ((), (3,)):
+        given = arguments(cell, *rows)
+        torch.library.opcheck(cell_forward.default, (*given.values(), True))
+        torch.library.opcheck(cell_backward.default, tuple(backward_arguments(given)))
+        torch.library.opcheck(cell_backward.default, tuple(backward_arguments(given, need_hx=False, need_ih=False)))
+
+
+BACKWARD_ERRORS = [
+    (0, "lstm_norm", "cell must multiply its state first of all, not normalise it, and have no more than two, got lstm_norm"),
+    (0, "slstm", "cell must multiply its state first of all, not normalise it, and have no more than two, got slstm"),
+    (1, torch.zeros(5, 11), r"input must be \(6, features\) like hy, got \(5, 11\)"),
+    (2, torch.zeros(5, 37), r"hx must be \(6, 37\), got \(5, 37\)"),
+    (5, torch.zeros(1, 6, 37), r"hy must be \(B, features\) or \(features\), got \(1, 6, 37\)"),
+    (6, torch.zeros(0), r"cy must be \(6, 37\), got \(0,\)"),
+    (7, torch.zeros(6, 37), r"saved must be \(6, [0-9]+, 37\), got \(6, 37\)"),
+    (8, torch.zeros(6, 36), r"grad_hy must be \(6, 37\), got \(6, 36\)"),
+    (9, torch.zeros(6, 37).double(), "grad_cy must be Float like weight_hh, got Double"),
+]
+
+
+@pytest.mark.parametrize("place, value, text", BACKWARD_ERRORS, ids=lambda v: v if isinstance(v, str) else "")
+def test_errors_of_backward(place, value, text):
+    given = backward_arguments(arguments("lstm", 6))
+    with pytest.raises(RuntimeError, match=f"fusedrnn::cell_backward: {text}"):
+        cell_backward(*given[:place], value, *given[place + 1 :])
+
+
+def test_gradients_of_cell_states_are_for_the_lstm():
+    given = backward_arguments(arguments("gru", 6))
+    for place, value in ((9, torch.zeros(6, 37)), (11, True)):
+        with pytest.raises(RuntimeError, match="grad_cy and need_grad_cx are for cells of more than one state"):
+            cell_backward(*given[:place], value, *given[place + 1 :])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -175,19 +300,84 @@ def test_cells_take_it_where_nobody_wants_a_derivative(kind, calls):
 
 
 @kinds
-def test_not_where_a_derivative_is_wanted(kind, calls):
+def test_cells_take_it_in_training(kind, calls):
+    """With the gradients that they have as a sequence of one step, to the last bit, whoever's are wanted, and twice."""
+    for bias, shape, given in itertools.product((True, False), ((9,), (4, 9), (0, 9)), (True, False)):
+        cell = getattr(fusedrnn, kind)(9, 21, bias=bias)
+        input = torch.randn(shape, requires_grad=True)
+        states = [torch.randn(*shape[:-1], 21, requires_grad=True) for _ in range(1 + (kind == "LSTMCell"))] if given else []
+        hx = None if not given else tuple(states) if kind == "LSTMCell" else states[0]
+        variables = [input, *states, *cell.parameters()]
+        calls.clear()
+        results = flat(cell(input, hx))
+        assert len(calls) == 1 and all(result.requires_grad and result._base is None for result in results)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(autograd, "one_step", lambda *given: None)
+            likewise = flat(cell(input, hx))
+        assert len(calls) == 1
+        grads = [torch.randn_like(result) for result in results]
+        for outputs, some in ((slice(None), variables), (slice(1), variables[:1]), (slice(-1, None), variables[-2:]), (slice(None), variables)):
+            both = [torch.autograd.grad(of[outputs], some, grads[outputs], retain_graph=True) for of in (results, likewise)]
+            for one, other in zip(*both):
+                torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+
+
+@kinds
+def test_gradients_of_gradients(kind):
+    for rows, given in itertools.product(((), (2,)), (True, False)):
+        cell = getattr(fusedrnn, kind)(3, 5, dtype=torch.float64)
+        input = torch.randn(*rows, 3, dtype=torch.float64, requires_grad=True)
+        states = [torch.randn(*rows, 5, dtype=torch.float64, requires_grad=True) for _ in range((1 + (kind == "LSTMCell")) * given)]
+
+        def run(input, *rest, cell=cell, count=len(states)):
+            states, weights = rest[:count], rest[count:]
+            hx = None if not states else states if len(states) > 1 else states[0]
+            return torch.func.functional_call(cell, dict(zip(("weight_ih", "weight_hh", "bias_ih", "bias_hh"), weights)), (input, hx))
+
+        variables = (input, *states, *cell.parameters())
+        assert torch.autograd.gradcheck(run, variables, check_batched_grad=True)
+        assert torch.autograd.gradgradcheck(run, variables)
+
+
+@kinds
+def test_not_within_transforms(kind, calls):
     cell, input = getattr(fusedrnn, kind)(9, 21), torch.randn(4, 9)
-    flat(cell(input))[0].sum().backward()
-    assert cell.weight_hh.grad is not None
-    for weight in cell.parameters():
-        weight.requires_grad_(False)
-    flat(cell(input.requires_grad_()))[0].sum().backward()
-    assert input.grad is not None
-    assert torch.func.grad(lambda x: flat(cell(x))[0].sum())(input.detach()).shape == (4, 9)
+    assert torch.func.grad(lambda x: flat(cell(x))[0].sum())(input).shape == (4, 9)
     with torch.autograd.forward_ad.dual_level(), pytest.warns(UserWarning, match="no forward-mode derivative"):
-        dual = torch.autograd.forward_ad.make_dual(input.detach(), torch.ones(4, 9))
+        dual = torch.autograd.forward_ad.make_dual(input, torch.ones(4, 9))
         assert torch.autograd.forward_ad.unpack_dual(flat(cell(dual))[0]).tangent is not None
     assert not calls
+
+
+@kinds
+def test_gradients_under_hooks_and_checkpoints(kind, calls):
+    cell, input = getattr(fusedrnn, kind)(9, 21), torch.randn(4, 9, requires_grad=True)
+
+    def gradients(call):
+        calls.clear()
+        output = call(input)
+        found = torch.autograd.grad(flat(output)[0].sum(), [input, *cell.parameters()])
+        assert calls
+        return found
+
+    want = gradients(cell)
+    with torch.autograd.graph.save_on_cpu():
+        hooked = gradients(cell)
+    saved = gradients(lambda x: torch.utils.checkpoint.checkpoint(cell, x, use_reentrant=False))
+    for one, two, three in zip(want, hooked, saved):
+        assert torch.equal(one, two) and torch.equal(one, three)
+
+
+@kinds
+def test_edits_of_what_it_saved_are_noticed(kind):
+    for edited in ("input", "result", "weight_hh"):
+        cell, input = getattr(fusedrnn, kind)(9, 21), torch.randn(4, 9)
+        result = flat(cell(input))[0]
+        loss = (result * 2).sum()
+        with torch.no_grad():
+            {"input": input, "result": result, "weight_hh": cell.weight_hh}[edited].add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
 
 
 @kinds
@@ -215,6 +405,11 @@ def test_not_where_it_is_no_gain(kind, calls, monkeypatch):
         getattr(fusedrnn, kind)(I, H, dtype=dtype)(torch.randn(rows, I, dtype=dtype))
         return bool(calls)
 
+    module = getattr(fusedrnn, kind)(9, 21)
+    module(torch.randn(layer.MANY_ROWS, 9))
+    assert len(calls) == 1
+    module(torch.randn(layer.MANY_ROWS + 1, 9))  # the gradients of its weights may be a library's
+    assert len(calls) == 1
     wide = {"RNNCell": 1040, "LSTMCell": 520, "GRUCell": 600}[kind]  # weight_ih has more than a million numbers
     with torch.no_grad():
         assert taken(300, 64, 64) and taken(20, wide, wide) and not taken(30, wide, wide)
@@ -224,6 +419,22 @@ def test_not_where_it_is_no_gain(kind, calls, monkeypatch):
             assert taken(16, 64, 256, torch.float16) and taken(17, 64, 256, torch.float16) == slow
         monkeypatch.setenv("FUSEDRNN_CPU_ISA", "baseline")
         assert taken(16, 64, 256) and not taken(17, 64, 256)
+
+
+@kinds
+def test_gradients_are_as_accurate_as_torchs(kind):
+    ours, stock = pair(kind, 64, 128)
+    exact = getattr(nn, kind)(64, 128).double()
+    exact.load_state_dict(stock.state_dict())
+    input, state = torch.randn(40, 64), torch.randn(40, 128)
+    found = []
+    for cell in (ours, stock, exact):
+        x, h = (t.to(cell.weight_hh.dtype).requires_grad_() for t in (input, state))
+        loss = sum(result.square().sum() for result in flat(cell(x, (h, h) if kind == "LSTMCell" else h)))
+        found.append(torch.autograd.grad(loss, [x, h, *cell.parameters()]))
+    for got, torchs, want in zip(*found):
+        few_ulp = 4 * torch.finfo(torch.float32).eps * want.abs().max()
+        assert (got - want).abs().max() <= 2 * (torchs - want).abs().max() + few_ulp
 
 
 @kinds

@@ -3,9 +3,10 @@
 // A thread owns blocks of units. It takes in what it multiplies, of the input and of the state, into memory of its own, in
 // the form that the format of the weights is multiplied with: float32 for float32 and bfloat16, 16-bit integers with a scale
 // for int8. Where the processor multiplies pairs of bfloat16 (AVX512_BF16), the state is two of these to a number for bfloat16, and
-// the input one. The input's products are taken for a number of steps at once.
+// the input one; where it multiplies bytes (AVX512_VNNI), an integer is two of these. The input's products are taken for a
+// number of steps at once.
 #pragma once
-#if defined(__AVX512BF16__)
+#if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
@@ -19,6 +20,7 @@ namespace FUSEDRNN_ISA {
 
 typedef Vec<float>::RawBits I32;
 typedef int16_t I16 __attribute__((vector_size(FUSEDRNN_VECTOR_BYTES)));
+typedef uint16_t HalvesOfU32 __attribute__((vector_size(FUSEDRNN_VECTOR_BYTES)));
 typedef int16_t HalfI16 __attribute__((vector_size(FUSEDRNN_VECTOR_BYTES / 2)));
 
 constexpr int kLineVectors = kFrozenUnits / kFloatLanes;  // vectors of 32-bit words in a line
@@ -39,13 +41,14 @@ FUSEDRNN_INLINE I32 multiply_pairs(I32 a, I32 b) {
 
 // How a format is multiplied. A word holds kParts parts; part j of a vector of words times part j of a group of activations,
 // the same for all lanes, is added to Sum. kChains: what a tile of 3 to 7 vectors of sums is split into, so that additions need not
-// wait for each other. OfInput: how the input is multiplied, where that is a little less exact.
+// wait for each other. kApart: each part has a sum of its own, and join makes one of them. OfInput: how the input is multiplied, where that is a little less exact.
 struct Float32Lines {
   using OfInput = Float32Lines;
   using Activation = float;
   using Part = F32;
   using Sum = F32;
   static constexpr int kGroup = 1, kParts = 1, kChains = 2;
+  static constexpr bool kApart = false;
   static FUSEDRNN_INLINE Part part(U32 word, int) { return (F32)word; }
   static FUSEDRNN_INLINE Part spread(const float* a, int j) { return Vec<float>(a[j]).raw; }
   static FUSEDRNN_INLINE Sum add(Sum c, Part a, Part w) { return a * w + c; }
@@ -58,6 +61,7 @@ struct BFloat16Rounded {
   using Part = U32;
   using Sum = F32;
   static constexpr int kGroup = 2, kParts = 1, kChains = 4;
+  static constexpr bool kApart = false;
   static FUSEDRNN_INLINE Part part(U32 word, int) { return word; }
   static FUSEDRNN_INLINE Part spread(const uint32_t* a, int j) { return a[j] + U32{}; }
   static FUSEDRNN_INLINE Sum add(Sum c, Part a, Part w) { return (F32)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)w); }
@@ -74,26 +78,40 @@ struct BFloat16Lines : Float32Lines {
 };
 #endif
 
-// Exact in 32 bits for as many inputs as a pass has (kPassGroups): 512 * 127 * 32767 < 2^31.
+// Weights lie there plus 128 (csrc/frozen.h), which is taken back from a sum once (Scaling). Sums wrap around at 32 bits, and what
+// is left then is exact for as many inputs as a pass has (kPassGroups): 512 * 127 * 32639 < 2^31.
 struct Int8Lines {
   using OfInput = Int8Lines;
   using Activation = int16_t;
-  using Part = I32;
-  using Sum = I32;
+  using Part = U32;
+  using Sum = U32;
   static constexpr int kGroup = 4, kParts = 2;
-  static constexpr float kLargest = 32767.0f;
-  static FUSEDRNN_INLINE Part part(U32 word, int j) { return (I32)((j ? (I16)word : (I16)word << 8) >> 8); }
+  static constexpr float kLargest = 32639.0f;  // 127 * 256 + 127: what two bytes with a sign each can say
   static FUSEDRNN_INLINE Part spread(const int16_t* a, int j) {
-    int32_t pair;
-    __builtin_memcpy(&pair, a + 2 * j, sizeof pair);
-    return pair - I32{};
+    uint32_t word;
+    __builtin_memcpy(&word, a + 2 * j, sizeof word);
+    return word + U32{};
   }
 #if defined(__AVX512VNNI__) && FUSEDRNN_VECTOR_BYTES == 64
+  // Part 0 of four activations is their lower bytes, part 1 the upper ones; each has sums of its own.
   static constexpr int kChains = 4;
-  static FUSEDRNN_INLINE Sum add(Sum c, Part a, Part w) { return (I32)__builtin_ia32_vpdpwssd_v16si(c, a, w); }
+  static constexpr bool kApart = true;
+  static FUSEDRNN_INLINE void put(int16_t* to, HalfI16 values) {
+    const __m128i order = _mm_set_epi64x(0x0f0b0d090e0a0c08, 0x0703050106020400), lower = _mm_set1_epi64x(0x80808080);
+    const __m256i up = (__m256i)(values + int16_t(128));  // to the next 256, where a lower byte has a sign
+    const __m256i bytes = _mm256_shuffle_epi8(up, _mm256_broadcastsi128_si256(order));
+    _mm256_storeu_si256((__m256i*)to, _mm256_xor_si256(bytes, _mm256_broadcastsi128_si256(lower)));
+  }
+  static FUSEDRNN_INLINE Part part(U32 word, int) { return word; }
+  static FUSEDRNN_INLINE Sum add(Sum c, Part a, Part w) { return (U32)_mm512_dpbusd_epi32((__m512i)c, (__m512i)w, (__m512i)a); }
+  static FUSEDRNN_INLINE Sum join(Sum lower, Sum upper) { return lower + (upper << 8); }
 #else
+  // Part 0 of four activations is the first two, part 1 the others.
   static constexpr int kChains = 1;
-  static FUSEDRNN_INLINE Sum add(Sum c, Part a, Part w) { return c + multiply_pairs(a, w); }
+  static constexpr bool kApart = false;
+  static FUSEDRNN_INLINE void put(int16_t* to, HalfI16 values) { __builtin_memcpy(to, &values, sizeof values); }
+  static FUSEDRNN_INLINE Part part(U32 word, int j) { return j ? (U32)((HalvesOfU32)word >> 8) : word & 0x00ff00ffu; }
+  static FUSEDRNN_INLINE Sum add(Sum c, Part a, Part w) { return c + (U32)multiply_pairs((I32)a, (I32)w); }
 #endif
 };
 
@@ -108,14 +126,23 @@ FUSEDRNN_INLINE void put(Dtype dtype, void* to, int64_t at, Vec<float> v, int n)
   dtype == Dtype::kBFloat16 ? store(static_cast<Bf16*>(to) + at, v, n) : store(static_cast<float*>(to) + at, v, n);
 }
 
+// What the sums of a row over a pass are yet to be changed by, where weights are int8: less `offset`, times `scale`.
+struct Scaling {
+  float scale;
+  uint32_t offset;
+};
+
+// Groups of inputs a pass: lines of one gate for several rows stay in the first-level cache.
+constexpr int64_t kPassGroups = 128;
+
 // Values that are multiplied with weights: `count` of them, in a row of whole vectors, zeros behind them.
-FUSEDRNN_INLINE void take_in(float* to, float&, Dtype dtype, const void* from, int64_t at, int64_t count) {
+FUSEDRNN_INLINE void take_in(float* to, Scaling*, Dtype dtype, const void* from, int64_t at, int64_t count) {
   for (int64_t k = 0; k < count; k += kFloatLanes) store(to + k, get(dtype, from, at + k, lanes_left<float>(k, count)));
 }
 
 #if defined(__AVX512BF16__) && FUSEDRNN_VECTOR_BYTES == 64
 // As words of pairs, each followed by what is missing to it. What bfloat16 cannot hold is an infinity, and nothing is missing.
-FUSEDRNN_INLINE void take_in(uint32_t* to, float&, Dtype dtype, const void* from, int64_t at, int64_t count) {
+FUSEDRNN_INLINE void take_in(uint32_t* to, Scaling*, Dtype dtype, const void* from, int64_t at, int64_t count) {
   typedef uint32_t Pairs __attribute__((vector_size(FUSEDRNN_VECTOR_BYTES / 2)));
   constexpr int32_t kInfinity = 0x7f800000;
   auto pairs = [](const Bf16* values) __attribute__((always_inline)) {
@@ -135,10 +162,11 @@ FUSEDRNN_INLINE void take_in(uint32_t* to, float&, Dtype dtype, const void* from
 }
 #endif
 
-// As integers of 16 bits times `scale`. A NaN or an infinity among them makes the scale, and with it all sums, NaN.
-FUSEDRNN_INLINE void take_in(int16_t* to, float& scale, Dtype dtype, const void* from, int64_t at, int64_t count) {
+// As integers of 16 bits times a scale. A NaN or an infinity among them makes the scale, and with it all sums, NaN.
+FUSEDRNN_INLINE void take_in(int16_t* to, Scaling* scaling, Dtype dtype, const void* from, int64_t at, int64_t count) {
   constexpr int32_t kInfinity = 0x7f800000;
   constexpr float kTiny = 1e-30f, kRound = 12582912.0f;  // 1.5 * 2^23: the sum has the rounded number in its lower bits
+  constexpr int64_t kPass = kPassGroups * Int8Lines::kGroup;
   I32 magnitudes = {};
   for (int64_t k = 0; k < count; k += kFloatLanes) {  // magnitudes are ordered as their bits are
     const I32 bits = (I32)get(dtype, from, at + k, lanes_left<float>(k, count)).raw & 0x7fffffff;
@@ -149,12 +177,19 @@ FUSEDRNN_INLINE void take_in(int16_t* to, float& scale, Dtype dtype, const void*
   float largest;
   __builtin_memcpy(&largest, &most, sizeof largest);
   const float factor = most < kInfinity && largest > kTiny ? Int8Lines::kLargest / largest : 0.0f;
-  scale = most < kInfinity ? largest / Int8Lines::kLargest : __builtin_nanf("");
-  for (int64_t k = 0; k < count; k += kFloatLanes) {
-    const Vec<float> x = get(dtype, from, at + k, lanes_left<float>(k, count));
-    const F32 shifted = x.raw * Vec<float>(factor).raw + Vec<float>(kRound).raw;
-    const HalfI16 whole = __builtin_convertvector((I32)shifted, HalfI16);
-    __builtin_memcpy(to + k, &whole, sizeof whole);
+  const float scale = most < kInfinity ? largest / Int8Lines::kLargest : __builtin_nanf("");
+  for (int64_t first = 0; first < count; first += kPass) {
+    U32 sums = {};
+    for (int64_t k = first; k < first + kPass && k < count; k += kFloatLanes) {
+      const Vec<float> x = get(dtype, from, at + k, lanes_left<float>(k, count));
+      const F32 shifted = x.raw * Vec<float>(factor).raw + Vec<float>(kRound).raw;
+      const U32 rounded = (U32)shifted - (U32)Vec<float>(kRound).raw;
+      Int8Lines::put(to + k, __builtin_convertvector((I32)rounded, HalfI16));
+      sums += rounded;
+    }
+    uint32_t sum = 0;
+    for (int i = 0; i < kFloatLanes; ++i) sum += sums[i];
+    scaling[first / kPass] = {scale, sum * 128};
   }
 }
 
@@ -163,12 +198,11 @@ FUSEDRNN_INLINE void take_in(int16_t* to, float& scale, Dtype dtype, const void*
 // A tile of rows by vectors of sums stays in registers, beside weights and an activation; integers need one more for a
 // product.
 template <class Lines>
-constexpr int kSumVectors = FUSEDRNN_VECTOR_REGISTERS - (Lines::kGroup == Int8Lines::kGroup ? 8 : 6);
-template <class Lines>
-constexpr int kFrozenRows = kSumVectors<Lines> / kLineVectors < 8 ? kSumVectors<Lines> / kLineVectors : 8;
-// Groups of inputs a pass: lines of one gate for several rows stay in the first-level cache.
-constexpr int64_t kPassGroups = 128;
-
+constexpr int kSumVectors = (FUSEDRNN_VECTOR_REGISTERS - (Lines::kGroup == Int8Lines::kGroup ? 8 : 6)) / (Lines::kApart ? 2 : 1);
+// Rows of a tile: as many as leave room for all gates at once, whose weights are then read once for them, if these are three.
+constexpr int least_of(int a, int b) { return a < b ? a : b; }
+template <class Lines, int kGates, int kEach = kSumVectors<Lines> / kLineVectors>
+constexpr int kFrozenRows = least_of(kEach / kGates >= 3 ? kEach / kGates : kEach, 8);
 // c (kRows, kVectors) = a (kRows, groups) times lines, `stride` bytes from group to group. Sums of floats are split among
 // several chains where there are few, as in product.h.
 template <class Lines, int kRows, int kVectors>
@@ -176,8 +210,8 @@ FUSEDRNN_INLINE void frozen_tile(const typename Lines::Activation* a, int64_t a_
                                  int64_t groups, typename Lines::Sum (&sums)[kRows][kVectors]) {
   using Sum = typename Lines::Sum;
   using Part = typename Lines::Part;
-  constexpr int kSums = kRows * kVectors, kParts = Lines::kParts;
-  constexpr int kChains = kSums >= 8 || Lines::kChains == 1 ? 1 : kSums >= 3 ? Lines::kChains : 4;
+  constexpr int kSums = kRows * kVectors, kParts = Lines::kParts, kApart = Lines::kApart ? kParts : 1;
+  constexpr int kChains = kSums * kApart >= 8 || Lines::kChains == 1 ? kApart : kSums >= 3 ? Lines::kChains : 4;
   constexpr int kUnroll = kChains > kParts ? kChains / kParts : 1;
   Sum c[kChains][kRows][kVectors] = {};
   auto word = [&](int64_t i, int v) __attribute__((always_inline)) {
@@ -230,9 +264,12 @@ FUSEDRNN_INLINE void frozen_tile(const typename Lines::Activation* a, int64_t a_
   for (int m = 0; m < kRows; ++m)
 #pragma GCC unroll 16
     for (int v = 0; v < kVectors; ++v) {
-      sums[m][v] = c[0][m][v];
 #pragma GCC unroll 4
-      for (int k = 1; k < kChains; ++k) sums[m][v] += c[k][m][v];
+      for (int k = kApart; k < kChains; ++k) c[k % kApart][m][v] += c[k][m][v];
+      if constexpr (Lines::kApart)
+        sums[m][v] = Lines::join(c[0][m][v], c[1][m][v]);
+      else
+        sums[m][v] = c[0][m][v];
     }
 }
 
@@ -241,7 +278,8 @@ template <class Lines>
 struct FrozenProduct {
   const typename Lines::Activation* a;  // (rows, groups), rows a_row apart
   int64_t a_row;
-  const float* a_scales;                // (rows), for integers
+  const Scaling* scalings;              // (rows, passes), for integers
+  int64_t passes;
   const char* lines;                    // (groups, gates) lines
   const float* scales;                  // (gates, kFrozenUnits), for integers
   int64_t groups;
@@ -266,8 +304,9 @@ FUSEDRNN_INLINE void frozen_rows(const FrozenProduct<Lines>& p, int64_t m, int64
       const int gate = kFirst + v / kLineVectors, lane = v % kLineVectors * kFloatLanes;
       float* to = p.sums + (m + i) * p.sums_row + p.slots[gate] * kFrozenUnits + lane;
       if constexpr (Lines::kGroup == Int8Lines::kGroup) {
-        const Vec<float> scale = load(p.scales + gate * kFrozenUnits + lane) * Vec<float>(p.a_scales[m + i]);
-        store(to, load(to) + Vec<float>(__builtin_convertvector(c[i][v], F32)) * scale);
+        const Scaling of_row = p.scalings[(m + i) * p.passes + begin / kPassGroups];
+        const Vec<float> scale = load(p.scales + gate * kFrozenUnits + lane) * Vec<float>(of_row.scale);
+        store(to, load(to) + Vec<float>(__builtin_convertvector((I32)(c[i][v] - of_row.offset), F32)) * scale);
       } else {
         store(to, load(to) + Vec<float>(c[i][v]));
       }
@@ -275,7 +314,7 @@ FUSEDRNN_INLINE void frozen_rows(const FrozenProduct<Lines>& p, int64_t m, int64
   if constexpr (kFirst + kNow < kGates) frozen_rows<Lines, kGates, kRows, kFirst + kNow>(p, m, begin, groups);
 }
 
-template <class Lines, int kGates, int kRows = kFrozenRows<Lines>>
+template <class Lines, int kGates, int kRows = kFrozenRows<Lines, kGates>>
 FUSEDRNN_INLINE void frozen_rows_of(int64_t rows, const FrozenProduct<Lines>& p, int64_t m, int64_t begin, int64_t groups) {
   if constexpr (kRows > 1)
     if (rows < kRows) return frozen_rows_of<Lines, kGates, kRows - 1>(rows, p, m, begin, groups);
@@ -285,7 +324,7 @@ FUSEDRNN_INLINE void frozen_rows_of(int64_t rows, const FrozenProduct<Lines>& p,
 // The product of all rows, in passes over the depth and tiles of nearly equal height.
 template <class Lines, int kGates>
 inline void frozen_multiply(const FrozenProduct<Lines>& p, int64_t rows) {
-  const int64_t tiles = blocks_of(rows, kFrozenRows<Lines>);
+  const int64_t tiles = blocks_of(rows, kFrozenRows<Lines, kGates>);
   for (int64_t begin = 0; begin < p.groups; begin += kPassGroups) {
     const int64_t groups = p.groups - begin < kPassGroups ? p.groups - begin : kPassGroups;
     for (int64_t i = 0; i < tiles; ++i) {
@@ -318,12 +357,12 @@ struct FrozenPass {
 
   struct Own {                   // a thread's memory
     Activation *x, *h;           // (chunk, x_row), (B, h_row)
-    float *x_scales, *h_scales;  // (chunk), (B)
+    Scaling *x_scalings, *h_scalings;  // (chunk, passes), (B, passes)
   };
 
   const FrozenParams& p;
   const FrozenLayout& layout;
-  const int64_t steps, unit_row, x_row, h_row;  // steps: of a chunk
+  const int64_t steps, unit_row, x_row, h_row, passes;  // steps: of a chunk
   const int threads;
   Barrier::Count* counts;        // (2, threads): each thread's count at its team's barrier, then at that between layers
   float* h[2];                   // (D, B, unit_row) the hidden state before and after a step, by turns
@@ -333,13 +372,14 @@ struct FrozenPass {
   float* sums;                   // (D, blocks, steps * B, kSumRow)
   float* column_sums;            // (D, columns, B, kFrozenUnits)
   Activation *own_x, *own_h;
-  float *own_x_scales, *own_h_scales;
+  Scaling *own_x_scalings, *own_h_scalings;
 
   FrozenPass(const FrozenParams& p, Arena& arena)
       : p(p), layout(p.layout), steps(least(p.T, most(1, kChunkRows / p.B))),
         unit_row(padded_row<float>(most(layout.H, layout.P), kFrozenUnits)),
         x_row(padded_row<Activation>(most(layout.I, layout.layers > 1 ? layout.D * layout.P : 0), kFrozenUnits)),
-        h_row(padded_row<Activation>(most(layout.H, layout.P), kFrozenUnits)), threads(useful_threads()) {
+        h_row(padded_row<Activation>(most(layout.H, layout.P), kFrozenUnits)),
+        passes(blocks_of(most(x_row, h_row), kPassGroups * Lines::kGroup)), threads(useful_threads()) {
     const int64_t D = layout.D, states = D * p.B * unit_row, chunk = steps * p.B;
     counts = arena.take<Barrier::Count>(2 * threads);
     if (arena.base)
@@ -352,8 +392,8 @@ struct FrozenPass {
     column_sums = arena.take<float>(D * layout.columns() * p.B * kFrozenUnits);
     own_x = arena.take<Activation>(threads * chunk * x_row);
     own_h = arena.take<Activation>(threads * p.B * h_row);
-    own_x_scales = arena.take<float>(threads * chunk);
-    own_h_scales = arena.take<float>(threads * p.B);
+    own_x_scalings = arena.take<Scaling>(threads * chunk * passes);
+    own_h_scalings = arena.take<Scaling>(threads * p.B * passes);
   }
 
   static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -373,8 +413,8 @@ struct FrozenPass {
       const Division division = divide_among(granted);
       const int useful = int(least(granted, division.threads()));
       if (thread >= useful) return;
-      const Own own{own_x + thread * steps * p.B * x_row, own_h + thread * p.B * h_row, own_x_scales + thread * steps * p.B,
-                    own_h_scales + thread * p.B};
+      const Own own{own_x + thread * steps * p.B * x_row, own_h + thread * p.B * h_row, own_x_scalings + thread * steps * p.B * passes,
+                    own_h_scalings + thread * p.B * passes};
       for (int64_t layer = 0; layer < layout.layers; ++layer) {
         for (int place = thread; place < division.threads(); place += useful) {
           const int d = place / division.members, member = place % division.members;
@@ -441,9 +481,9 @@ struct FrozenPass {
           const int64_t row = (s - first) * p.B + b, t = time(s);
           Activation* to = own.x + row * pass.x_row;
           if (layer == 0)
-            take_in(to, own.x_scales[row], p.dtype, p.input, t * p.input_step + b * p.input_row, depth);
+            take_in(to, own.x_scalings + row * pass.passes, p.dtype, p.input, t * p.input_step + b * p.input_row, depth);
           else
-            take_in(to, own.x_scales[row], Dtype::kFloat32, pass.below[(layer - 1) & 1], (t * p.B + b) * depth, depth);
+            take_in(to, own.x_scalings + row * pass.passes, Dtype::kFloat32, pass.below[(layer - 1) & 1], (t * p.B + b) * depth, depth);
         }
     }
 
@@ -452,7 +492,7 @@ struct FrozenPass {
       const float* start = reinterpret_cast<const float*>(at);
       float* sums = sums_at(block, 0);
       for (int64_t m = 0; m < rows; ++m) __builtin_memcpy(sums + m * kSumRow, start, sizeof(float) * kSumRow);
-      frozen_multiply<typename Lines::OfInput, Cell::kGates>({own.x, pass.x_row, own.x_scales, at + layout.ih(),
+      frozen_multiply<typename Lines::OfInput, Cell::kGates>({own.x, pass.x_row, own.x_scalings, pass.passes, at + layout.ih(),
                                             reinterpret_cast<const float*>(at + layout.ih_scales()),
                                             layout.groups(layout.depth(layer)), sums, kSumRow, kXSlots.at}, rows);
     }
@@ -467,7 +507,7 @@ struct FrozenPass {
         there_or_back(blocks, s & 1, [&](int64_t block) {
           const char* at = block_at(block);
           const float* scales = reinterpret_cast<const float*>(at + layout.hh_scales());
-          frozen_multiply<Lines, Cell::kGates>({own.h, pass.h_row, own.h_scales, at + layout.hh(layer), scales,
+          frozen_multiply<Lines, Cell::kGates>({own.h, pass.h_row, own.h_scalings, pass.passes, at + layout.hh(layer), scales,
                                                 layout.groups(layout.P), sums_at(block, of_chunk * p.B), kSumRow,
                                                 kHSlots.at}, p.B);
         });
@@ -478,7 +518,7 @@ struct FrozenPass {
     }
 
     void take_state(int64_t b, Dtype dtype, const void* from, int64_t at, int64_t count) const {
-      take_in(own.h + b * pass.h_row, own.h_scales[b], dtype, from, at, count);
+      take_in(own.h + b * pass.h_row, own.h_scalings + b * pass.passes, dtype, from, at, count);
     }
 
     // The units of a block, two vectors at a time where it has so many (see Rows).
@@ -532,7 +572,7 @@ struct FrozenPass {
         float* sums = pass.column_sums + (d * layout.columns() + column) * p.B * kFrozenUnits;
         __builtin_memset(sums, 0, size_t(p.B) * kFrozenUnits * sizeof(float));
         const float* scales = reinterpret_cast<const float*>(at);
-        frozen_multiply<Lines, 1>({own.h, pass.h_row, own.h_scales, at + layout.scales(1), scales, layout.groups(layout.H),
+        frozen_multiply<Lines, 1>({own.h, pass.h_row, own.h_scalings, pass.passes, at + layout.scales(1), scales, layout.groups(layout.H),
                                    sums, kFrozenUnits, kXSlots.at}, p.B);
         for (int64_t b = 0; b < p.B; ++b)
           for (int v = 0; v < kLineVectors; ++v) {

@@ -81,7 +81,7 @@ void fill(const FrozenLayout& layout, char* packed, Random& random) {
     if (layout.format == FrozenFormat::kFloat32) return floats(at, bytes, -0.3, 0.3);
     for (int64_t i = 0; layout.format == FrozenFormat::kBFloat16 && i < bytes / 2; ++i)
       test::encode(Dtype::kBFloat16, at, i, random.uniform(-0.3, 0.3));
-    for (int64_t i = 0; layout.format == FrozenFormat::kInt8 && i < bytes; ++i) at[i] = char(random.below(255) - 127);
+    for (int64_t i = 0; layout.format == FrozenFormat::kInt8 && i < bytes; ++i) at[i] = char(random.below(255) + 1);
   };
   for (int64_t layer = 0; layer < layout.layers; ++layer)
     for (int64_t d = 0; d < layout.D; ++d) {
@@ -107,14 +107,14 @@ double weight(FrozenFormat format, const char* lines, const char* scales, int64_
   if (format == FrozenFormat::kFloat32) return test::decode(Dtype::kFloat32, word, 0);
   if (format == FrozenFormat::kBFloat16) return test::decode(Dtype::kBFloat16, word, k % 2);
   constexpr int kByte[] = {0, 2, 1, 3};
-  return double(int8_t(word[kByte[k % 4]])) * test::decode(Dtype::kFloat32, scales, gate * 16 + unit);
+  return (uint8_t(word[kByte[k % 4]]) - 128.0) * test::decode(Dtype::kFloat32, scales, gate * 16 + unit);
 }
 
 Numbers as_multiplied(FrozenFormat format, Numbers values, bool input = false) {
   double largest = 0;
   for (double x : values) largest = std::max(largest, std::fabs(x));
   for (double& x : values)
-    if (format == FrozenFormat::kInt8 && largest > 0) x = std::nearbyint(x / largest * 32767) * largest / 32767;
+    if (format == FrozenFormat::kInt8 && largest > 0) x = std::nearbyint(x / largest * 32639) * largest / 32639;
   for (double& x : values)
     if (format == FrozenFormat::kBFloat16 && input && kRoundsInput) {
       char rounded[2];
