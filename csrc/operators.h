@@ -165,7 +165,8 @@ struct Call {
   Tensor first;                  // gives dtype and device to all others
   int64_t D = 0, H = 0, P = 0, T = 0, B = 0, rows = 0;
   bool projected = false, packed = false, uneven = false;  // uneven: padded, with lengths that are on the CPU
-  bool zones_out = false, one_step = false, batched = true;  // one_step: as cells take it, and of one row where it is not batched
+  bool zones_out = false, one_step = false;
+  Sizes lead;                    // of one step: the sizes of its states before their width, (B) or () of a cell, (1, B) of a layer
   Tensors held;
 
   Call(const char* op, const std::string& cell_name, const Tensors& weight_hh,
@@ -298,14 +299,15 @@ struct Call {
                     hx ? text(sizes_of(*hx)) : "");
   }
 
-  // The only step of a cell, (B, features), or (features) of one row.
+  // The only step of a cell, (B, features), or (features) of one row; or of a layer, (1, B, features) or (B, 1, features).
   void set_one_step(const char* name, const Tensor& input) {
-    STD_TORCH_CHECK(input.dim() == 1 || input.dim() == 2, op, ": ", name, " must be (B, features) or (features), got ",
-                    text(sizes_of(input)));
+    const int64_t dims = input.dim();
+    STD_TORCH_CHECK(dims > 0 && dims <= 3 && (dims < 3 || input.size(0) == 1 || input.size(1) == 1), op, ": ", name,
+                    " must be (B, features) or (features), or of one step (1, B, features) or (B, 1, features), got ", text(sizes_of(input)));
     one_step = true;
-    batched = input.dim() == 2;
     T = 1;
-    B = rows = batched ? input.size(0) : 1;
+    B = rows = dims == 1 ? 1 : dims == 2 ? input.size(0) : input.size(input.size(0) == 1 ? 1 : 0);
+    lead = dims == 1 ? Sizes{} : dims == 2 ? Sizes{B} : Sizes{1, B};
     steps_ = {T, B, nullptr, nullptr};
   }
 
@@ -363,8 +365,10 @@ struct Call {
   Sizes weight_hh_sizes() const { return {(cell.multiplies ? cell.gates * H : cell.unit), P / cell.heads}; }
   Sizes weight_hr_sizes() const { return {cell.unit ? cell.unit : P, H}; }
   Sizes state_sizes(int64_t width) const {
-    if (one_step) return batched ? Sizes{B, width} : Sizes{width};
-    return {D, B, width};
+    if (!one_step) return {D, B, width};
+    Sizes sizes = lead;
+    sizes.push_back(width);
+    return sizes;
   }
   Sizes inner_sizes() const {
     Sizes sizes = state_sizes(H);

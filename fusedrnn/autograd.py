@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _are_functorch_transforms_active, _len_torch_dispatch_stack
+from torch._C import _are_functorch_transforms_active
 from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling, is_exporting
@@ -19,7 +19,7 @@ from torch.nn.functional import linear
 from . import onnx, reference, select
 from .layer import FIRST_TENSOR, FIRST_WEIGHT, GIVEN, MANY_ROWS, backward, by_direction, forward, input_gradient, with_gaps
 from .layer import input_product as plain_product
-from .layer import is_for_one_step, sum_of_rows
+from .layer import is_for_one_step, is_watched, sum_of_rows
 from .ops import SAVE_ALL, SAVE_NOTHING, SAVE_STATES, TRAITS, cell_backward, cell_forward
 from .reference import NO_CARRY, Carry, Weights
 
@@ -79,6 +79,9 @@ def layer(cell: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, weight
                              "resets, zoneout and recurrent dropout, and give no states of every step")
             return reference.layer(cell, input, hx, cx, weights, ragged, batch_first, carry)
         output, hy, cy, _, states = TransformedLayer.apply(cell, ragged, batch_first, *tensors)
+    elif _is_one_step(cell, input, weights, ragged, batch_first, carry, recompute or return_states):
+        output, hy, *inner_states = _one_step(cell, [*tensors[:3], *weights[0][:4]])
+        return output, hy, inner_states[0] if inner else None, None
     elif _needs_grad(tensors):
         output, hy, cy, states = _apply(cell, ragged, batch_first, masks, recompute, return_states, *tensors)
         return output, hy, cy, states[..., :inner, :] if return_states and inner else None
@@ -100,14 +103,39 @@ def one_step(cell: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, wei
         hy, or for the lstm (hy, cy); None where the step is for `layer`.
     """
     w_ih, w_hh, *biases = weights
-    if not input.is_cpu or is_compiling() or _len_torch_dispatch_stack() or not is_for_one_step(input, w_ih, w_hh.shape[-1]):
+    if not input.is_cpu or is_compiling() or is_watched() or not is_for_one_step(input, w_ih, w_hh.shape[-1]):
         return None
     tensors = (input, hx, cx, w_ih, w_hh, *(biases or (None, None)))
+    if input.numel() > MANY_ROWS * input.shape[-1] and _needs_grad(tensors):
+        return None  # the gradients of weights may be a library's
+    return _one_step(cell, tensors)
+
+
+def _one_step(cell, tensors):
+    """What `Step.forward` returns, with derivatives where they are wanted."""
     if _needs_grad(tensors):
-        # Of more rows the gradients of weights may be a library's.
-        return _apply_step(cell, *tensors) if input.numel() <= MANY_ROWS * input.shape[-1] else None
+        return _apply_step(cell, *tensors)
     hy, cy, _ = cell_forward(cell, *tensors)
-    return hy if TRAITS[cell]["states"] == 1 else (hy, cy)
+    return _results_of_step(cell, hy, cy)
+
+
+def _results_of_step(cell, hy, cy):
+    """Of a layer the output as well, which is kept for backward, and of which hy is another copy."""
+    inner = () if TRAITS[cell]["states"] == 1 else (cy,)
+    return (hy, hy.clone(), *inner) if hy.dim() == 3 else (hy, *inner) if inner else hy
+
+
+def _is_one_step(cell, input, weights, ragged, batch_first, carry, wants_more):
+    """Whether a layer's call is one step that `cell_forward` takes, in one direction, of nothing but torch's tensors and a cell of theirs."""
+    if input.dim() != 3 or input.shape[1 if batch_first else 0] != 1 or type(input) is not Tensor or not input.is_cpu:
+        return False
+    w_ih, w_hh, *_, w_hr = weights[0]
+    if len(weights) > 1 or w_hr is not None or carry is not NO_CARRY or ragged is not None or wants_more or not w_ih.shape[0]:
+        return False
+    traits = TRAITS[cell]
+    if not traits["multiplies"] or traits["norms"] or traits["late"] or traits["states"] > 2 or is_watched():
+        return False
+    return input.numel() <= MANY_ROWS * input.shape[-1] and is_for_one_step(input, w_ih, w_hh.shape[0] // traits["gates"])
 
 
 def _saved_for_backward(cell, recompute):
@@ -210,7 +238,7 @@ _apply = super(torch.autograd.Function, Layer).apply
 
 
 class Step(torch.autograd.Function):
-    """The one step of a cell for autograd where no transform is present."""
+    """One step of a cell or a layer for autograd where no transform is present."""
 
     @staticmethod
     def forward(ctx, cell, *tensors):
@@ -222,26 +250,31 @@ class Step(torch.autograd.Function):
             tensors: input, hx, cx, weight_ih, weight_hh, bias_ih and bias_hh, as `cell_forward` takes them.
 
         Returns:
-            hy, or for the lstm (hy, cy).
+            hy, or for the lstm (hy, cy); of a layer the output, hy, and for the lstm cy.
         """
         hy, cy, saved = cell_forward(cell, *tensors, True)
         ctx.cell = cell
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(hy, cy, saved, *tensors)
-        return hy if TRAITS[cell]["states"] == 1 else (hy, cy)
+        return _results_of_step(cell, hy, cy)
 
     @staticmethod
-    def backward(ctx, grad_hy, grad_cy=None):
+    def backward(ctx, *grads):
         """Compute the gradients of all arguments of forward.
 
         Args:
             ctx: as forward left it.
-            grad_hy, grad_cy: of its results, None where there is none.
+            grads: of its results, None where there is none.
 
         Returns:
             a gradient for each argument, None where none is wanted.
         """
         _, *wanted = ctx.needs_input_grad
+        grad_cy = None
+        if TRAITS[ctx.cell]["states"] > 1:
+            *grads, grad_cy = grads
+        given = [grad for grad in grads if grad is not None]  # of a layer's two copies of hy
+        grad_hy = None if not given else given[0] if len(given) == 1 else given[0] + given[1]
         if grad_hy is None and grad_cy is None:
             return (None,) * (1 + len(wanted))
         if torch.is_grad_enabled() or _are_functorch_transforms_active() or _are_transformed((grad_hy, grad_cy)):
@@ -254,7 +287,7 @@ class Step(torch.autograd.Function):
         if want_input:
             gates = w_ih.shape[0]
             grad_input = input_gradient(grad_pre if gates == grad_pre.shape[1] else grad_pre[:, :gates], w_ih)
-            grad_input = grad_input if input.dim() > 1 else grad_input.squeeze(0)
+            grad_input = grad_input if input.dim() == 2 else grad_input.view(input.shape)
         return None, grad_input, *[grad if want else None for grad, want in zip(grads, wanted[1:])]
 
 

@@ -61,7 +61,7 @@ stack_forward = torch.ops.fusedrnn.stack_forward.default
 stack_backward = torch.ops.fusedrnn.stack_backward.default
 
 #: (cell, input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, save=False) -> (hy, cy, saved): one step, of input (B, I) and states (B, H), or
-#: (I) and (H). saved is for cell_backward, empty if not wanted. CPU only.
+#: (I) and (H), or of a layer (1, B, I) or (B, 1, I) and (1, B, H). saved is for cell_backward, empty if not wanted. CPU only.
 cell_forward = torch.ops.fusedrnn.cell_forward.default
 
 #: (cell, input, hx, cx, weight_hh, hy, cy, saved, grad_hy, grad_cy, need_grad_hx, need_grad_cx, need_grad_weight_ih, need_grad_weight_hh,
@@ -180,7 +180,8 @@ def _(*args):
 
 @torch.library.register_fake("fusedrnn::cell_forward")
 def _(cell, input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, save=False):
-    traits, rows, hidden = TRAITS[cell], input.shape[:-1], weight_hh.shape[1]
+    traits, rows, hidden = TRAITS[cell], input.shape[:-1], weight_hh.shape[0] // TRAITS[cell]["gates"]
+    rows = rows if len(rows) < 2 else (1, rows[1] if rows[0] == 1 else rows[0])
     shapes = (*rows, hidden), (*rows, hidden) if traits["states"] > 1 else (0,), (*rows, traits["saved"], hidden) if save else (0,)
     return tuple(weight_hh.new_empty(*shape) for shape in shapes)
 
@@ -188,10 +189,10 @@ def _(cell, input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, save=False):
 @torch.library.register_fake("fusedrnn::cell_backward")
 def _(cell, input, hx, cx, weight_hh, hy, cy, saved, grad_hy, grad_cy, need_grad_hx, need_grad_cx, need_grad_weight_ih, need_grad_weight_hh,
       need_grad_bias):
-    gates, hidden = weight_hh.shape
+    gates, hidden = weight_hh.shape[0], hy.shape[-1]
     grads = ((need_grad_hx, hy.shape), (need_grad_cx, hy.shape), (need_grad_weight_ih, (gates, input.shape[-1])),
              (need_grad_weight_hh, weight_hh.shape), (need_grad_bias, (gates,)), (need_grad_bias, (gates,)))
-    grad_pre = hy.new_empty(hy.shape[0] if hy.dim() > 1 else 1, TRAITS[cell]["pre"] * hidden)
+    grad_pre = hy.new_empty(hy.shape[-2] if hy.dim() > 1 else 1, TRAITS[cell]["pre"] * hidden)
     return grad_pre, *[hy.new_empty(*shape) if need else hy.new_empty(0) for need, shape in grads]
 
 
@@ -222,7 +223,7 @@ def _(cell, input, hx, cx, weight_ih, weight_hh, *args, out_shape=None, **kwargs
 @register_flop_formula(torch.ops.fusedrnn.cell_backward)
 def _(cell, input, hx, cx, weight_hh, hy, cy, saved, grad_hy, grad_cy, need_grad_hx, need_grad_cx, need_grad_weight_ih, need_grad_weight_hh,
       *args, out_shape=None, **kwargs):
-    units = input[-1] * need_grad_weight_ih + hy[-1] * (need_grad_hx + need_grad_weight_hh)
+    units = input[-1] * need_grad_weight_ih + weight_hh[1] * (need_grad_hx + need_grad_weight_hh)
     return 2 * math.prod(hy[:-1]) * weight_hh[0] * units
 
 

@@ -145,5 +145,5 @@ def test_flop_counter_of_large_and_packed_layers(monkeypatch):
 
 def test_profiler_names_the_operators():
     with torch.profiler.profile() as profile:
-        fusedrnn.LSTM(4, 5)(torch.randn(3, 2, 4))[0].sum().backward()
+        fusedrnn.LSTM(4, 16)(torch.randn(30, 16, 4))[0].sum().backward()
     assert {"fusedrnn::recurrence_forward", "fusedrnn::recurrence_backward_"} <= {event.key for event in profile.key_averages()}

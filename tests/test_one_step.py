@@ -1,5 +1,6 @@
 """The operators for one step of a cell, forward and backward, and when the cells call them."""
 
+import contextlib
 import itertools
 
 import pytest
@@ -94,7 +95,7 @@ ERRORS = [
     ("cell", "foo", "cell must be one of"),
     ("cell", "lstm_norm", "cell must multiply its state first of all, not normalise it, and have no more than two, got lstm_norm"),
     ("cell", "indrnn", "weight_hh must be"),
-    ("input", torch.zeros(2, 6, 11), r"input must be \(B, features\) or \(features\), got \(2, 6, 11\)"),
+    ("input", torch.zeros(2, 6, 11), r"input must be \(B, features\) or \(features\), or of one step .* got \(2, 6, 11\)"),
     ("input", torch.zeros(6, 12), r"weight_ih must be \(148, 12\), got \(148, 11\)"),
     ("input", torch.zeros(6, 0), r"input must have features, got \(6, 0\)"),
     ("input", torch.zeros(6, 11).double(), "input must be Float like weight_hh, got Double"),
@@ -230,9 +231,10 @@ def test_opcheck_of_backward(cell):
 BACKWARD_ERRORS = [
     (0, "lstm_norm", "cell must multiply its state first of all, not normalise it, and have no more than two, got lstm_norm"),
     (0, "slstm", "cell must multiply its state first of all, not normalise it, and have no more than two, got slstm"),
-    (1, torch.zeros(5, 11), r"input must be \(6, features\) like hy, got \(5, 11\)"),
+    (1, torch.zeros(5, 11), r"input must have 2 dimensions and 6 rows, got \(5, 11\)"),
     (2, torch.zeros(5, 37), r"hx must be \(6, 37\), got \(5, 37\)"),
-    (5, torch.zeros(1, 6, 37), r"hy must be \(B, features\) or \(features\), got \(1, 6, 37\)"),
+    (5, torch.zeros(2, 6, 37), r"hy must be \(B, features\) or .* got \(2, 6, 37\)"),
+    (5, torch.zeros(1, 6, 37), r"hx must be \(1, 6, 37\), got \(6, 37\)"),
     (6, torch.zeros(0), r"cy must be \(6, 37\), got \(0,\)"),
     (7, torch.zeros(6, 37), r"saved must be \(6, [0-9]+, 37\), got \(6, 37\)"),
     (8, torch.zeros(6, 36), r"grad_hy must be \(6, 37\), got \(6, 36\)"),
@@ -265,6 +267,15 @@ def calls(monkeypatch):
     names, real = [], autograd.cell_forward
     monkeypatch.setattr(autograd, "cell_forward", lambda cell, *given: names.append(cell) or real(cell, *given))
     return names
+
+
+@contextlib.contextmanager
+def as_a_sequence():
+    """Where a step is one of many."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(autograd, "one_step", lambda *given: None)
+        patch.setattr(autograd, "_is_one_step", lambda *given: False)
+        yield
 
 
 def pair(kind, *args, **kwargs):
@@ -311,8 +322,7 @@ def test_cells_take_it_in_training(kind, calls):
         calls.clear()
         results = flat(cell(input, hx))
         assert len(calls) == 1 and all(result.requires_grad and result._base is None for result in results)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(autograd, "one_step", lambda *given: None)
+        with as_a_sequence():
             likewise = flat(cell(input, hx))
         assert len(calls) == 1
         grads = [torch.randn_like(result) for result in results]
@@ -388,8 +398,6 @@ def test_not_for_who_looks_on(kind, calls):
         assert len(calls) == 1
         torch.testing.assert_close(flat(torch.compile(cell, backend="eager")(torch.ones(4, 9)))[0], want)
         torch.testing.assert_close(torch.vmap(lambda x: flat(cell(x))[0])(torch.ones(4, 9)), want)
-        with torch.autocast("cpu"):
-            cell(torch.ones(4, 9))
         with FlopCounterMode(display=False):
             cell(torch.ones(4, 9))
         with FakeTensorMode(allow_non_fake_inputs=True):
@@ -454,9 +462,10 @@ def test_is_as_accurate_as_torch(kind):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind, rows, taken", [("LSTM", 1, True), ("GRU", 16, True), ("RNN", 16, True), ("LayerNormLSTM", 1, False)])
 def test_layers_of_one_step(kind, rows, taken, dtype, monkeypatch):
-    """The recurrence's operator takes the input; what comes of it is what a library's product gives, in training too."""
-    fed, real = [], layer.recurrence_forward
+    """An operator takes the input; what comes of it is what a library's product gives, in training too."""
+    fed, real, one_step = [], layer.recurrence_forward, autograd.cell_forward
     monkeypatch.setattr(layer, "recurrence_forward", lambda *given: fed.append(len(given) > 15) or real(*given))
+    monkeypatch.setattr(autograd, "cell_forward", lambda *given: fed.append(True) or one_step(*given))
     for options in ({}, dict(bidirectional=True, batch_first=True), dict(save="states")):
         module = getattr(fusedrnn, kind)(9, 40, dtype=dtype, **options)
         input = torch.randn((rows, 1, 9) if options.get("batch_first") else (1, rows, 9), dtype=dtype, requires_grad=True)
@@ -464,7 +473,8 @@ def test_layers_of_one_step(kind, rows, taken, dtype, monkeypatch):
         for wanted in (True, False):
             fed.clear()
             if not wanted:
-                monkeypatch.setattr(layer, "is_for_one_step", lambda *given: False)
+                for home in (layer, autograd):
+                    monkeypatch.setattr(home, "is_for_one_step", lambda *given: False)
             output = module(input)[0]
             found.append((output, *torch.autograd.grad(output.float().sum(), [input, *module.parameters()])))
             assert fed and all(fed) == any(fed) == (taken and wanted)
@@ -476,3 +486,72 @@ def test_layers_of_one_step(kind, rows, taken, dtype, monkeypatch):
 
 def test_traits_have_all_cells_of_torch():
     assert {"rnn_tanh", "rnn_relu", "lstm", "gru"} == set(CELLS) <= set(TRAITS)
+
+
+LAYERS = [("RNN", {}), ("RNN", dict(nonlinearity="relu", bias=False)), ("LSTM", {}), ("GRU", dict(bias=False)), ("GRU", dict(num_heads=3)),
+          ("LSTM", dict(coupled=True)), ("LSTM", dict(num_layers=2)), ("GRU", dict(num_layers=2, batch_first=True))]
+
+
+@pytest.mark.parametrize("kind, options", LAYERS, ids=str)
+def test_layers_give_what_a_longer_call_gives(kind, options, calls):
+    """Values, shapes, strides and gradients; output and hy are two tensors, as torch's are."""
+    module = getattr(fusedrnn, kind)(9, 21, **options)
+    for rows, given in itertools.product((1, 4, 0), (True, False)):
+        shape = (rows, 1, 9) if module.batch_first else (1, rows, 9)
+        input = torch.randn(shape, requires_grad=True)
+        states = [torch.randn(module.num_layers, rows, 21, requires_grad=True) for _ in range((1 + (kind == "LSTM")) * given)]
+        hx = None if not given else tuple(states) if kind == "LSTM" else states[0]
+        calls.clear()
+        output, hidden = module(input, hx)
+        assert len(calls) == module.num_layers
+        with as_a_sequence():
+            other_output, other_hidden = module(input, hx)
+        assert len(calls) == module.num_layers
+        results, likewise = (output, *flat(hidden)), (other_output, *flat(other_hidden))
+        for one, other in zip(results, likewise):
+            assert torch.equal(one, other) and one.stride() == other.stride()
+        assert output.untyped_storage().data_ptr() != results[1].untyped_storage().data_ptr() or not rows
+        variables = [input, *states, *module.parameters()]
+        for outputs in (slice(None), slice(1), slice(1, 2), slice(-1, None)):
+            if outputs.start and len(results) == 2 and outputs.stop is None:
+                continue
+            grads = [torch.randn_like(one) for one in results[outputs]]
+            both = [torch.autograd.grad(of[outputs], variables, grads, retain_graph=True, allow_unused=True) for of in (results, likewise)]
+            for one, other in zip(*both):
+                torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+        with torch.no_grad():
+            for one, other in zip(results, (lambda o, h: (o, *flat(h)))(*module(input, hx))):
+                assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("kind", ["RNN", "LSTM", "GRU"])
+def test_second_derivatives_of_layers(kind):
+    module = getattr(fusedrnn, kind)(3, 5, dtype=torch.float64)
+    names = [name for name, _ in module.named_parameters()]
+
+    def run(input, h, *weights):
+        hx = (h, 2 * h) if kind == "LSTM" else h
+        output, hidden = torch.func.functional_call(module, dict(zip(names, weights)), (input, hx))
+        return output, *flat(hidden)
+
+    variables = (torch.randn(1, 2, 3, dtype=torch.float64, requires_grad=True), torch.randn(1, 2, 5, dtype=torch.float64, requires_grad=True),
+                 *module.parameters())
+    assert torch.autograd.gradcheck(run, variables, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(run, variables)
+
+
+@pytest.mark.parametrize("kind, options", [
+    ("LSTM", dict(bidirectional=True)), ("LSTM", dict(proj_size=2)), ("LSTM", dict(peepholes=True)), ("LSTM", dict(save="states")),
+    ("GRU", dict(zoneout=0.1)), ("GRU", dict(reset_after=False)), ("SLSTM", {}), ("IndRNN", {}), ("LayerNormGRU", {}),
+], ids=str)  # fmt: skip
+def test_not_for_layers_of_more(kind, options, calls):
+    module = getattr(fusedrnn, kind)(9, 21, **options)
+    module(torch.randn(1, 4, 9))
+    module(torch.randn(4, 9))  # four steps
+    assert not calls
+    if not options:
+        fusedrnn.GRU(9, 21)(torch.randn(1, 4, 9), lengths=torch.ones(4, dtype=torch.int64))
+        fusedrnn.GRU(9, 21)(torch.randn(1, 4, 9), return_states=True)
+        fusedrnn.GRU(9, 21)(torch.randn(1, 4, 9), reset=torch.zeros(1, 4, dtype=torch.bool))
+        fusedrnn.GRU(9, 21)(torch.nn.utils.rnn.pack_sequence([torch.randn(1, 9)]))
+        assert not calls

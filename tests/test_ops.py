@@ -501,7 +501,7 @@ def test_a_sequence_does_not_depend_on_its_neighbours(cell, engine):
 
 
 def test_engine_takes_the_calls(monkeypatch):
-    """What the other tests compare is the engine: every option reaches recurrence_forward once a layer."""
+    """What the other tests compare is the engine: every option reaches recurrence_forward once a layer, a cell cell_forward."""
     seen = []
     real = fusedrnn.layer.recurrence_forward
     monkeypatch.setattr(fusedrnn.layer, "recurrence_forward", lambda *a: seen.append(a[0]) or real(*a))
@@ -516,6 +516,8 @@ def test_engine_takes_the_calls(monkeypatch):
                 ours(torch.randn(2, 3))
             assert seen == [cell] * 4 * options.get("num_layers", 1)
     seen.clear()
+    one_step = fusedrnn.autograd.cell_forward
+    monkeypatch.setattr(fusedrnn.autograd, "cell_forward", lambda *a: seen.append(a[0]) or one_step(*a))
     for module in (fusedrnn.RNNCell(3, 4), fusedrnn.LSTMCell(3, 4), fusedrnn.GRUCell(3, 4)):
         module(torch.randn(2, 3))
     assert seen == ["rnn_tanh", "lstm", "gru"]

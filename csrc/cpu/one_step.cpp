@@ -1,12 +1,12 @@
-// The operators for the one step of a cell of torch.nn's, forward and backward, with as little around the engine as can be: what is
-// asked for at every step of an environment, or of a stream.
+// The operators for one step of a cell or of a layer, forward and backward, with as little around the engine as can be: what is asked
+// for at every step of an environment, or of a stream.
 #include "on_cpu.h"
 
 namespace fusedrnn {
 namespace {
 
-// input (B, I) or (I); hx and cx (B, H) or (H), null for zeros. cy is empty for cells with one state. save: saved is what cell_backward
-// needs, (B, kSaved, H) or (kSaved, H); else it is empty.
+// input (B, I) or (I), or of a layer (1, B, I) or (B, 1, I); hx, cx, hy and cy (B, H) or (H), or (1, B, H); null for zeros. cy is empty
+// for cells with one state. save: saved is what cell_backward needs, (B, kSaved, H) and so on; else it is empty.
 constexpr char kCellSchema[] =
     "cell_forward(str cell, Tensor input, Tensor? hx, Tensor? cx, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, Tensor? bias_hh, "
     "bool save=False) -> (Tensor hy, Tensor cy, Tensor saved)";
@@ -31,18 +31,23 @@ struct CellCall : Call {
     Call::fill(p, {weight_hh}, {}, hx, cx, {none, none, none, none, none});
   }
 
-  Sizes unit_sizes(int64_t numbers) const { return batched ? Sizes{B, numbers, H} : Sizes{numbers, H}; }
+  Sizes unit_sizes(int64_t numbers) const {
+    Sizes sizes = state_sizes(numbers);
+    sizes.push_back(H);
+    return sizes;
+  }
   Sizes inner_sizes() const { return cell.states > 1 ? state_sizes(H) : Sizes{0}; }
 
   // The input's rows, where they lie.
   Rows input_rows(const Tensor& input) {
     check_kind("input", input);
-    const int64_t last = input.dim() - 1;
-    const bool fits = input.dim() == (batched ? 2 : 1) && (!batched || input.size(0) == B);
-    STD_TORCH_CHECK(fits, op, ": input must be (", batched ? std::to_string(B) + ", " : "", "features) like hy, got ", text(sizes_of(input)));
-    STD_TORCH_CHECK(input.size(last) > 0, op, ": input must have features, got ", text(sizes_of(input)));
-    held.push_back(input.stride(last) == 1 || input.size(last) == 1 ? input : torch::stable::contiguous(input));
-    return {held.back().data_ptr(), 0, batched ? held.back().stride(0) : 0};
+    const int64_t last = input.dim() - 1, features = input.dim() > 0 ? input.size(last) : 0;
+    STD_TORCH_CHECK(features > 0, op, ": input must have features, got ", text(sizes_of(input)));
+    const bool fits = size_t(last) == lead.size() && input.numel() == B * features;
+    STD_TORCH_CHECK(fits, op, ": input must have ", lead.size() + 1, " dimensions and ", B, " rows, got ", text(sizes_of(input)));
+    held.push_back(input.stride(last) == 1 || features == 1 ? input : torch::stable::contiguous(input));
+    const Tensor& rows = held.back();
+    return {rows.data_ptr(), 0, last == 0 ? 0 : rows.stride(last == 1 || rows.size(0) != 1 ? 0 : 1)};
   }
 };
 
