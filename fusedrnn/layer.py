@@ -2,7 +2,7 @@
 
 The product of the input and weight_ih, the gradient of the input, and those of large weights are single matrix products of
 ATen's, over all rows of the sequence at once, or the first is the engine's; all else is the operators' (`fusedrnn/ops.py`).
-`fusedrnn/autograd.py` makes them differentiable.
+`fusedrnn/derivatives.py` makes them differentiable.
 """
 
 from functools import lru_cache
@@ -385,7 +385,7 @@ COUNTS_OWNERS = hasattr(Tensor, "_use_count") and hasattr(torch._C, "_storage_Us
 REFERENCES, ALONE = _of_one_variable()
 
 GIVEN = 5  # tensors before the weights, in the arguments of a layer: input, hx, cx, reset_hx, reset_cx
-# Where what `Layer.keep` of fusedrnn/autograd.py saved has them, and the weights.
+# Where what `Layer.keep` of fusedrnn/derivatives.py saved has them, and the weights.
 FIRST_TENSOR, FIRST_WEIGHT = 7, 7 + GIVEN
 
 

@@ -1,4 +1,4 @@
-"""Several layers, one upon the other, in one launch: what `fusedrnn/layer.py` and `fusedrnn/autograd.py` are for one layer."""
+"""Several layers, one upon the other, in one launch: what `fusedrnn/layer.py` and `fusedrnn/derivatives.py` are for one layer."""
 
 from types import SimpleNamespace
 
@@ -9,7 +9,7 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from . import select
-from .autograd import _are_transformed, _gradients, _needs_grad, _of_results
+from .derivatives import are_transformed, gradients, needs_grad, of_results
 from .layer import _gates_of, _grad_input, allows_tf32, by_direction
 from .ops import SAVE_ALL, SAVE_NOTHING, TRAITS, stack_backward, stack_forward
 from .reference import Weights
@@ -30,7 +30,7 @@ def layers_at_once(cell: str, input: Tensor, layers: list[list[Weights]], ragged
     packed = input.dim() == 2
     if len(layers[0]) > 1 or layers[0][0][4] is not None or (ragged is not None and not packed):
         return 1, False
-    if not _needs_grad([input, *layers[0][0]]) and _needs_grad([tensor for (group,) in layers for tensor in group]):
+    if not needs_grad([input, *layers[0][0]]) and needs_grad([tensor for (group,) in layers for tensor in group]):
         return 1, False  # nothing of it is kept for backward, which ends above it
     if packed:
         steps, batch = len(ragged), int(ragged[0])  # type: ignore[arg-type,index]
@@ -57,11 +57,11 @@ def stacked(cell: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, laye
         for each layer output, hy and cy, as `fusedrnn.autograd.layer` gives them.
     """
     weights = [group for (group,) in layers]
-    needs_grad = _needs_grad([input, hx, cx, *(tensor for group in weights for tensor in group)])
+    differentiable = needs_grad([input, hx, cx, *(tensor for group in weights for tensor in group)])
     with torch.no_grad():
-        made = forward_stacked(cell, ragged, batch_first, input, hx, cx, weights, SAVE_ALL if needs_grad else SAVE_NOTHING)
+        made = forward_stacked(cell, ragged, batch_first, input, hx, cx, weights, SAVE_ALL if differentiable else SAVE_NOTHING)
     has_inner = TRAITS[cell]["states"] > 1
-    if not needs_grad:
+    if not differentiable:
         return [(output, hy, cy if has_inner else None) for output, hy, cy, _, _ in made]
     *outputs, hy, cy = _apply_stacked(cell, ragged, batch_first, made, backward, input, hx, cx, *(tensor for group in weights for tensor in group))
     cys = [None] * len(outputs) if cy is None else cy.split(1)
@@ -106,7 +106,7 @@ class StackedLayers(torch.autograd.Function):
         cell, batch_first, layers, wanted = ctx.cell, ctx.batch_first, ctx.layers, ctx.needs_input_grad[5:]
         if all(grad is None for grad in grads):
             return (None,) * (5 + len(wanted))
-        transformed = _are_transformed(grads) or torch.is_grad_enabled() or _are_functorch_transforms_active()
+        transformed = are_transformed(grads) or torch.is_grad_enabled() or _are_functorch_transforms_active()
         ragged, *everything = ctx.saved_tensors
         made = [list(everything[i * layers : (i + 1) * layers]) for i in range(3)]
         input, hx, cx, *weights = everything[3 * layers :]
@@ -135,9 +135,9 @@ def _gradients_by_layer(ctx, ragged, made, input, hx, cx, weights, grads, wanted
         kept = SimpleNamespace(cell=ctx.cell, batch_first=ctx.batch_first and k == 0, saved_tensors=held, maybe_clear_saved_tensors=held.clear)
         del fed
         both = [grad for grad in (grad_outputs[k], grad_input) if grad is not None]
-        own = _of_results(ctx.cell, sum(both[1:], both[0]) if both else None, grad_h, grad_c)
+        own = of_results(ctx.cell, sum(both[1:], both[0]) if both else None, grad_h, grad_c)
         want = [wanted[0] or k > 0, wanted[1], wanted[2], False, False, *wanted[3 + 5 * k : 8 + 5 * k]]
-        grad_input, *found = _gradients(kept, own, want)
+        grad_input, *found = gradients(kept, own, want)
         grad_states.insert(0, found[:2])
         grad_weights[:0] = found[4:]
     whole = []

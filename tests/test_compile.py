@@ -167,15 +167,19 @@ def seconds(call):
 eager, fast = lambda: step(input), lambda: compiled(input).backward()
 def median_ratio():
     return sorted(1 / (seconds(eager) / seconds(fast)) for _ in range(20))[10]
-print(took, min(median_ratio() for _ in range(3)))  # what else runs on this machine can only add to a ratio
+best = lambda: min(median_ratio() for _ in range(3))  # what else runs on this machine can only add to a ratio
+whole = best()
+fusedrnn.layer.OVERWRITING = ()
+print(took, whole, best())
 """
 
 
 def test_compile_time_and_speed():
-    """Two layers, forward and backward, from a cold start: under 30 seconds on two cores, and then not slower than eager."""
+    """Two layers, forward and backward, from a cold start: under 30 seconds on two cores, and then not slower than eager, but for what that
+    gains by writing gradients in the place of what was saved, of which a compiled program is never the only owner."""
     code = SPEED.format(tests=str(ROOT / "tests"))
     found = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert found.returncode == 0, found.stderr
-    seconds, ratio = map(float, found.stdout.split())
-    print(f"compiled in {seconds:.1f} s; {ratio:.2f} of the time of eager")
-    assert seconds < 30 and ratio < 1.1
+    seconds, ratio, likewise = map(float, found.stdout.split())
+    print(f"compiled in {seconds:.1f} s; {ratio:.2f} of the time of eager, {likewise:.2f} where it has two tensors as well")
+    assert seconds < 30 and ratio < 1.3 and likewise < 1.1

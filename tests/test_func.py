@@ -361,10 +361,10 @@ def test_dropout_asks_for_a_randomness():
 
 def test_engine_runs_it(monkeypatch):
     """A batch of calls is one call of the engine."""
-    from fusedrnn import autograd
+    from fusedrnn import derivatives
 
     ours, _ = make_pair("gru", 3, 4)
-    batches, forward = [], autograd.forward
-    monkeypatch.setattr(autograd, "forward", lambda *args, **kw: batches.append(args[4].shape) or forward(*args, **kw))
+    batches, forward = [], derivatives.forward
+    monkeypatch.setattr(derivatives, "forward", lambda *args, **kw: batches.append(args[4].shape) or forward(*args, **kw))
     vmap(lambda x: ours(x)[0])(torch.randn(6, 5, 2, 3))
     assert batches == [(5, 12, 3)]

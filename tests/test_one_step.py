@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fusedrnn
 from conftest import CELLS
-from fusedrnn import autograd, layer, reference
+from fusedrnn import autograd, layer, one_step, reference
 from fusedrnn.ops import TRAITS
 from test_ops import GATES
 
@@ -264,8 +264,8 @@ def test_gradients_of_cell_states_are_for_the_lstm():
 @pytest.fixture
 def calls(monkeypatch):
     """The cells of which one step went to the operator."""
-    names, real = [], autograd.cell_forward
-    monkeypatch.setattr(autograd, "cell_forward", lambda cell, *given: names.append(cell) or real(cell, *given))
+    names, real = [], one_step.cell_forward
+    monkeypatch.setattr(one_step, "cell_forward", lambda cell, *given: names.append(cell) or real(cell, *given))
     return names
 
 
@@ -463,9 +463,9 @@ def test_is_as_accurate_as_torch(kind):
 @pytest.mark.parametrize("kind, rows, taken", [("LSTM", 1, True), ("GRU", 16, True), ("RNN", 16, True), ("LayerNormLSTM", 1, False)])
 def test_layers_of_one_step(kind, rows, taken, dtype, monkeypatch):
     """An operator takes the input; what comes of it is what a library's product gives, in training too."""
-    fed, real, one_step = [], layer.recurrence_forward, autograd.cell_forward
+    fed, real, real_step = [], layer.recurrence_forward, one_step.cell_forward
     monkeypatch.setattr(layer, "recurrence_forward", lambda *given: fed.append(len(given) > 15) or real(*given))
-    monkeypatch.setattr(autograd, "cell_forward", lambda *given: fed.append(True) or one_step(*given))
+    monkeypatch.setattr(one_step, "cell_forward", lambda *given: fed.append(True) or real_step(*given))
     for options in ({}, dict(bidirectional=True, batch_first=True), dict(save="states")):
         module = getattr(fusedrnn, kind)(9, 40, dtype=dtype, **options)
         input = torch.randn((rows, 1, 9) if options.get("batch_first") else (1, rows, 9), dtype=dtype, requires_grad=True)
