@@ -6,7 +6,7 @@
 // and holds for each of the 16 units the weights of 1 (float32), 2 (bfloat16) or 4 (int8) neighbouring inputs, which share a
 // word of 32 bits; the lines of all gates for the same inputs follow each other. Behind the blocks of a direction with a
 // projection are blocks of 16 projected units: for int8 their scales, then weight_hr in lines of one gate. What is missing
-// to whole lines and blocks is zero.
+// to whole lines and blocks is zero, and so are the scales of such rows, and whatever such inputs are multiplied with.
 //
 // The word: bfloat16 has the first input in the lower half. int8 has the first two in bytes 0 and 2, the next two in bytes 1
 // and 3, each plus 128: processors multiply bytes without a sign by bytes with one, and both pairs are numbers of 16 bits after

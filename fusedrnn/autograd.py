@@ -5,7 +5,7 @@ torch.func cannot have of the engine, run through `fusedrnn.reference`, in plain
 """
 
 from collections.abc import Sequence
-from types import SimpleNamespace
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -16,8 +16,9 @@ from torch.compiler import is_compiling, is_exporting
 from torch.nn.functional import linear
 
 from . import onnx, reference, select
-from .derivatives import InputProduct, Layer, TransformedLayer, apply_layer, gradients, needs_grad, of_results, saved_for_backward
-from .layer import FIRST_WEIGHT, GIVEN, MANY_ROWS, backward, forward, is_for_one_step, is_watched, with_gaps
+from .derivatives import (InputProduct, Layer, TransformedLayer, apply_layer, gradients, kept_by_others, needs_grad, of_results,
+                          saved_for_backward)
+from .layer import FIRST_WEIGHT, GIVEN, MANY_ROWS, OUTPUT, backward, forward, is_for_one_step, is_watched, with_gaps
 from .layer import input_product as plain_product
 from .one_step import step
 from .ops import SAVE_NOTHING, SAVE_STATES, TRAITS
@@ -121,7 +122,7 @@ def _is_one_step(cell, input, weights, ragged, batch_first, carry, wants_more):
     traits = TRAITS[cell]
     if not traits["multiplies"] or traits["norms"] or traits["late"] or traits["states"] > 2 or is_watched():
         return False
-    return input.numel() <= MANY_ROWS * input.shape[-1] and is_for_one_step(input, w_ih, w_hh.shape[0] // traits["gates"])
+    return 0 < input.shape[-1] and input.numel() <= MANY_ROWS * input.shape[-1] and is_for_one_step(input, w_ih, w_hh.shape[0] // traits["gates"])
 
 
 # torch.compile forgets, of an autograd.Function, to notice that what it saved was edited in place; of an operator it does not.
@@ -142,8 +143,11 @@ _compiled.register_fake(_compiled._init_fn)  # the shapes of what it calls
 def _compiled_backward(cell: str, batch_first: bool, grads: Sequence[Tensor | None], saved: Sequence[Tensor | None],
                        wanted: Sequence[bool]) -> list[Tensor]:
     """The gradients that are wanted of what `Layer.keep` saved."""
-    kept = SimpleNamespace(cell=cell, batch_first=batch_first, saved_tensors=saved, maybe_clear_saved_tensors=lambda: None)
-    return [grad for grad in backward(kept, grads, wanted) if grad is not None]
+    device = saved[OUTPUT].device.type  # type: ignore[union-attr]
+    usual = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    with usual:  # autocast may be at work where backward is called
+        found = backward(kept_by_others(cell, batch_first, saved), grads, wanted)
+    return [grad for grad in found if grad is not None]
 
 
 _compiled_backward.register_fake(_compiled_backward._init_fn)

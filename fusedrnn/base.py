@@ -27,7 +27,7 @@ CELL_OF_MODE = {"RNN_TANH": "rnn_tanh", "RNN_RELU": "rnn_relu", "LSTM": "lstm", 
 
 
 class FusedLayer(RNNBase):
-    """What RNN, LSTM and GRU share: a call, from torch's arguments to the engine's and back. Not for direct use."""
+    """What the layers share. Not for direct use."""
 
     # Their constructors take (*args, **kwargs) for the sake of the words of torch's TypeErrors. The signatures that they
     # show serve torch.nn.utils.skip_init too, which refuses a class without a `device`.

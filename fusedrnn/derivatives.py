@@ -226,6 +226,19 @@ class TransformedLayer(Layer):
         return _unfold_all(results, outs, size)
 
 
+def kept_by_others(cell, batch_first, saved):
+    """Make of tensors what `fusedrnn.layer.backward` takes as kept, where others hold them, too.
+
+    Args:
+        cell, batch_first: as in `fusedrnn.autograd.layer`.
+        saved: what `Layer.keep` saved.
+
+    Returns:
+        an object that lets go of nothing.
+    """
+    return SimpleNamespace(cell=cell, batch_first=batch_first, saved_tensors=saved, maybe_clear_saved_tensors=lambda: None)
+
+
 class LayerGradients(torch.autograd.Function):
     """The gradients of a layer as a function of their own, which can be differentiated and taken many at once."""
 
@@ -243,7 +256,7 @@ class LayerGradients(torch.autograd.Function):
             these gradients.
         """
         wanted = [i in chosen for i in range(len(saved) - FIRST_TENSOR)]
-        kept = SimpleNamespace(cell=cell, batch_first=batch_first, saved_tensors=saved, maybe_clear_saved_tensors=lambda: None)
+        kept = kept_by_others(cell, batch_first, saved)
         grads = (grad_output, grad_hy, grad_cy, grad_states)
         return tuple(grad for grad in backward(kept, grads, wanted) if grad is not None)
 

@@ -385,8 +385,8 @@ COUNTS_OWNERS = hasattr(Tensor, "_use_count") and hasattr(torch._C, "_storage_Us
 REFERENCES, ALONE = _of_one_variable()
 
 GIVEN = 5  # tensors before the weights, in the arguments of a layer: input, hx, cx, reset_hx, reset_cx
-# Where what `Layer.keep` of fusedrnn/derivatives.py saved has them, and the weights.
-FIRST_TENSOR, FIRST_WEIGHT = 7, 7 + GIVEN
+# Where what `Layer.keep` of fusedrnn/derivatives.py saved has the output, these, and the weights.
+OUTPUT, FIRST_TENSOR, FIRST_WEIGHT = 4, 7, 7 + GIVEN
 
 
 def _backward_in_parts(cell, ragged, batch_first, carry, output, states, input, hx, cx, weights, grads, wanted):

@@ -2,9 +2,8 @@
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active
 from torch.compiler import is_compiling
-
-from .layer import is_watched
 
 
 def draw(mask: Tensor, rate: float) -> Tensor:
@@ -20,7 +19,7 @@ def draw(mask: Tensor, rate: float) -> Tensor:
     if not _is_plain(mask):
         return mask.bernoulli_(rate)
     count = mask.numel()
-    bits = torch.empty(-(-count // 2), dtype=torch.int64).random_(-(1 << 63), None).view(torch.int32)[:count]
+    bits = mask.new_empty(-(-count // 2), dtype=torch.int64).random_(-(1 << 63), None).view(torch.int32)[:count]
     return mask.copy_(bits.view(mask.shape) < min(round(rate * (1 << 32)) - (1 << 31), (1 << 31) - 1))
 
 
@@ -46,5 +45,6 @@ LEAST = 1024  # numbers
 
 def _is_plain(tensor: Tensor) -> bool:
     """Whether there are so many numbers, on a CPU, that it is quicker to draw bits: 2 ns a number on one core, and bernoulli_ takes 6."""
-    plain = type(tensor) is Tensor or type(tensor) is torch.nn.Parameter
-    return plain and tensor.is_cpu and tensor.numel() >= LEAST and not is_compiling() and not is_watched()
+    if is_compiling() or _are_functorch_transforms_active() or type(tensor) not in (Tensor, torch.nn.Parameter):
+        return False
+    return tensor.is_cpu and tensor.numel() >= LEAST

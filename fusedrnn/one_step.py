@@ -3,12 +3,10 @@
 Of so little work a call's own cost is most of the time. So nothing is viewed, listed or asked here that need not be.
 """
 
-from types import SimpleNamespace
-
 import torch
 from torch._C import _are_functorch_transforms_active
 
-from .derivatives import are_transformed, gradients, needs_grad, of_results
+from .derivatives import are_transformed, gradients, kept_by_others, needs_grad, of_results
 from .layer import GIVEN, input_gradient
 from .ops import TRAITS, cell_backward, cell_forward
 
@@ -24,14 +22,13 @@ def step(cell, tensors):
     """
     if needs_grad(tensors):
         return _apply_step(cell, *tensors)
-    hy, cy, _ = cell_forward(cell, *tensors)
-    return _results_of_step(cell, hy, cy)
+    hy, cy, output, _, _ = cell_forward(cell, *tensors)
+    return _results_of_step(cell, hy, cy, output)
 
 
-def _results_of_step(cell, hy, cy):
-    """Of a layer the output as well, which is kept for backward, and of which hy is another copy."""
+def _results_of_step(cell, hy, cy, output):
     inner = () if TRAITS[cell]["states"] == 1 else (cy,)
-    return (hy, hy.clone(), *inner) if hy.dim() == 3 else (hy, *inner) if inner else hy
+    return (output, hy, *inner) if hy.dim() == 3 else (hy, *inner) if inner else hy
 
 
 class Step(torch.autograd.Function):
@@ -49,11 +46,11 @@ class Step(torch.autograd.Function):
         Returns:
             hy, or for the lstm (hy, cy); of a layer the output, hy, and for the lstm cy.
         """
-        hy, cy, saved = cell_forward(cell, *tensors, True)
+        hy, cy, *made = cell_forward(cell, *tensors, True)
         ctx.cell = cell
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(hy, cy, saved, *tensors)
-        return _results_of_step(cell, hy, cy)
+        ctx.save_for_backward(*made, *tensors)  # not hy and cy, which may be edited in place
+        return _results_of_step(cell, hy, cy, made[0])
 
     @staticmethod
     def backward(ctx, *grads):
@@ -76,10 +73,10 @@ class Step(torch.autograd.Function):
             return (None,) * (1 + len(wanted))
         if torch.is_grad_enabled() or _are_functorch_transforms_active() or are_transformed((grad_hy, grad_cy)):
             return None, *_gradients_of_step(ctx, grad_hy, grad_cy, wanted)
-        hy, cy, saved, input, hx, cx, w_ih, w_hh, _, _ = ctx.saved_tensors
+        output, saved, states, input, hx, cx, w_ih, w_hh, _, _ = ctx.saved_tensors
         want_input, want_hx, want_cx, want_ih, want_hh, want_b_ih, want_b_hh = wanted
-        grad_pre, *grads = cell_backward(ctx.cell, input, hx, cx, w_hh, hy, cy, saved, grad_hy, grad_cy, want_hx, want_cx, want_ih, want_hh,
-                                         want_b_ih or want_b_hh)
+        grad_pre, *grads = cell_backward(ctx.cell, input, hx, cx, w_hh, output, saved, states, grad_hy, grad_cy, want_hx, want_cx, want_ih,
+                                         want_hh, want_b_ih or want_b_hh)
         grad_input = None
         if want_input:
             gates = w_ih.shape[0]
@@ -93,16 +90,15 @@ _apply_step = super(torch.autograd.Function, Step).apply
 
 def _gradients_of_step(ctx, grad_hy, grad_cy, wanted):
     """The gradients of `Step` in a form that can be differentiated and transformed: as those of a sequence of one step."""
-    hy, cy, saved, *tensors = ctx.saved_tensors
+    output, saved, states, *tensors = ctx.saved_tensors
 
     def as_sequence(rows):
         return None if rows is None else rows.reshape(1, -1, rows.shape[-1])
 
-    output = as_sequence(hy)
-    states = cy.unsqueeze(-2) if TRAITS[ctx.cell]["states"] > 1 else hy.new_empty(*hy.shape[:-1], 0, hy.shape[-1])
+    output = as_sequence(output)
     made = [each.reshape(1, output.shape[1], 1, *each.shape[-2:]) for each in (saved, states)]
     held = [*[None] * 4, output, *made, *map(as_sequence, tensors[:3]), None, None, *tensors[3:], None]
-    kept = SimpleNamespace(cell=ctx.cell, batch_first=False, saved_tensors=held, maybe_clear_saved_tensors=lambda: None)
+    kept = kept_by_others(ctx.cell, False, held)
     grads = of_results(ctx.cell, None, as_sequence(grad_hy), as_sequence(grad_cy))
     found = gradients(kept, grads, [*wanted[:3], False, False, *wanted[3:], False])
     own = [*found[:3], *found[GIVEN : GIVEN + 4]]

@@ -60,11 +60,12 @@ stack_forward = torch.ops.fusedrnn.stack_forward.default
 #: output and of all last states (L, B, H). grad_pre is the first layer's; grad_weights has five a layer, as recurrence_backward. CUDA only.
 stack_backward = torch.ops.fusedrnn.stack_backward.default
 
-#: (cell, input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, save=False) -> (hy, cy, saved): one step, of input (B, I) and states (B, H), or
-#: (I) and (H), or of a layer (1, B, I) or (B, 1, I) and (1, B, H). saved is for cell_backward, empty if not wanted. CPU only.
+#: (cell, input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, save=False) -> (hy, cy, output, saved, states): one step, of input (B, I)
+#: and states (B, H), or (I) and (H), or of a layer (1, B, I) or (B, 1, I) and (1, B, H). The last three are for cell_backward, and empty if
+#: not wanted, but for a layer's output. CPU only.
 cell_forward = torch.ops.fusedrnn.cell_forward.default
 
-#: (cell, input, hx, cx, weight_hh, hy, cy, saved, grad_hy, grad_cy, need_grad_hx, need_grad_cx, need_grad_weight_ih, need_grad_weight_hh,
+#: (cell, input, hx, cx, weight_hh, output, saved, states, grad_hy, grad_cy, need_grad_hx, need_grad_cx, need_grad_weight_ih, need_grad_weight_hh,
 #: need_grad_bias) -> (grad_pre, grad_hx, grad_cx, grad_weight_ih, grad_weight_hh, grad_bias_ih, grad_bias_hh): its gradients, but for
 #: that of the input, which the first G*H columns of grad_pre make with weight_ih. What is not needed is empty. CPU only.
 cell_backward = torch.ops.fusedrnn.cell_backward.default
@@ -182,18 +183,19 @@ def _(*args):
 def _(cell, input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, save=False):
     traits, rows, hidden = TRAITS[cell], input.shape[:-1], weight_hh.shape[0] // TRAITS[cell]["gates"]
     rows = rows if len(rows) < 2 else (1, rows[1] if rows[0] == 1 else rows[0])
-    shapes = (*rows, hidden), (*rows, hidden) if traits["states"] > 1 else (0,), (*rows, traits["saved"], hidden) if save else (0,)
-    return tuple(weight_hh.new_empty(*shape) for shape in shapes)
+    inner = traits["states"] - 1
+    shapes = ((True, ()), (inner, ()), (save or len(rows) == 2, ()), (save, (traits["saved"],)), (save, (inner,)))
+    return tuple(weight_hh.new_empty(*rows, *units, hidden) if there else weight_hh.new_empty(0) for there, units in shapes)
 
 
 @torch.library.register_fake("fusedrnn::cell_backward")
-def _(cell, input, hx, cx, weight_hh, hy, cy, saved, grad_hy, grad_cy, need_grad_hx, need_grad_cx, need_grad_weight_ih, need_grad_weight_hh,
-      need_grad_bias):
-    gates, hidden = weight_hh.shape[0], hy.shape[-1]
-    grads = ((need_grad_hx, hy.shape), (need_grad_cx, hy.shape), (need_grad_weight_ih, (gates, input.shape[-1])),
+def _(cell, input, hx, cx, weight_hh, output, saved, states, grad_hy, grad_cy, need_grad_hx, need_grad_cx, need_grad_weight_ih,
+      need_grad_weight_hh, need_grad_bias):
+    traits, gates, hidden = TRAITS[cell], weight_hh.shape[0], output.shape[-1]
+    grads = ((need_grad_hx, output.shape), (need_grad_cx, output.shape), (need_grad_weight_ih, (gates, input.shape[-1])),
              (need_grad_weight_hh, weight_hh.shape), (need_grad_bias, (gates,)), (need_grad_bias, (gates,)))
-    grad_pre = hy.new_empty(hy.shape[-2] if hy.dim() > 1 else 1, TRAITS[cell]["pre"] * hidden)
-    return grad_pre, *[hy.new_empty(*shape) if need else hy.new_empty(0) for need, shape in grads]
+    grad_pre = output.new_empty(output.shape[-2] if output.dim() > 1 else 1, (traits["pre"] + traits["unit"]) * hidden)
+    return grad_pre, *[output.new_empty(*shape) if need else output.new_empty(0) for need, shape in grads]
 
 
 @torch.library.register_fake("fusedrnn::frozen_forward")
@@ -221,10 +223,10 @@ def _(cell, input, hx, cx, weight_ih, weight_hh, *args, out_shape=None, **kwargs
 
 
 @register_flop_formula(torch.ops.fusedrnn.cell_backward)
-def _(cell, input, hx, cx, weight_hh, hy, cy, saved, grad_hy, grad_cy, need_grad_hx, need_grad_cx, need_grad_weight_ih, need_grad_weight_hh,
-      *args, out_shape=None, **kwargs):
+def _(cell, input, hx, cx, weight_hh, output, saved, states, grad_hy, grad_cy, need_grad_hx, need_grad_cx, need_grad_weight_ih,
+      need_grad_weight_hh, *args, out_shape=None, **kwargs):
     units = input[-1] * need_grad_weight_ih + weight_hh[1] * (need_grad_hx + need_grad_weight_hh)
-    return 2 * math.prod(hy[:-1]) * weight_hh[0] * units
+    return 2 * math.prod(output[:-1]) * weight_hh[0] * units
 
 
 @register_flop_formula(torch.ops.fusedrnn.stack_forward)

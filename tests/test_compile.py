@@ -183,3 +183,19 @@ def test_compile_time_and_speed():
     seconds, ratio, likewise = map(float, found.stdout.split())
     print(f"compiled in {seconds:.1f} s; {ratio:.2f} of the time of eager, {likewise:.2f} where it has two tensors as well")
     assert seconds < 30 and ratio < 1.3 and likewise < 1.1
+
+
+def test_autocast_around_backward_alone():
+    """Gradients are of the format that the graph was made for."""
+    for kind in ("GRU", "LSTM"):
+        module = getattr(fusedrnn, kind)(8, 16)
+        input = torch.randn(5, 3, 8, requires_grad=True)
+        compiled = torch.compile(lambda x, module=module: module(x * 2)[0], backend="aot_eager", fullgraph=True)
+        found = []
+        for call in (compiled, lambda x, module=module: module(x * 2)[0]):
+            output = call(input)
+            with torch.autocast("cpu"):
+                found.append(torch.autograd.grad(output.sum(), [input, *module.parameters()]))
+        for one, other in zip(*found):
+            assert one.dtype == torch.float32
+            torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2)

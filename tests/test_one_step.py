@@ -41,8 +41,8 @@ def expected(cell, input, hx, cx, *weights):
 
 
 def check(given):
-    want, (hy, cy, saved) = expected(*given.values()), cell_forward(*given.values())
-    assert saved.shape == (0,)
+    want, (hy, cy, *rest) = expected(*given.values()), cell_forward(*given.values())
+    assert [one.shape for one in rest] == [(0,)] * 3
     got = [hy, cy] if given["cell"] == "lstm" else [hy]
     assert given["cell"] == "lstm" or cy.shape == (0,)
     assert len(got) == len(want)
@@ -146,10 +146,11 @@ def test_flops():
 
 def backward_arguments(given, grad_hy=True, grad_cy=True, need_hx=True, need_cx=True, need_ih=True, need_hh=True, need_bias=True):
     """Those of cell_backward after a call of cell_forward, with gradients at random."""
-    hy, cy, saved = cell_forward(*given.values(), save=True)
-    inner = cy.numel() > 0 or given["cell"] == "lstm"
+    hy, cy, output, saved, states = cell_forward(*given.values(), save=True)
+    assert torch.equal(output, hy) and output.data_ptr() != hy.data_ptr() or not hy.numel()
+    inner = given["cell"].startswith("lstm")
     grads = [torch.randn_like(state) if there else None for state, there in ((hy, grad_hy), (cy, grad_cy and inner))]
-    return [given["cell"], given["input"], given["hx"], given["cx"], given["weight_hh"], hy, cy, saved, *grads, need_hx, need_cx and inner,
+    return [given["cell"], given["input"], given["hx"], given["cx"], given["weight_hh"], output, saved, states, *grads, need_hx, need_cx and inner,
             need_ih, need_hh, need_bias]
 
 
@@ -221,11 +222,23 @@ def test_strided_gradients():
 
 @cells
 def test_opcheck_of_backward(cell):
-    for rows in ((), (3,)):
+    for rows in ((), (3,), (1, 3), (3, 1)):
         given = arguments(cell, *rows)
+        if len(rows) > 1:
+            given |= {name: state.view(1, 3, -1) for name, state in given.items() if name in ("hx", "cx") and state is not None}
         torch.library.opcheck(cell_forward.default, (*given.values(), True))
         torch.library.opcheck(cell_backward.default, tuple(backward_arguments(given)))
         torch.library.opcheck(cell_backward.default, tuple(backward_arguments(given, need_hx=False, need_ih=False)))
+
+
+@pytest.mark.parametrize("cell", ["lstm_general", "lstm_coupled", "gru_general"])
+def test_opcheck_of_cells_of_choice(cell):
+    """Whose units may have numbers of their own, which have gradients beside those of the gates."""
+    H, gates = 6, TRAITS[cell]["gates"]
+    given = arguments("gru" if cell.startswith("gru") else "lstm", 3, H=H)
+    given |= {"cell": cell} | {name: weight[: gates * H] for name, weight in given.items() if name.startswith(("weight", "bias"))}
+    torch.library.opcheck(cell_forward.default, (*given.values(), True))
+    torch.library.opcheck(cell_backward.default, tuple(backward_arguments(given)))
 
 
 BACKWARD_ERRORS = [
@@ -233,10 +246,10 @@ BACKWARD_ERRORS = [
     (0, "slstm", "cell must multiply its state first of all, not normalise it, and have no more than two, got slstm"),
     (1, torch.zeros(5, 11), r"input must have 2 dimensions and 6 rows, got \(5, 11\)"),
     (2, torch.zeros(5, 37), r"hx must be \(6, 37\), got \(5, 37\)"),
-    (5, torch.zeros(2, 6, 37), r"hy must be \(B, features\) or .* got \(2, 6, 37\)"),
+    (5, torch.zeros(2, 6, 37), r"output must be \(B, features\) or .* got \(2, 6, 37\)"),
     (5, torch.zeros(1, 6, 37), r"hx must be \(1, 6, 37\), got \(6, 37\)"),
-    (6, torch.zeros(0), r"cy must be \(6, 37\), got \(0,\)"),
-    (7, torch.zeros(6, 37), r"saved must be \(6, [0-9]+, 37\), got \(6, 37\)"),
+    (6, torch.zeros(6, 37), r"saved must be \(6, [0-9]+, 37\), got \(6, 37\)"),
+    (7, torch.zeros(0), r"states must be \(6, 1, 37\), got \(0,\)"),
     (8, torch.zeros(6, 36), r"grad_hy must be \(6, 37\), got \(6, 36\)"),
     (9, torch.zeros(6, 37).double(), "grad_cy must be Float like weight_hh, got Double"),
 ]
@@ -312,7 +325,7 @@ def test_cells_take_it_where_nobody_wants_a_derivative(kind, calls):
 
 @kinds
 def test_cells_take_it_in_training(kind, calls):
-    """With the gradients that they have as a sequence of one step, to the last bit, whoever's are wanted, and twice."""
+    """With the gradients that they have as a sequence of one step, whoever's are wanted, and twice."""
     for bias, shape, given in itertools.product((True, False), ((9,), (4, 9), (0, 9)), (True, False)):
         cell = getattr(fusedrnn, kind)(9, 21, bias=bias)
         input = torch.randn(shape, requires_grad=True)
@@ -380,14 +393,35 @@ def test_gradients_under_hooks_and_checkpoints(kind, calls):
 
 @kinds
 def test_edits_of_what_it_saved_are_noticed(kind):
-    for edited in ("input", "result", "weight_hh"):
+    for edited in ("input", "weight_hh"):
         cell, input = getattr(fusedrnn, kind)(9, 21), torch.randn(4, 9)
-        result = flat(cell(input))[0]
-        loss = (result * 2).sum()
+        loss = flat(cell(input))[0].sum()
         with torch.no_grad():
-            {"input": input, "result": result, "weight_hh": cell.weight_hh}[edited].add_(1)
+            {"input": input, "weight_hh": cell.weight_hh}[edited].add_(1)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             loss.backward()
+
+
+@pytest.mark.parametrize("kind", ["RNNCell", "LSTMCell", "GRUCell", "RNN", "LSTM", "GRU"])
+def test_states_may_be_edited(kind):
+    """In place, as they are where an episode ends, with the gradients that copies of them have."""
+    module, found = getattr(fusedrnn, kind)(9, 21), []
+    inputs = torch.randn(3, *(() if "Cell" in kind else (1,)), 4, 9)
+    for in_place in (True, False):
+        state, total = None, 0
+        for input in inputs:
+            result = module(input, state)
+            states = list(flat(result if "Cell" in kind else result[1]))
+            total = total + sum((each * 3).sum() for each in states)
+            if not in_place:
+                states = [each.clone() for each in states]
+            for each in states:
+                each[..., 0, :] = 0
+                each += 1
+            state = tuple(states) if "LSTM" in kind else states[0]
+        found.append(torch.autograd.grad(total + state[0].sum(), list(module.parameters())))
+    for one, other in zip(*found):
+        assert torch.equal(one, other)
 
 
 @kinds
@@ -549,9 +583,13 @@ def test_not_for_layers_of_more(kind, options, calls):
     module(torch.randn(1, 4, 9))
     module(torch.randn(4, 9))  # four steps
     assert not calls
-    if not options:
-        fusedrnn.GRU(9, 21)(torch.randn(1, 4, 9), lengths=torch.ones(4, dtype=torch.int64))
-        fusedrnn.GRU(9, 21)(torch.randn(1, 4, 9), return_states=True)
-        fusedrnn.GRU(9, 21)(torch.randn(1, 4, 9), reset=torch.zeros(1, 4, dtype=torch.bool))
-        fusedrnn.GRU(9, 21)(torch.nn.utils.rnn.pack_sequence([torch.randn(1, 9)]))
-        assert not calls
+
+
+def test_not_for_calls_of_more(calls):
+    module = fusedrnn.GRU(9, 21)
+    module(torch.randn(1, 4, 9), lengths=torch.ones(4, dtype=torch.int64))
+    module(torch.randn(1, 4, 9), return_states=True)
+    module(torch.randn(1, 4, 9), reset=torch.zeros(1, 4, dtype=torch.bool))
+    module(torch.nn.utils.rnn.pack_sequence([torch.randn(1, 9)]))
+    assert fusedrnn.functional.gru(torch.randn(1, 4, 0), None, [torch.randn(63, 0), torch.randn(63, 21)], has_biases=False)[0].shape == (1, 4, 21)
+    assert not calls

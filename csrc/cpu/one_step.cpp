@@ -6,15 +6,16 @@ namespace fusedrnn {
 namespace {
 
 // input (B, I) or (I), or of a layer (1, B, I) or (B, 1, I); hx, cx, hy and cy (B, H) or (H), or (1, B, H); null for zeros. cy is empty
-// for cells with one state. save: saved is what cell_backward needs, (B, kSaved, H) and so on; else it is empty.
+// for cells with one state. output: another hy, of a layer, or with save, which is for cell_backward, as are saved, (B, kSaved, H) and so
+// on, and states, (B, kStates - 1, H); else they are empty.
 constexpr char kCellSchema[] =
     "cell_forward(str cell, Tensor input, Tensor? hx, Tensor? cx, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, Tensor? bias_hh, "
-    "bool save=False) -> (Tensor hy, Tensor cy, Tensor saved)";
-// From what cell_forward was given and gave. grad_pre (B, kPre * H), B = 1 where there is none: gradients of the gates, those that weight_ih
-// makes first. What is not needed is empty.
+    "bool save=False) -> (Tensor hy, Tensor cy, Tensor output, Tensor saved, Tensor states)";
+// From what cell_forward was given and gave. grad_pre (B, (kPre + kUnit) * H), B = 1 where there is none: gradients of the gates, those
+// that weight_ih makes first. What is not needed is empty.
 constexpr char kCellBackwardSchema[] =
-    "cell_backward(str cell, Tensor input, Tensor? hx, Tensor? cx, Tensor weight_hh, Tensor hy, Tensor cy, Tensor saved, Tensor? grad_hy, "
-    "Tensor? grad_cy, bool need_grad_hx, bool need_grad_cx, bool need_grad_weight_ih, bool need_grad_weight_hh, bool need_grad_bias) -> "
+    "cell_backward(str cell, Tensor input, Tensor? hx, Tensor? cx, Tensor weight_hh, Tensor output, Tensor saved, Tensor states, "
+    "Tensor? grad_hy, Tensor? grad_cy, bool need_grad_hx, bool need_grad_cx, bool need_grad_weight_ih, bool need_grad_weight_hh, bool need_grad_bias) -> "
     "(Tensor grad_pre, Tensor grad_hx, Tensor grad_cx, Tensor grad_weight_ih, Tensor grad_weight_hh, Tensor grad_bias_ih, "
     "Tensor grad_bias_hh)";
 
@@ -51,8 +52,9 @@ struct CellCall : Call {
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor> step_forward(std::string cell, Tensor input, MaybeTensor hx, MaybeTensor cx, Tensor weight_ih,
-                                                Tensor weight_hh, MaybeTensor bias_ih, MaybeTensor bias_hh, bool save) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> step_forward(
+    std::string cell, Tensor input, MaybeTensor hx, MaybeTensor cx, Tensor weight_ih, Tensor weight_hh, MaybeTensor bias_ih,
+    MaybeTensor bias_hh, bool save) {
   CellCall call("fusedrnn::cell_forward", cell, weight_hh, "input", input);
   ForwardParams p{};
   call.fill(p, weight_hh, hx, cx);
@@ -66,25 +68,27 @@ std::tuple<Tensor, Tensor, Tensor> step_forward(std::string cell, Tensor input, 
   p.bias_hh[0] = call.data("bias_hh", bias_hh, {rows});
 
   const Tensor hy = allocate(call.first, call.state_sizes(call.P)), cy = allocate(call.first, call.inner_sizes());
+  const bool apart = save || call.lead.size() == 2;
+  const Tensor output = allocate(call.first, apart ? call.state_sizes(call.P) : Sizes{0});
   const Tensor saved = allocate(call.first, save ? call.unit_sizes(call.cell.saved) : Sizes{0});
+  const Tensor states = allocate(call.first, save ? call.unit_sizes(call.cell.states - 1) : Sizes{0});
   if (call.has_steps()) {
-    p.output = p.hy = hy.data_ptr();  // the same numbers, in the same places
+    p.hy = hy.data_ptr();
+    p.output = apart ? output.data_ptr() : p.hy;  // or the same numbers, in the same places
     p.cy = cy.data_ptr();
-    if (save) {
-      p.save = Save::kAll;
-      p.saved = saved.data_ptr();
-      p.states = cy.data_ptr();
-    }
+    p.save = save ? Save::kAll : Save::kNothing;
+    p.saved = saved.data_ptr();
+    p.states = states.data_ptr();
     OnCpu(call, false).forward(p);
   }
-  return {hy, cy, saved};
+  return {hy, cy, output, saved, states};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> step_backward(
-    std::string cell, Tensor input, MaybeTensor hx, MaybeTensor cx, Tensor weight_hh, Tensor hy, Tensor cy, Tensor saved,
+    std::string cell, Tensor input, MaybeTensor hx, MaybeTensor cx, Tensor weight_hh, Tensor output, Tensor saved, Tensor states,
     MaybeTensor grad_hy, MaybeTensor grad_cy, bool need_grad_hx, bool need_grad_cx, bool need_grad_weight_ih, bool need_grad_weight_hh,
     bool need_grad_bias) {
-  CellCall call("fusedrnn::cell_backward", cell, weight_hh, "hy", hy);
+  CellCall call("fusedrnn::cell_backward", cell, weight_hh, "output", output);
   STD_TORCH_CHECK(call.cell.states > 1 || (!grad_cy && !need_grad_cx), call.op,
                   ": grad_cy and need_grad_cx are for cells of more than one state, such as the lstm");
   GradWeightsParams w{};
@@ -95,8 +99,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> step_backward
     w.input = x.data;
     w.input_row = x.row;
   }
-  w.output = call.data("hy", hy, call.state_sizes(call.P));
-  w.states = call.data("cy", cy, call.inner_sizes());
+  w.output = call.data("output", output, call.state_sizes(call.P));
+  w.states = call.data("states", states, call.unit_sizes(call.cell.states - 1));
 
   BackwardParams p{};
   static_cast<LayerParams&>(p) = w;
