@@ -113,7 +113,7 @@ def one_step(cell: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, wei
 
 
 def _is_one_step(cell, input, weights, ragged, batch_first, carry, wants_more):
-    """Whether a layer's call is one step that `cell_forward` takes, in one direction, of nothing but torch's tensors and a cell of theirs."""
+    """Whether a layer's call is one step of nothing but what a cell of torch.nn's has, in one direction, so that `cell_forward` takes it."""
     if input.dim() != 3 or input.shape[1 if batch_first else 0] != 1 or type(input) is not Tensor or not input.is_cpu:
         return False
     w_ih, w_hh, *_, w_hr = weights[0]
@@ -122,7 +122,9 @@ def _is_one_step(cell, input, weights, ragged, batch_first, carry, wants_more):
     traits = TRAITS[cell]
     if not traits["multiplies"] or traits["norms"] or traits["late"] or traits["states"] > 2 or is_watched():
         return False
-    return 0 < input.shape[-1] and input.numel() <= MANY_ROWS * input.shape[-1] and is_for_one_step(input, w_ih, w_hh.shape[0] // traits["gates"])
+    if input.shape[-1] == 0 or input.numel() > MANY_ROWS * input.shape[-1]:
+        return False
+    return is_for_one_step(input, w_ih, w_hh.shape[0] // traits["gates"])
 
 
 # torch.compile forgets, of an autograd.Function, to notice that what it saved was edited in place; of an operator it does not.

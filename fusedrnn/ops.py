@@ -60,8 +60,8 @@ stack_forward = torch.ops.fusedrnn.stack_forward.default
 #: output and of all last states (L, B, H). grad_pre is the first layer's; grad_weights has five a layer, as recurrence_backward. CUDA only.
 stack_backward = torch.ops.fusedrnn.stack_backward.default
 
-#: (cell, input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, save=False) -> (hy, cy, output, saved, states): one step, of input (B, I)
-#: and states (B, H), or (I) and (H), or of a layer (1, B, I) or (B, 1, I) and (1, B, H). The last three are for cell_backward, and empty if
+#: (cell, input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, save=False) -> (hy, cy, output, saved, states): one step, of input
+#: (B, I) and states (B, H), or (I) and (H), or of a layer (1, B, I) or (B, 1, I) and (1, B, H). The last three are for cell_backward, and empty if
 #: not wanted, but for a layer's output. CPU only.
 cell_forward = torch.ops.fusedrnn.cell_forward.default
 

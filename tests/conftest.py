@@ -107,6 +107,20 @@ def fp32_precision(setting, value):
         setting.fp32_precision = before
 
 
+def host(hosted, monkeypatch, *operators):
+    """Sends these operators' tensors on the CPU to the hosted kernels, and gives them nothing that only the CPU's engine can do. Returns what
+    is to be destroyed for the end of it."""
+    override = torch.library.Library("fusedrnn", "IMPL")
+    for name in operators:
+        override.impl(name, getattr(hosted, name).default, "CPU", allow_override=True)
+    monkeypatch.setattr("fusedrnn.layer.SKIPS_PADDING", ())
+    monkeypatch.setattr("fusedrnn.layer.OVERWRITING", ())
+    for module in ("layer", "autograd"):
+        monkeypatch.setattr(f"fusedrnn.{module}.is_for_one_step", lambda *given: False)
+    monkeypatch.setattr("fusedrnn.layer.FED_LEAST", 1 << 60)  # these kernels are given gates, in every format
+    return override
+
+
 @pytest.fixture(params=ENGINES)
 def engine(request, monkeypatch):
     """Runs the test on each engine. The order of the threads of hosted kernels and their chip differ from test to test."""
@@ -119,14 +133,7 @@ def engine(request, monkeypatch):
         hosted = request.getfixturevalue("hosted_kernels")
         lot = zlib.crc32(request.node.nodeid.encode())
         hosted.configure(lot % 4, lot, (1, 4, 31)[lot // 4 % 3], (8, 9)[lot // 12 % 2], lot % 5 == 4, lot % 5 in (2, 4), lot % 5 > 0)
-        override = torch.library.Library("fusedrnn", "IMPL")
-        for name in ("recurrence_forward", "recurrence_backward"):
-            override.impl(name, getattr(hosted, name).default, "CPU", allow_override=True)
-        monkeypatch.setattr("fusedrnn.layer.SKIPS_PADDING", ())
-        monkeypatch.setattr("fusedrnn.layer.OVERWRITING", ())
-        for module in ("layer", "autograd"):
-            monkeypatch.setattr(f"fusedrnn.{module}.is_for_one_step", lambda *given: False)
-        monkeypatch.setattr("fusedrnn.layer.FED_LEAST", 1 << 60)  # these kernels are given gates, in every format
+        override = host(hosted, monkeypatch, "recurrence_forward", "recurrence_backward")
         yield request.param
         override._destroy()
     else:

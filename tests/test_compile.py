@@ -167,10 +167,16 @@ def seconds(call):
 eager, fast = lambda: step(input), lambda: compiled(input).backward()
 def median_ratio():
     return sorted(1 / (seconds(eager) / seconds(fast)) for _ in range(20))[10]
-best = lambda: min(median_ratio() for _ in range(3))  # what else runs on this machine can only add to a ratio
-whole = best()
+def least(enough):  # what else runs on this machine can only add to a ratio
+    found = 9.0
+    for _ in range(12):
+        found = min(found, median_ratio())
+        if found < enough:
+            break
+    return found
+whole = least(1.1)
 fusedrnn.layer.OVERWRITING = ()
-print(took, whole, best())
+print(took, whole, least(1.0))
 """
 
 

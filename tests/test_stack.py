@@ -12,7 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fusedrnn
-from conftest import CELLS, compare_all_equal, make_pair, states_for
+from conftest import CELLS, compare_all_equal, host, make_pair, states_for
 from fusedrnn import functional, layer, ops, select, stacks as in_one_launch
 from fusedrnn.testing import compare_modules, run_module
 from workshop import cuda_headers
@@ -30,12 +30,7 @@ def stacks(request, monkeypatch):
     if not cuda_headers():
         pytest.skip("the headers of the CUDA toolkit are not here (CUDA_HOME, nvcc on PATH, /usr/local/cuda)")
     hosted = request.getfixturevalue("hosted_kernels")
-    override = torch.library.Library("fusedrnn", "IMPL")
-    for name in ("recurrence_forward", "recurrence_backward", "stack_forward", "stack_backward"):
-        override.impl(name, getattr(hosted, name).default, "CPU", allow_override=True)
-    monkeypatch.setattr("fusedrnn.layer.SKIPS_PADDING", ())
-    monkeypatch.setattr("fusedrnn.layer.OVERWRITING", ())
-    monkeypatch.setattr("fusedrnn.layer.is_for_one_step", lambda *given: False)
+    override = host(hosted, monkeypatch, "recurrence_forward", "recurrence_backward", "stack_forward", "stack_backward")
     monkeypatch.setattr(select, "STACKING", frozenset({"cpu"}))
     monkeypatch.setattr(select, "chip", lambda device: CHIP)
 
