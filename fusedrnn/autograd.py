@@ -140,7 +140,7 @@ def _compiled(cell: str, input: Tensor, hx: Tensor | None, cx: Tensor | None, re
 _compiled.register_fake(_compiled._init_fn)  # the shapes of what it calls
 
 
-# And so is what backward calls, which a compiler would give to the slower library for a product.
+# An operator as well: as calls of its own, a compiler would give the products of backward to the slower library.
 @torch.library.custom_op("fusedrnn::layer_backward", mutates_args=())
 def _compiled_backward(cell: str, batch_first: bool, grads: Sequence[Tensor | None], saved: Sequence[Tensor | None],
                        wanted: Sequence[bool]) -> list[Tensor]:

@@ -115,8 +115,13 @@ def of_results(cell, grad_output, grad_hy, grad_cy, grad_states=None):
     return grad_output, grad_hy, grad_cy if inner else None, grad_states if inner else None
 
 
-def are_transformed(grads):
-    """Say whether it is forward mode over reverse mode, or is_grads_batched.
+def _are_transformed(grads):
+    """Whether it is forward mode over reverse mode, or is_grads_batched."""
+    return forward_ad._current_level >= 0 or any(grad is not None and is_legacy_batchedtensor(grad) for grad in grads)
+
+
+def go_further(grads):
+    """Say whether gradients are to be differentiated or transformed in turn, for which the engine's own are not enough.
 
     Args:
         grads: of results, None where there is none.
@@ -124,7 +129,7 @@ def are_transformed(grads):
     Returns:
         True if so.
     """
-    return forward_ad._current_level >= 0 or any(grad is not None and is_legacy_batchedtensor(grad) for grad in grads)
+    return torch.is_grad_enabled() or _are_functorch_transforms_active() or _are_transformed(grads)
 
 
 def gradients(ctx, grads, wanted, run=backward):
@@ -139,12 +144,12 @@ def gradients(ctx, grads, wanted, run=backward):
     """
     if all(grad is None for grad in grads):
         return [None] * len(wanted)
-    if are_transformed(grads):
+    if _are_transformed(grads):
         everything = ctx.saved_tensors
         ragged, *masks = everything[:4]
         tensors = everything[FIRST_TENSOR:]
         return _reference_gradients(ctx.cell, ragged, ctx.batch_first, masks, wanted, grads, tensors)
-    if torch.is_grad_enabled() or _are_functorch_transforms_active():
+    if go_further(grads):
         chosen = frozenset(i for i, want in enumerate(wanted) if want)
         some = iter(LayerGradients.apply(ctx.cell, ctx.batch_first, chosen, *grads, *ctx.saved_tensors))
         return [next(some) if want else None for want in wanted]
@@ -444,7 +449,6 @@ class InputProduct(torch.autograd.Function):
         """
         input, weight = ctx.saved_tensors
         want_input, want_weight = ctx.needs_input_grad
-        differs = torch.is_grad_enabled() or _are_functorch_transforms_active() or are_transformed([grad])
-        product, sums = (linear, lambda a, b: a.t() @ b) if differs else (plain_product, sum_of_rows)
+        product, sums = (linear, lambda a, b: a.t() @ b) if go_further([grad]) else (plain_product, sum_of_rows)
         rows, grads = (each.reshape(-1, each.shape[-1]) for each in (input, grad))
         return product(grad, weight.t()) if want_input else None, sums(grads, rows) if want_weight else None

@@ -4,9 +4,8 @@ Of so little work a call's own cost is most of the time. So nothing is viewed, l
 """
 
 import torch
-from torch._C import _are_functorch_transforms_active
 
-from .derivatives import are_transformed, gradients, kept_by_others, needs_grad, of_results
+from .derivatives import go_further, gradients, kept_by_others, needs_grad, of_results
 from .layer import GIVEN, input_gradient
 from .ops import TRAITS, cell_backward, cell_forward
 
@@ -71,7 +70,7 @@ class Step(torch.autograd.Function):
         grad_hy = None if not given else given[0] if len(given) == 1 else given[0] + given[1]
         if grad_hy is None and grad_cy is None:
             return (None,) * (1 + len(wanted))
-        if torch.is_grad_enabled() or _are_functorch_transforms_active() or are_transformed((grad_hy, grad_cy)):
+        if go_further((grad_hy, grad_cy)):
             return None, *_gradients_of_step(ctx, grad_hy, grad_cy, wanted)
         output, saved, states, input, hx, cx, w_ih, w_hh, _, _ = ctx.saved_tensors
         want_input, want_hx, want_cx, want_ih, want_hh, want_b_ih, want_b_hh = wanted

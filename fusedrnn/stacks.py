@@ -9,7 +9,7 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from . import select
-from .derivatives import are_transformed, gradients, needs_grad, of_results
+from .derivatives import go_further, gradients, needs_grad, of_results
 from .layer import _gates_of, _grad_input, allows_tf32, by_direction
 from .ops import SAVE_ALL, SAVE_NOTHING, TRAITS, stack_backward, stack_forward
 from .reference import Weights
@@ -106,7 +106,7 @@ class StackedLayers(torch.autograd.Function):
         cell, batch_first, layers, wanted = ctx.cell, ctx.batch_first, ctx.layers, ctx.needs_input_grad[5:]
         if all(grad is None for grad in grads):
             return (None,) * (5 + len(wanted))
-        transformed = are_transformed(grads) or torch.is_grad_enabled() or _are_functorch_transforms_active()
+        transformed = go_further(grads)
         ragged, *everything = ctx.saved_tensors
         made = [list(everything[i * layers : (i + 1) * layers]) for i in range(3)]
         input, hx, cx, *weights = everything[3 * layers :]

@@ -23,6 +23,9 @@ typedef int16_t I16 __attribute__((vector_size(FUSEDRNN_VECTOR_BYTES)));
 typedef uint16_t HalvesOfU32 __attribute__((vector_size(FUSEDRNN_VECTOR_BYTES)));
 typedef int16_t HalfI16 __attribute__((vector_size(FUSEDRNN_VECTOR_BYTES / 2)));
 
+constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
 constexpr int kLineVectors = kFrozenUnits / kFloatLanes;  // vectors of 32-bit words in a line
 static_assert(kLineVectors * kFloatLanes == kFrozenUnits, "a line is whole vectors");
 
@@ -200,11 +203,10 @@ FUSEDRNN_INLINE void take_in(int16_t* to, Scaling* scaling, Dtype dtype, const v
 // product.
 template <class Lines>
 constexpr int kSumVectors = (FUSEDRNN_VECTOR_REGISTERS - (Lines::kGroup == Int8Lines::kGroup ? 8 : 6)) / (Lines::kApart ? 2 : 1);
-constexpr int least_of(int a, int b) { return a < b ? a : b; }
 // Rows of a tile: as many as leave room for all gates at once, if these are three: each number of the rows is then read once. (Of one gate
 // at a time an LSTM's products of the input took 1.15 times as long: H256, AVX-512.)
 template <class Lines, int kGates, int kEach = kSumVectors<Lines> / kLineVectors>
-constexpr int kFrozenRows = least_of(kEach / kGates >= 3 ? kEach / kGates : kEach, 8);
+constexpr int kFrozenRows = int(least(kEach / kGates >= 3 ? kEach / kGates : kEach, 8));
 // c (kRows, kVectors) = a (kRows, groups) times lines, `stride` bytes from group to group. Sums of floats are split among
 // several chains where there are few, as in product.h.
 template <class Lines, int kRows, int kVectors>
@@ -397,9 +399,6 @@ struct FrozenPass {
     own_x_scalings = arena.take<Scaling>(threads * chunk * passes);
     own_h_scalings = arena.take<Scaling>(threads * p.B * passes);
   }
-
-  static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-  static int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
   Division divide_among(int granted) const {
     const int64_t per_direction = most(1, granted / layout.D);
